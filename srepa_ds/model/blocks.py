@@ -1,0 +1,103 @@
+"""The transformer block with adaptive layer norm, and the layer that leads back to latents.
+
+The residual stream is float32 (or wider) whatever the dtype of the weights: normalisation,
+modulation and the sum are done there, products in the dtype of the weights. So a bfloat16 model
+rounds in the same places as a float32 model under autocast.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from srepa_ds.model.attention import Attention
+
+_LAYER_NORM_EPS = 1e-6
+
+
+def modulated_norm(
+    tokens: Float[Tensor, "batch tokens hidden"],
+    *,
+    shift: Float[Tensor, "batch 1 hidden"],
+    scale: Float[Tensor, "batch 1 hidden"],
+) -> Float[Tensor, "batch tokens hidden"]:
+    """Returns LayerNorm(tokens) * (1 + scale) + shift, the norm without weights of its own."""
+    normalised = layer_norm(tokens, (tokens.shape[-1],), eps=_LAYER_NORM_EPS)
+    return torch.addcmul(shift, normalised, 1 + scale)
+
+
+class AdaLayerNormProjection(nn.Sequential):
+    """The linear map from the conditioning to shifts, scales and gates."""
+
+    def __init__(self, hidden_size: int, *, num_chunks: int):
+        # The official names count an activation at index 0; the model applies it once for all.
+        super().__init__(nn.Identity(), nn.Linear(hidden_size, num_chunks * hidden_size))
+        self.num_chunks = num_chunks
+
+    def chunks(
+        self, activated: Float[Tensor, "batch hidden"], *, dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "batch 1 hidden"], ...]:
+        """Returns the shifts, scales and gates, in `dtype`."""
+        return self(activated).to(dtype).unsqueeze(1).chunk(self.num_chunks, dim=-1)
+
+
+class Mlp(nn.Module):
+    """Two linear maps with a tanh-approximated GELU between."""
+
+    def __init__(self, hidden_size: int, *, mlp_ratio: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_ratio * hidden_size)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(mlp_ratio * hidden_size, hidden_size)
+
+    def forward(
+        self, tokens: Float[Tensor, "batch tokens hidden"]
+    ) -> Float[Tensor, "batch tokens hidden"]:
+        """Returns the transformed tokens."""
+        return self.fc2(self.act(self.fc1(tokens)))
+
+
+class SiTBlock(nn.Module):
+    """Attention and perceptron, each behind a modulated norm and a gate (adaLN-zero)."""
+
+    def __init__(
+        self, hidden_size: int, *, num_heads: int, mlp_ratio: int, qk_norm: bool, attention: str
+    ):
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads=num_heads, qk_norm=qk_norm, backend=attention)
+        self.mlp = Mlp(hidden_size, mlp_ratio=mlp_ratio)
+        self.adaLN_modulation = AdaLayerNormProjection(hidden_size, num_chunks=6)
+
+    def forward(
+        self,
+        stream: Float[Tensor, "batch tokens hidden"],
+        activated: Float[Tensor, "batch hidden"],
+    ) -> Float[Tensor, "batch tokens hidden"]:
+        """Returns the residual stream after the block; `activated` conditions it."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
+            self.adaLN_modulation.chunks(activated, dtype=stream.dtype)
+        )
+        weights = activated.dtype
+        tokens = modulated_norm(stream, shift=shift_msa, scale=scale_msa).to(weights)
+        stream = torch.addcmul(stream, gate_msa, self.attn(tokens))
+        tokens = modulated_norm(stream, shift=shift_mlp, scale=scale_mlp).to(weights)
+        return torch.addcmul(stream, gate_mlp, self.mlp(tokens))
+
+
+class FinalLayer(nn.Module):
+    """A modulated norm and the linear map from tokens to the pixels of their patches."""
+
+    def __init__(self, hidden_size: int, *, patch_size: int, out_channels: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = AdaLayerNormProjection(hidden_size, num_chunks=2)
+
+    def forward(
+        self,
+        stream: Float[Tensor, "batch tokens hidden"],
+        activated: Float[Tensor, "batch hidden"],
+    ) -> Float[Tensor, "batch tokens pixels"]:
+        """Returns each token's patch, pixel by pixel, channels last."""
+        shift, scale = self.adaLN_modulation.chunks(activated, dtype=stream.dtype)
+        tokens = modulated_norm(stream, shift=shift, scale=scale)
+        return self.linear(tokens.to(activated.dtype))
