@@ -1,0 +1,99 @@
+"""From features to scores: the table of metrics, and the numbers a run is judged by."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from srepa_ds.errors import DataError
+from srepa_ds.metrics.frechet import frechet_distance
+from srepa_ds.metrics.manifold import precision_recall
+from srepa_ds.metrics.statistics import FeatureStatistics
+
+Metric = Callable[[Tensor, Tensor], Mapping[str, float]]
+"""(features of the samples, features of the reference) -> fields of `Scores`."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How good a set of samples is; None for what was not measured."""
+
+    frechet_distance: float | None = None
+    """Between Gaussians fitted to the features; smaller is better."""
+    precision: float | None = None
+    """Fraction of samples inside the reference's manifold."""
+    recall: float | None = None
+    """Fraction of the reference inside the samples' manifold."""
+    class_accuracy: float | None = None
+    """How often a classifier recognises the class that was asked for."""
+
+    def to_json(self) -> str:
+        """Returns the measured scores as a JSON object."""
+        return json.dumps({k: v for k, v in asdict(self).items() if v is not None}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Returns the scores of a JSON object; raises DataError if it is none of ours."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"scores are no JSON: {error}") from error
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or not known.issuperset(values):
+            raise DataError(f"scores must be an object with keys among {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+def _frechet(samples: Tensor, reference: Tensor) -> Mapping[str, float]:
+    sets = [
+        FeatureStatistics.empty(features.shape[1], device=features.device).updated(features)
+        for features in (samples, reference)
+    ]
+    return {"frechet_distance": frechet_distance(*sets)}
+
+
+def _precision_recall(samples: Tensor, reference: Tensor) -> Mapping[str, float]:
+    return asdict(precision_recall(samples, reference))
+
+
+METRICS: dict[str, Metric] = {
+    "frechet": _frechet,
+    "precision_recall": _precision_recall,
+}
+
+
+def score(
+    samples: Float[Tensor, "samples width"],
+    reference: Float[Tensor, "reference width"],
+    *,
+    metrics: Iterable[str] = tuple(METRICS),
+    class_accuracy: float | None = None,
+) -> Scores:
+    """Returns the scores of `samples` against `reference` by the named rows of `METRICS`."""
+    values: dict[str, float] = {}
+    for name in metrics:
+        values.update(METRICS[name](samples, reference))
+    return Scores(class_accuracy=class_accuracy, **values)
+
+
+def inception_score(
+    logits: Float[Tensor, "samples classes"], *, split_size: int = 5000
+) -> Float[Tensor, ""]:
+    """Returns the mean over consecutive splits of exp(mean KL(p(y|x) || p(y))), float32.
+
+    No shuffle; a shorter last split counts as one. Source: Salimans et al. (2016), as ADM computes
+    it.
+    """
+    scores = []
+    for split in logits.float().split(split_size):
+        log_probabilities = split.log_softmax(dim=1)
+        probabilities = log_probabilities.exp()
+        log_marginal = log_probabilities.logsumexp(dim=0) - math.log(len(split))
+        divergence = (probabilities * (log_probabilities - log_marginal)).sum(dim=1)
+        scores.append(divergence.mean().exp())
+    return torch.stack(scores).mean()

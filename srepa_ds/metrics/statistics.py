@@ -1,0 +1,121 @@
+"""Mean and covariance of features, streamed in float64 and summed over ranks."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from srepa_ds.errors import DataError
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Count, mean and scatter (sum of outer products of deviations from the mean), float64."""
+
+    count: int
+    mean: Float[Tensor, "width"]
+    scatter: Float[Tensor, "width width"]
+
+    @classmethod
+    def empty(cls, width: int, *, device: torch.device | str = "cpu") -> Self:
+        """Returns the statistics of no features."""
+        mean = torch.zeros(width, dtype=torch.float64, device=device)
+        return cls(0, mean, mean.new_zeros(width, width))
+
+    def updated(self, features: Float[Tensor, "batch width"]) -> Self:
+        """Returns the statistics with a batch of features added, by Chan's update."""
+        if len(features) == 0:
+            return self
+        features = features.to(self.mean)
+        batch_mean = features.mean(dim=0)
+        count = self.count + len(features)
+        shift = batch_mean - self.mean
+        # The shift of the mean enters as one more row, so the scatter is touched only once.
+        between = shift * (self.count * len(features) / count) ** 0.5
+        rows = torch.cat((features - batch_mean, between[None]))
+        mean = self.mean + shift * (len(features) / count)
+        return replace(
+            self, count=count, mean=mean, scatter=torch.addmm(self.scatter, rows.T, rows)
+        )
+
+    def merged(self, other: Self) -> Self:
+        """Returns the statistics of both sets together."""
+        if self.count == 0 or other.count == 0:
+            return self if other.count == 0 else other
+        count = self.count + other.count
+        shift = other.mean - self.mean
+        between = torch.outer(shift, shift) * (self.count * other.count / count)
+        mean = self.mean + shift * (other.count / count)
+        return replace(self, count=count, mean=mean, scatter=self.scatter + other.scatter + between)
+
+    def covariance(self) -> Float[Tensor, "width width"]:
+        """Returns the unbiased covariance (ddof 1); raises DataError below two features."""
+        if self.count < 2:
+            raise DataError(f"a covariance needs at least 2 images, got {self.count}")
+        return self.scatter / (self.count - 1)
+
+    def tensors(self, origin: Float[Tensor, "width"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns float64 (count, sum, outer sum) about `origin`, which add up over ranks.
+
+        All ranks give the same `origin`; the nearer to the mean, the less is lost to cancellation
+        (the reference's mean serves well).
+        """
+        offset = self.mean - origin
+        count = torch.tensor(float(self.count), dtype=torch.float64, device=self.mean.device)
+        return count, self.count * offset, self.scatter + self.count * torch.outer(offset, offset)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        count: Float[Tensor, ""],
+        total: Float[Tensor, "width"],
+        outer: Float[Tensor, "width width"],
+        *,
+        origin: Float[Tensor, "width"],
+    ) -> Self:
+        """Returns the statistics whose `tensors(origin)` (or the sum of several) these are."""
+        number = round(count.item())
+        if number == 0:
+            return cls.empty(len(total), device=total.device)
+        offset = total / number
+        return cls(number, origin + offset, outer - number * torch.outer(offset, offset))
+
+    def save(self, path: Path) -> None:
+        """Writes a `.safetensors` file, or an `.npz` with `mu` and `sigma` as ADM names them."""
+        if path.suffix == ".npz":
+            arrays = {"mu": self.mean, "sigma": self.covariance()}
+            np.savez(path, count=self.count, **{k: v.cpu().numpy() for k, v in arrays.items()})
+            return
+        count = torch.tensor(self.count, dtype=torch.int64)
+        tensors = {"count": count, "mean": self.mean.cpu(), "scatter": self.scatter.cpu()}
+        save_file(tensors, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Returns what `save` wrote; raises DataError if the file is missing or no statistics."""
+        try:
+            return cls._load_npz(path) if path.suffix == ".npz" else cls._load_safetensors(path)
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no such file; give the path of feature statistics") from error
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise DataError(
+                f"{path}: holds no feature statistics ({error}); make them anew"
+            ) from error
+
+    @classmethod
+    def _load_npz(cls, path: Path) -> Self:
+        with np.load(path, allow_pickle=False) as arrays:
+            count = int(arrays["count"])
+            mean = torch.from_numpy(arrays["mu"]).double()
+            return cls(count, mean, torch.from_numpy(arrays["sigma"]).double() * (count - 1))
+
+    @classmethod
+    def _load_safetensors(cls, path: Path) -> Self:
+        tensors = load_file(path)
+        return cls(int(tensors["count"]), tensors["mean"], tensors["scatter"])

@@ -1,0 +1,116 @@
+"""Generated images as an iterable: each one a function of the seed and its index alone."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from srepa_ds import noise
+from srepa_ds.errors import TopologyError
+from srepa_ds.interpolant import Interpolant
+from srepa_ds.latent_codec import LatentCodec
+from srepa_ds.model.sit import SiT
+from srepa_ds.noise import Stream
+from srepa_ds.sampling.guidance import GuidedModel
+from srepa_ds.sampling.solvers import Dynamics, SamplerConfig, integrate
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images [start, stop) of a set, drawn together and stored together."""
+
+    index: int
+    start: int
+    stop: int
+
+    def sample_ids(self, device: torch.device | str = "cpu") -> Int64[Tensor, "batch"]:
+        """Returns the indices of the chunk's images."""
+        return torch.arange(self.start, self.stop, dtype=torch.int64, device=device)
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Generated images with what was asked for, on the CPU, and the chunk they are."""
+
+    images: UInt8[Tensor, "batch height width 3"]
+    labels: Int64[Tensor, "batch"]
+    sample_ids: Int64[Tensor, "batch"]
+    chunk: Chunk
+
+
+def plan_chunks(config: SamplerConfig, *, rank: int, world_size: int) -> tuple[Chunk, ...]:
+    """Returns the chunks rank `rank` draws: cut by index alone and dealt round robin.
+
+    The cut does not depend on the ranks, so every image is computed in the same batch for any
+    number of them, and is the same to the bit. Raises TopologyError for more ranks than images.
+    """
+    if world_size > config.num_samples:
+        raise TopologyError(
+            f"{world_size} ranks cannot share {config.num_samples} image(s); "
+            f"start at most {config.num_samples} rank(s) or raise num_samples"
+        )
+    starts = range(0, config.num_samples, config.batch_size)
+    chunks = [
+        Chunk(index, start, min(start + config.batch_size, config.num_samples))
+        for index, start in enumerate(starts)
+    ]
+    return tuple(chunks[rank::world_size])
+
+
+def draw_labels(
+    config: SamplerConfig, sample_ids: Int64[Tensor, "batch"], *, num_classes: int
+) -> Int64[Tensor, "batch"]:
+    """Returns the label of each image, by `config.label_mode`."""
+    if config.label_mode == "balanced":
+        return sample_ids % num_classes
+    return noise.integers(config.seed, Stream.SAMPLE_LABEL, sample_ids, num_classes)
+
+
+def generate(
+    model: SiT,
+    codec: LatentCodec,
+    interpolant: Interpolant,
+    config: SamplerConfig,
+    *,
+    chunks: Iterable[Chunk],
+    device: torch.device | str,
+) -> Iterator[ImageBatch]:
+    """Yields the images of `chunks`, one batch per chunk.
+
+    `model` is on `device`; it is called without gradient, under bf16 autocast if
+    `config.precision` says so. Nothing here communicates between ranks.
+    """
+    for chunk in chunks:
+        yield _generate_chunk(model, codec, interpolant, config, chunk, torch.device(device))
+
+
+@torch.no_grad()
+def _generate_chunk(
+    model: SiT,
+    codec: LatentCodec,
+    interpolant: Interpolant,
+    config: SamplerConfig,
+    chunk: Chunk,
+    device: torch.device,
+) -> ImageBatch:
+    sample_ids = chunk.sample_ids(device)
+    shape = model.config.latent_shape
+    labels = draw_labels(config, sample_ids, num_classes=model.config.num_classes)
+    x_start = noise.normal(config.seed, Stream.SAMPLE_START, sample_ids, shape)
+
+    def step_noise(step: int) -> Float[Tensor, "batch channels height width"]:
+        return noise.normal(
+            config.seed, Stream.SAMPLE_STEP, sample_ids, shape, draw=step, dtype=torch.float64
+        )
+
+    def velocity(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            return model(x_t, t, labels).velocity
+
+    guided = GuidedModel(velocity, labels, model.config.null_label, config.guidance)
+    dynamics = Dynamics(guided, interpolant.score, step_noise)
+    latents = integrate(dynamics, x_start, solver=config.solver, num_steps=config.num_steps)
+    images = codec.decode(latents.float())
+    return ImageBatch(images.cpu(), labels.cpu(), sample_ids.cpu(), chunk)

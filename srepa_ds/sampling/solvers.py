@@ -1,0 +1,200 @@
+"""Solvers of the sampling ODE and SDE, from noise (t = 1) to data (t = 0), in float64."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Literal, Self
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from srepa_ds.sampling.guidance import Guidance
+from srepa_ds.schema import Section, known_in
+
+Velocity = Callable[[Tensor, float, float], Tensor]
+"""(x_t, t, time that decides about guidance) -> float64 velocity."""
+
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(velocity, x_t, t (b,)) -> score of the marginal at t; an interpolant's `score`."""
+
+NoiseOfStep = Callable[[int], Tensor]
+"""Number of the step -> float64 standard normal noise of the state's shape."""
+
+SDE_LAST_TIME = 0.04
+"""Where the SDE's diffusion ends; one noiseless step leads from here to 0."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a grid, from `t` to `next_t`."""
+
+    index: int
+    t: float
+    next_t: float
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """What a step may ask for: velocity always, score and noise only for the SDE."""
+
+    velocity: Velocity
+    score: Score
+    noise: NoiseOfStep
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A row of `SOLVERS`: the grid of times and the step taken on it."""
+
+    grid: Callable[[int], Tensor]
+    step: Callable[[Dynamics, Tensor, Step], Tensor]
+
+
+def uniform_grid(num_steps: int) -> Float[Tensor, "nodes"]:
+    """Returns `num_steps` + 1 equidistant float64 times from 1 to 0."""
+    return torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
+
+
+def diffusion_grid(num_steps: int) -> Float[Tensor, "nodes"]:
+    """Returns `num_steps` equidistant float64 times from 1 to 0.04, then 0 (REPA's SDE grid)."""
+    inner = torch.linspace(1.0, SDE_LAST_TIME, num_steps, dtype=torch.float64)
+    return torch.cat((inner, inner.new_zeros(1)))
+
+
+def euler_step(
+    dynamics: Dynamics, x_t: Float[Tensor, "batch channels height width"], step: Step
+) -> Float[Tensor, "batch channels height width"]:
+    """Returns the state at `step.next_t` after an Euler step of dx = v dt."""
+    return x_t + (step.next_t - step.t) * dynamics.velocity(x_t, step.t, step.t)
+
+
+def heun_step(
+    dynamics: Dynamics, x_t: Float[Tensor, "batch channels height width"], step: Step
+) -> Float[Tensor, "batch channels height width"]:
+    """Returns the state at `step.next_t` after a Heun step; the last step is Euler's.
+
+    As in REPA, the step's start decides about guidance for both evaluations.
+    """
+    dt = step.next_t - step.t
+    velocity = dynamics.velocity(x_t, step.t, step.t)
+    predicted = x_t + dt * velocity
+    if step.is_last:
+        return predicted
+    return x_t + 0.5 * dt * (velocity + dynamics.velocity(predicted, step.next_t, step.t))
+
+
+def euler_maruyama_step(
+    dynamics: Dynamics, x_t: Float[Tensor, "batch channels height width"], step: Step
+) -> Float[Tensor, "batch channels height width"]:
+    """Returns the state at `step.next_t` of dx = (v - w s / 2) dt + sqrt(w) dW, w = 2 t.
+
+    The diffusion is 2 t on every path; the last step has no noise. Source: SiT, Eq. 6, with the
+    discretisation of REPA's sampler.
+    """
+    dt = step.next_t - step.t
+    diffusion = 2.0 * step.t
+    velocity = dynamics.velocity(x_t, step.t, step.t)
+    times = torch.full((len(x_t),), step.t, dtype=torch.float64, device=x_t.device)
+    drift = velocity - 0.5 * diffusion * dynamics.score(velocity, x_t, times)
+    mean = x_t + drift * dt
+    if step.is_last:
+        return mean
+    return mean + (diffusion * abs(dt)) ** 0.5 * dynamics.noise(step.index)
+
+
+SOLVERS = {
+    "euler": Solver(uniform_grid, euler_step),
+    "heun": Solver(uniform_grid, heun_step),
+    "euler_maruyama": Solver(diffusion_grid, euler_maruyama_step),
+}
+
+
+def integrate(
+    dynamics: Dynamics,
+    x_start: Float[Tensor, "batch channels height width"],
+    *,
+    solver: str,
+    num_steps: int,
+) -> Float[Tensor, "batch channels height width"]:
+    """Returns the float64 state at t = 0 of the path that starts at `x_start` at t = 1."""
+    row = SOLVERS[solver]
+    x_t = x_start.double()
+    # Times are Python floats: the grid is known beforehand and no step waits for the device.
+    spans = list(pairwise(row.grid(num_steps).tolist()))
+    for index, (t, next_t) in enumerate(spans):
+        step = Step(index, t, next_t, is_last=index == len(spans) - 1)
+        x_t = row.step(dynamics, x_t, step)
+    return x_t
+
+
+class SamplerConfig(Section):
+    """How images are drawn: solver, guidance, labels and the size of the set."""
+
+    solver: Annotated[str, known_in("solver", SOLVERS)] = "euler_maruyama"
+    """Name in the table of solvers: euler and heun solve the ODE, euler_maruyama the SDE."""
+
+    num_steps: Annotated[int, Field(ge=1, lt=1 << 24)] = 250
+    """Steps from noise to data; heun evaluates the model twice in all but the last."""
+
+    cfg_scale: Annotated[float, Field(ge=1)] = 1.0
+    """Scale of classifier-free guidance; 1 is none."""
+
+    guidance_low: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """First time (t = 1 is noise) that is guided, itself included."""
+
+    guidance_high: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Last time (t = 1 is noise) that is guided, itself included."""
+
+    label_mode: Literal["random", "balanced"] = "random"
+    """random draws each label; balanced deals the classes in turn."""
+
+    num_samples: Annotated[int, Field(ge=1)] = 50_000
+    """Number of images in the set."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Images per chunk: what one rank draws at once and one part file holds."""
+
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    """Seed of start noise, labels and SDE noise; image i of a seed is always the same image."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the model: plain fp32 or bf16 autocast; the solver's state is float64."""
+
+    @property
+    def guidance(self) -> Guidance:
+        """Returns scale and interval of the guidance."""
+        return Guidance(self.cfg_scale, self.guidance_low, self.guidance_high)
+
+    @model_validator(mode="after")
+    def _interval_is_ordered(self) -> Self:
+        if self.guidance_low > self.guidance_high:
+            raise ValueError(
+                f"guidance_low ({self.guidance_low}) lies above guidance_high "
+                f"({self.guidance_high}); the interval is empty"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """How often a batch goes through the model: in all, and with its null-label double."""
+
+    total: int
+    guided: int
+
+
+def count_evaluations(config: SamplerConfig) -> Evaluations:
+    """Returns the number of model evaluations per image, found by solving for no images."""
+    guided = []
+
+    def velocity(x_t: Tensor, t: float, guidance_t: float) -> Tensor:
+        guided.append(config.guidance.active(guidance_t))
+        return x_t
+
+    nothing = torch.zeros(0, 1, 1, 1, dtype=torch.float64)
+    dynamics = Dynamics(velocity, lambda velocity, x_t, t: x_t, lambda index: nothing)
+    integrate(dynamics, nothing, solver=config.solver, num_steps=config.num_steps)
+    return Evaluations(len(guided), sum(guided))

@@ -1,0 +1,205 @@
+"""A folder of samples that survives kills: chunks as part files, then one ADM `samples.npz`."""
+
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from srepa_ds.errors import OutputError
+from srepa_ds.sampling.generate import Chunk, ImageBatch
+from srepa_ds.sampling.npz import NpzMember, write_npz
+from srepa_ds.sampling.provenance import Provenance, differences
+from srepa_ds.sampling.sheet import SheetBuilder
+
+SAMPLES = "samples.npz"
+PROVENANCE = "provenance.json"
+CONTACT_SHEET = "contact_sheet.png"
+PARTS = "parts"
+
+
+class ChunkWriter:
+    """The output folder as one rank sees it.
+
+    Every rank opens it and writes its own chunks; when all have, one rank assembles. A chunk that
+    is there and whole is not drawn again, nor is a set that is assembled.
+    """
+
+    def __init__(self, folder: Path, provenance: Provenance):
+        """Creates the folder and marks it with `provenance`.
+
+        Raises OutputError, leaving nothing behind, if it cannot be written to, or if it holds
+        samples of another provenance.
+        """
+        self.folder = folder
+        self.provenance = provenance
+        self._digest = provenance.digest()
+        existed = _deepest_existing(folder)
+        try:
+            self._refuse_foreign()
+            folder.mkdir(parents=True, exist_ok=True)
+            # Before the parts: ranks open the folder at once, and parts alone count as foreign.
+            _write_atomically(folder / PROVENANCE, provenance.text().encode())
+            (folder / PARTS).mkdir(exist_ok=True)
+        except OSError as error:
+            _remove_empty_folders(folder / PARTS, above=existed)
+            raise _unwritable(folder, error) from error
+
+    def is_complete(self) -> bool:
+        """Returns whether the set is assembled already."""
+        return (self.folder / SAMPLES).is_file()
+
+    def missing(self, chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
+        """Returns those of `chunks` that still have to be drawn."""
+        if self.is_complete():
+            return ()
+        return tuple(chunk for chunk in chunks if not self._is_whole(chunk))
+
+    def write(self, batch: ImageBatch) -> None:
+        """Stores one chunk so that it is either whole or absent; raises OutputError."""
+        tensors = {"images": batch.images, "labels": batch.labels, "sample_ids": batch.sample_ids}
+        content = save(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            metadata={"provenance": self._digest},
+        )
+        try:
+            _write_atomically(self._part(batch.chunk), content)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
+    def assemble(self, chunks: Iterable[Chunk]) -> Path:
+        """Returns the path of `samples.npz`, made of all `chunks` of the set in their order.
+
+        Holds one chunk in memory at a time. Writes the contact sheet too, and removes the parts.
+        Called by one rank, after every rank has written; raises OutputError if chunks are missing.
+        """
+        target = self.folder / SAMPLES
+        if self.is_complete():
+            self._remove_parts()
+            return target
+        chunks = sorted(chunks, key=lambda chunk: chunk.index)
+        missing = self.missing(chunks)
+        if missing:
+            raise OutputError(
+                f"{self.folder}: {len(missing)} of {len(chunks)} chunks are missing, the first "
+                f"is {self._part(missing[0]).name}; run the same command again to draw them"
+            )
+        try:
+            self._assemble(chunks, target)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        self._remove_parts()
+        return target
+
+    def _assemble(self, chunks: list[Chunk], target: Path) -> None:
+        labels = torch.cat([self._tensor(chunk, "labels") for chunk in chunks])
+        sheet = SheetBuilder(labels)
+
+        def image_blocks() -> Iterator[np.ndarray]:
+            for chunk in chunks:
+                images = self._tensor(chunk, "images")
+                sheet.add(images, labels[chunk.start : chunk.stop])
+                yield images.numpy()
+
+        shape = (len(labels), *self._tensor(chunks[0], "images").shape[1:])
+        members = (
+            NpzMember("arr_0", shape, np.dtype(np.uint8), image_blocks()),
+            NpzMember("arr_1", (len(labels),), np.dtype(np.int64), iter([labels.numpy()])),
+        )
+        with _aside(target) as temporary:
+            write_npz(temporary, members)
+            # The sheet comes before the rename: a set that counts as complete has one.
+            with _aside(self.folder / CONTACT_SHEET) as picture:
+                sheet.image().save(picture, format="PNG")
+
+    def _part(self, chunk: Chunk) -> Path:
+        return self.folder / PARTS / f"chunk-{chunk.index:06d}.safetensors"
+
+    def _tensor(self, chunk: Chunk, name: str) -> Tensor:
+        with safe_open(self._part(chunk), framework="pt") as part:
+            return part.get_tensor(name)
+
+    def _is_whole(self, chunk: Chunk) -> bool:
+        try:
+            with safe_open(self._part(chunk), framework="pt") as part:
+                marked = (part.metadata() or {}).get("provenance") == self._digest
+                return marked and torch.equal(part.get_tensor("sample_ids"), chunk.sample_ids())
+        except (OSError, SafetensorError):
+            return False
+
+    def _refuse_foreign(self) -> None:
+        path = self.folder / PROVENANCE
+        # Looked at first, for another rank may write the provenance and then parts meanwhile.
+        has_samples = any((self.folder / name).exists() for name in (SAMPLES, PARTS))
+        if not path.exists():
+            if has_samples:
+                raise OutputError(
+                    f"{self.folder}: holds samples without {PROVENANCE}, so what they are is "
+                    "unknown; give another output folder or remove them"
+                )
+            return
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise OutputError(f"{path}: is no JSON; give another output folder") from error
+        lines = differences(stored, self.provenance.facts)
+        if lines:
+            raise OutputError(
+                "\n  ".join([f"{self.folder}: holds samples made otherwise:", *lines])
+                + "\ngive another output folder, or remove this one to draw them anew"
+            )
+
+    def _remove_parts(self) -> None:
+        parts = self.folder / PARTS
+        if parts.is_dir():
+            for path in parts.iterdir():
+                path.unlink(missing_ok=True)
+            parts.rmdir()
+
+
+def _unwritable(folder: Path, error: OSError) -> OutputError:
+    reason = error.strerror or str(error)
+    return OutputError(
+        f"{folder}: cannot be written to ({reason}); give an output folder that can, "
+        "with room for the samples"
+    )
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """Yields a path beside `target` whose file replaces it on success and goes on failure."""
+    temporary = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_atomically(target: Path, content: bytes) -> None:
+    with _aside(target) as temporary:
+        temporary.write_bytes(content)
+
+
+def _deepest_existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+
+
+def _remove_empty_folders(folder: Path, *, above: Path) -> None:
+    """Removes `folder` and its parents below `above` as far as they are there and empty."""
+    for path in (folder, *folder.absolute().parents):
+        if path.absolute() == above.absolute():
+            return
+        try:
+            path.rmdir()
+        except OSError:
+            continue
