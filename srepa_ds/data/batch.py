@@ -1,0 +1,38 @@
+"""What the loader hands to training: one micro batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch on one device; at least one of `images` and `moments` is there."""
+
+    images: UInt8[Tensor, "batch channels height width"] | None
+    """Pixels; the teacher sees these, and the identity codec trains on them."""
+    moments: Float[Tensor, "batch moments latent_height latent_width"] | None
+    """Mean and standard deviation of a VAE's posterior, concatenated over channels."""
+    labels: Int64[Tensor, "batch"]
+    sample_ids: Int64[Tensor, "batch"]
+    """Index in the data set: names a bad sample."""
+    positions: Int64[Tensor, "batch"]
+    """The global sample counter: the key of all training noise."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """Returns the batch on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """Returns the batch in page-locked memory; the data loader's pinning calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{k: None if v is None else change(v) for k, v in values.items()})

@@ -1,0 +1,39 @@
+"""Files that are either whole or not there."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+PARTIAL = ".partial"
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Returns when `path` holds what `write` put into the file it was given, all of it.
+
+    The work happens in `<path>.partial`, which is flushed to disk and renamed; it is removed if
+    `write` raises. Raises what `write` raises, and OSError.
+    """
+    aside = path.with_name(path.name + PARTIAL)
+    try:
+        write(aside)
+        flush_to_disk(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def flush_to_disk(path: Path) -> None:
+    """Returns when the contents of `path` are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

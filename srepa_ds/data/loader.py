@@ -1,0 +1,188 @@
+"""The order of the data as a function of (seed, position), and the loader that delivers it.
+
+Where training stands in the data is one integer, the global sample counter. Neither the number of
+ranks nor of workers is part of it, so a run resumes with other numbers of both.
+"""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from srepa_ds.data.batch import Batch
+from srepa_ds.data.shards import ShardDataset
+from srepa_ds.noise import Stream, bits
+from srepa_ds.schema import Section
+
+_NEVER = 1 << 62
+
+
+class DataConfig(Section):
+    """Where training images come from."""
+
+    folder: Path
+    """A folder of shards, as `srepa-ds prepare` writes it."""
+    num_workers: int = Field(default=0, ge=0)
+    """Processes per rank that read ahead; 0 reads in the training process."""
+    prefetch_batches: int = Field(default=4, ge=1)
+    """Micro batches each worker keeps ready."""
+
+
+def epoch_permutation(seed: int, epoch: int, num_samples: int) -> Int64[Tensor, "samples"]:
+    """Returns the order of the samples in one epoch, a pure function of its arguments."""
+    words = bits(seed, Stream.DATA_ORDER, torch.arange(num_samples), 2, draw=epoch)
+    return torch.argsort((words[:, 0] << 30) | (words[:, 1] >> 2), stable=True)
+
+
+class DataOrder:
+    """The endless order of a data set: epoch after epoch, each in its own permutation."""
+
+    def __init__(self, *, seed: int, num_samples: int):
+        self._seed = seed
+        self._num_samples = num_samples
+        self._permutations: dict[int, Tensor] = {}
+
+    def sample_at(self, positions: Int64[Tensor, "batch"]) -> Int64[Tensor, "batch"]:
+        """Returns the index in the data set of each value of the global sample counter."""
+        epochs = positions // self._num_samples
+        places = positions % self._num_samples
+        samples = torch.empty_like(positions)
+        for epoch in epochs.unique().tolist():
+            inside = epochs == epoch
+            samples[inside] = self._permutation(epoch)[places[inside]]
+        return samples
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if epoch not in self._permutations:
+            # Two epochs are alive while a batch lies across their border; older ones never return.
+            kept = {key: value for key, value in self._permutations.items() if key == epoch - 1}
+            order = epoch_permutation(self._seed, epoch, self._num_samples)
+            self._permutations = {**kept, epoch: order}
+        return self._permutations[epoch]
+
+
+class BatchLoader:
+    """An endless iterator of one rank's micro batches; close it, or use it in a `with` block.
+
+    The global step that starts at position g takes [g, g + micro x accumulation x world); in it,
+    micro step a of rank r takes micro positions from g + (a x world + r) x micro.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        config: DataConfig,
+        *,
+        seed: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        start_position: int = 0,
+    ):
+        self._config = config
+        self._dataset = dataset
+        self._seed = seed
+        self._micro_batch_size = micro_batch_size
+        self._rank = rank
+        self._world_size = world_size
+        self._accumulation = accumulation
+        self._start_position = start_position
+        self._delivered = 0
+        self._batches: Iterator[Batch] | None = None
+
+    @property
+    def position(self) -> int:
+        """The global sample counter after the last whole step delivered: where to resume."""
+        steps = self._delivered // self._accumulation
+        return self._start_position + steps * self._accumulation * self._samples_per_micro_step
+
+    def __iter__(self) -> "BatchLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = self._transport()
+        batch = next(self._batches)
+        self._delivered += 1
+        return batch
+
+    def __enter__(self) -> "BatchLoader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Returns when the workers have ended; the next batch would start them again."""
+        self._batches = None
+
+    @property
+    def _samples_per_micro_step(self) -> int:
+        return self._micro_batch_size * self._world_size
+
+    def _transport(self) -> Iterator[Batch]:
+        # Imported here because it draws in torch's whole data loading.
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        workers = self._config.num_workers
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls torch.set_vital, which torch has deprecated.
+            warnings.filterwarnings("ignore", message=".*set_vital.*")
+            loader = StatefulDataLoader(
+                _Rows(self._dataset),
+                batch_size=None,
+                sampler=self._requests(),
+                num_workers=workers,
+                prefetch_factor=self._config.prefetch_batches if workers else None,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),
+                snapshot_every_n_steps=_NEVER,
+            )
+            return iter(loader)
+
+    def _requests(self) -> "_Requests":
+        taken = self._delivered * self._samples_per_micro_step
+        return _Requests(
+            DataOrder(seed=self._seed, num_samples=len(self._dataset)),
+            first=self._start_position + taken + self._rank * self._micro_batch_size,
+            stride=self._samples_per_micro_step,
+            micro_batch_size=self._micro_batch_size,
+        )
+
+
+class _Requests:
+    """The endless sequence of (sample ids, positions) of one rank's micro batches."""
+
+    def __init__(self, order: DataOrder, *, first: int, stride: int, micro_batch_size: int):
+        self._order = order
+        self._first = first
+        self._stride = stride
+        self._micro_batch_size = micro_batch_size
+
+    def __iter__(self) -> Iterator[tuple[list[int], list[int]]]:
+        start = self._first
+        while True:
+            positions = torch.arange(start, start + self._micro_batch_size)
+            # Lists, because a tensor would travel to a worker by way of a file descriptor.
+            yield self._order.sample_at(positions).tolist(), positions.tolist()
+            start += self._stride
+
+
+class _Rows(Dataset[Batch]):
+    """A shard data set addressed by whole micro batches."""
+
+    def __init__(self, dataset: ShardDataset):
+        self._dataset = dataset
+
+    def __getitem__(self, request: tuple[list[int], list[int]]) -> Batch:
+        samples, positions = request
+        return self._dataset.read(torch.tensor(samples), positions=torch.tensor(positions))
+
+    def __len__(self) -> int:
+        return len(self._dataset)

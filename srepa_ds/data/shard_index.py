@@ -1,0 +1,124 @@
+"""The index of a folder of shards: what it must hold, written last and read first."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from srepa_ds.errors import ConfigError, DataError
+from srepa_ds.schema import Section, validated
+
+FORMAT = "srepa-ds shards"
+VERSION = 1
+INDEX_NAME = "index.json"
+PREPARE_HINT = "prepare it with `srepa-ds prepare CONFIG`"
+
+
+@dataclass(frozen=True)
+class DatasetDescription:
+    """What makes a prepared data set what it is; two equal descriptions have equal shards."""
+
+    source: dict[str, Any]
+    """The settings that chose and shaped the samples, as plain JSON values."""
+    image_shape: tuple[int, int, int]
+    """Channels, height, width."""
+    class_names: tuple[str, ...]
+
+    @property
+    def dataset_id(self) -> str:
+        """The hash of the description; every shard carries it."""
+        facts = [FORMAT, VERSION, self.source, self.image_shape, self.class_names]
+        text = json.dumps(facts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class ShardEntry(Section):
+    """One shard as the index knows it."""
+
+    file: str
+    """Name inside the folder."""
+    num_samples: int = Field(ge=0)
+    """Samples in the shard."""
+    bytes: int = Field(ge=0)
+    """Size of the file."""
+    sha256: str
+    """Hash of the file, in hexadecimal."""
+
+
+class ShardIndex(Section):
+    """The contents of `index.json`."""
+
+    format: str
+    """Always `srepa-ds shards`."""
+    version: int
+    """Of the format."""
+    dataset_id: str
+    """Hash of source, image shape and class names."""
+    num_samples: int = Field(ge=0)
+    """Samples in all shards."""
+    image_shape: tuple[int, int, int]
+    """Channels, height, width."""
+    num_classes: int = Field(gt=0)
+    """Labels are below it."""
+    class_names: tuple[str, ...]
+    """One per label."""
+    source: dict[str, Any]
+    """The settings that chose and shaped the samples."""
+    shards: tuple[ShardEntry, ...]
+    """In order: sample indices run through them."""
+
+
+def read_index(folder: Path) -> ShardIndex:
+    """Returns the index of `folder`.
+
+    Raises DataError if the folder or its index is missing, or the index is not a valid one of
+    this version or contradicts itself.
+    """
+    path = folder / INDEX_NAME
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such data folder; {PREPARE_HINT}, or correct the path")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: missing, so this is no finished data set; {PREPARE_HINT}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error}); {_again(folder)}") from error
+    found = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
+    if found != FORMAT:
+        raise DataError(f"{path}: expected an index of format '{FORMAT}', found {found!r}")
+    if tree.get("version") != VERSION:
+        raise DataError(
+            f"{path}: expected version {VERSION} of the format, found {tree.get('version')!r}; "
+            f"{_again(folder)} with this version of srepa-ds"
+        )
+    try:
+        index = validated(ShardIndex, tree, source=str(path))
+    except ConfigError as error:
+        raise DataError(f"{error}\n{_again(folder)}") from error
+    _check_sums(path, index)
+    return index
+
+
+def _check_sums(path: Path, index: ShardIndex) -> None:
+    total = sum(entry.num_samples for entry in index.shards)
+    if total != index.num_samples:
+        raise DataError(
+            f"{path}: says {index.num_samples} samples, but its shards hold {total}; "
+            f"{_again(path.parent)}"
+        )
+    if len(index.class_names) != index.num_classes:
+        raise DataError(
+            f"{path}: says {index.num_classes} classes and names {len(index.class_names)}; "
+            f"{_again(path.parent)}"
+        )
+    if index.num_samples == 0:
+        raise DataError(f"{path}: the data set holds no samples; {_again(path.parent)}")
+
+
+def _again(folder: Path) -> str:
+    return f"delete {folder} and {PREPARE_HINT.replace('it with', 'it again with')}"

@@ -1,0 +1,201 @@
+"""Writing a folder of shards: streaming, resumable after a kill, and never half visible."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from srepa_ds.data.files import PARTIAL, sha256_of, write_aside
+from srepa_ds.data.shard_index import (
+    FORMAT,
+    INDEX_NAME,
+    VERSION,
+    DatasetDescription,
+    ShardEntry,
+    ShardIndex,
+    read_index,
+)
+from srepa_ds.data.shards import shard_header
+from srepa_ds.errors import OutputError
+from srepa_ds.schema import to_tree
+
+MARKER_NAME = "preparing.json"
+
+
+def is_prepared(folder: Path, description: DatasetDescription) -> bool:
+    """Returns whether `folder` already holds exactly this data set, finished.
+
+    Raises OutputError if it holds another one, and DataError if its index is damaged.
+    """
+    if not (folder / INDEX_NAME).exists():
+        return False
+    index = read_index(folder)
+    if index.dataset_id == description.dataset_id:
+        return True
+    settings = {**index.source, "image_shape": list(index.image_shape)}
+    wanted = {**description.source, "image_shape": list(description.image_shape)}
+    differing = [
+        f"{name} is {settings.get(name)!r} there and {wanted.get(name)!r} here"
+        for name in sorted({*settings, *wanted})
+        if settings.get(name) != wanted.get(name)
+    ]
+    raise OutputError(
+        f"{folder}: holds a data set made with other settings "
+        f"({'; '.join(differing) or 'class names differ'}); choose another folder or delete it"
+    )
+
+
+class ShardWriter:
+    """Collects samples and writes a shard whenever enough are there; a context manager.
+
+    The index appears when the `with` block ends well. If it ends with an exception, everything
+    written is removed; after a kill, the next writer with the same description starts over.
+    """
+
+    def __init__(self, folder: Path, *, description: DatasetDescription, samples_per_shard: int):
+        self._folder = folder
+        self._description = description
+        self._samples_per_shard = samples_per_shard
+        self._images: list[np.ndarray] = []
+        self._labels: list[int] = []
+        self._entries: list[ShardEntry] = []
+        self._written: list[Path] = []
+        self._made_folders: list[Path] = []
+
+    def __enter__(self) -> "ShardWriter":
+        """Returns the writer of a folder that is now its own.
+
+        Raises OutputError if the folder cannot be written to or holds something foreign.
+        """
+        try:
+            self._make_folders()
+            self._claim()
+        except OSError as error:
+            self._remove_everything()
+            raise _unwritable(self._folder, error) from error
+        except OutputError:
+            self._remove_everything()
+            raise
+        return self
+
+    def add(self, image: UInt8[np.ndarray, "height width 3"], label: int) -> None:
+        """Returns when the sample is kept; raises OutputError if a full shard cannot be written."""
+        self._images.append(image.transpose(2, 0, 1).copy())
+        self._labels.append(label)
+        if len(self._labels) == self._samples_per_shard:
+            self._write_shard()
+
+    def attach(self, name: str, contents: bytes) -> None:
+        """Returns when a file beside the shards holds `contents`; raises OutputError."""
+        self._write(self._folder / name, lambda aside: aside.write_bytes(contents))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Finishes the data set, or removes what was written if an exception passes through."""
+        try:
+            if kind is None:
+                self._finish()
+        except BaseException:
+            self._remove_everything()
+            raise
+        if kind is not None:
+            self._remove_everything()
+
+    def _make_folders(self) -> None:
+        missing = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            self._made_folders.insert(0, path)
+
+    def _claim(self) -> None:
+        marker = self._folder / MARKER_NAME
+        held = sorted(path.name for path in self._folder.iterdir())
+        if held and not self._is_unfinished(marker):
+            raise OutputError(
+                f"{self._folder}: not empty (it holds {', '.join(held[:3])}"
+                f"{', ...' if len(held) > 3 else ''}) and not an unfinished preparation with "
+                "these settings; choose an empty folder or delete it"
+            )
+        for pattern in ("shard-*.safetensors", f"*{PARTIAL}"):
+            for path in self._folder.glob(pattern):
+                path.unlink()
+        text = json.dumps({"format": FORMAT, "dataset_id": self._description.dataset_id})
+        write_aside(marker, lambda aside: aside.write_text(text))
+        self._written.append(marker)
+
+    def _is_unfinished(self, marker: Path) -> bool:
+        if (self._folder / INDEX_NAME).exists() or not marker.exists():
+            return False
+        try:
+            found = json.loads(marker.read_text())
+        except ValueError:
+            return False
+        return found == {"format": FORMAT, "dataset_id": self._description.dataset_id}
+
+    def _write_shard(self) -> None:
+        path = self._folder / f"shard-{len(self._entries):05d}.safetensors"
+        tensors = {
+            "images": torch.from_numpy(np.stack(self._images)),
+            "labels": torch.tensor(self._labels, dtype=torch.int64),
+        }
+        count, described = len(self._labels), self._description
+        header = shard_header(count, described.image_shape, described.dataset_id)
+        self._write(path, lambda aside: save_file(tensors, aside, metadata=header))
+        entry = ShardEntry(
+            file=path.name, num_samples=count, bytes=path.stat().st_size, sha256=sha256_of(path)
+        )
+        self._entries.append(entry)
+        self._images, self._labels = [], []
+
+    def _finish(self) -> None:
+        if self._labels:
+            self._write_shard()
+        described = self._description
+        index = ShardIndex(
+            format=FORMAT,
+            version=VERSION,
+            dataset_id=described.dataset_id,
+            num_samples=sum(entry.num_samples for entry in self._entries),
+            image_shape=described.image_shape,
+            num_classes=len(described.class_names),
+            class_names=described.class_names,
+            source=described.source,
+            shards=tuple(self._entries),
+        )
+        text = json.dumps(to_tree(index), indent=1) + "\n"
+        self._write(self._folder / INDEX_NAME, lambda aside: aside.write_text(text))
+        (self._folder / MARKER_NAME).unlink()
+
+    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
+        try:
+            write_aside(path, write)
+        except (OSError, SafetensorError) as error:
+            raise _unwritable(path, error) from error
+        self._written.append(path)
+
+    def _remove_everything(self) -> None:
+        for path in self._written:
+            path.unlink(missing_ok=True)
+        for path in self._made_folders:
+            try:
+                path.rmdir()
+            except OSError:
+                # Someone else put something there meanwhile; it is theirs.
+                break
+
+
+def _unwritable(path: Path, error: Exception) -> OutputError:
+    return OutputError(
+        f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
+        "choose a folder you may write to, with free space"
+    )
