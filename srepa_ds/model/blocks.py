@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from srepa_ds.model.attention import Attention
+from srepa_ds.model.variants import MLP_RATIO, SiTConfig
 
 _LAYER_NORM_EPS = 1e-6
 
@@ -60,12 +61,16 @@ class Mlp(nn.Module):
 class SiTBlock(nn.Module):
     """Attention and perceptron, each behind a modulated norm and a gate (adaLN-zero)."""
 
-    def __init__(
-        self, hidden_size: int, *, num_heads: int, mlp_ratio: int, qk_norm: bool, attention: str
-    ):
+    def __init__(self, config: SiTConfig):
         super().__init__()
-        self.attn = Attention(hidden_size, num_heads=num_heads, qk_norm=qk_norm, backend=attention)
-        self.mlp = Mlp(hidden_size, mlp_ratio=mlp_ratio)
+        hidden_size = config.shape.hidden_size
+        self.attn = Attention(
+            hidden_size,
+            num_heads=config.shape.num_heads,
+            qk_norm=config.qk_norm,
+            backend=config.attention,
+        )
+        self.mlp = Mlp(hidden_size, mlp_ratio=MLP_RATIO)
         self.adaLN_modulation = AdaLayerNormProjection(hidden_size, num_chunks=6)
 
     def forward(

@@ -19,7 +19,7 @@ from srepa_ds.model.embeddings import (
     position_embedding,
 )
 from srepa_ds.model.initialisation import initialise
-from srepa_ds.model.variants import MLP_RATIO, SiTConfig
+from srepa_ds.model.variants import SiTConfig
 
 
 class SiTOutput(NamedTuple):
@@ -58,23 +58,14 @@ class SiT(nn.Module):
         # Plain values: torch.compile does not trace a configuration's properties.
         self.latent_shape, self.grid = config.latent_shape, config.grid
         self.patch_size = config.shape.patch_size
-        depth, hidden_size, num_heads, patch_size = config.shape
+        depth, hidden_size, _, patch_size = config.shape
         device = torch.get_default_device()
         # torch fills new layers from its global generator; on "meta" it draws nothing.
         with torch.device("meta"):
             self.x_embedder = PatchEmbedding(config.in_channels, hidden_size, patch_size=patch_size)
             self.t_embedder = TimestepEmbedding(hidden_size)
             self.y_embedder = LabelEmbedding(config.num_classes, hidden_size)
-            self.blocks = nn.ModuleList(
-                SiTBlock(
-                    hidden_size,
-                    num_heads=num_heads,
-                    mlp_ratio=MLP_RATIO,
-                    qk_norm=config.qk_norm,
-                    attention=config.attention,
-                )
-                for _ in range(depth)
-            )
+            self.blocks = nn.ModuleList(SiTBlock(config) for _ in range(depth))
             self.final_layer = FinalLayer(
                 hidden_size, patch_size=patch_size, out_channels=config.in_channels
             )
