@@ -1,0 +1,264 @@
+"""Structural alignment losses: how far the student's token similarities are from the teacher's.
+
+One definition per loss, several exact algorithms for it. Tokens are L2-normalised, products are at
+least float32 without TF32 whatever the surrounding autocast says, and the gradient is formed in the
+forward pass: what is kept for backward has the size of the student's tokens. The computation is one
+operator, `torch.ops.srepa_ds.structural_loss`, opaque to `torch.compile` and nameable in a
+selective checkpointing policy.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import RLock
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from srepa_ds.alignment.gram_algorithms import (
+    PairSum,
+    Temperatures,
+    kl_dense,
+    kl_tiled,
+    mse_dense,
+    mse_feature,
+    mse_tiled,
+)
+from srepa_ds.errors import nearest
+
+Reduction = Literal["token_mean", "batch_mean"]
+
+MSE_ALGORITHMS = {"dense": mse_dense, "tiled": mse_tiled, "feature": mse_feature}
+KL_ALGORITHMS = {"dense": kl_dense, "tiled": kl_tiled}
+ALGORITHMS = {"mse": MSE_ALGORITHMS, "kl": KL_ALGORITHMS}
+
+DEFAULT_TILE = 128
+
+# `feature` replaces `tiled` above this many tokens per channel of mean width.
+FEATURE_ABOVE = {"cpu": 2.0, "cuda": 2.0}
+
+# Images are worked on together until their temporaries reach this many elements.
+WORKING_SET_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}
+
+EPSILON = 1e-12
+
+
+def structural_mse(
+    student: Float[Tensor, "batch tokens d_student"],
+    teacher: Float[Tensor, "batch tokens d_teacher"],
+    *,
+    algorithm: str = "auto",
+    tile: int = DEFAULT_TILE,
+) -> Float[Tensor, ""]:
+    """Returns the mean over images and pairs i != j of (S^S_ij - S^T_ij)^2 (sREPA Eq. 6).
+
+    S is the Gram matrix of L2-normalised tokens; the widths may differ. Only the student gets a
+    gradient. float64 if either input is, else float32. Raises ValueError for token counts that
+    differ, fewer than two tokens, an unknown algorithm or a tile below 1.
+    """
+    _check(student, teacher, tile=tile)
+    _, num_tokens, _ = student.shape
+    algorithm = resolve_algorithm("mse", algorithm, student, teacher)
+    scale = 1 / (len(student) * num_tokens * (num_tokens - 1))
+    return _structural(student, teacher, "mse", algorithm, tile, Temperatures(1, 1), scale)
+
+
+def structural_kl(
+    student: Float[Tensor, "batch tokens d_student"],
+    teacher: Float[Tensor, "batch tokens d_teacher"],
+    *,
+    tau_student: float = 0.2,
+    tau_teacher: float = 0.2,
+    reduction: Reduction = "token_mean",
+    algorithm: str = "auto",
+    tile: int = DEFAULT_TILE,
+) -> Float[Tensor, ""]:
+    """Returns KL(P^T || P^S) of similarity rows, P = softmax over j != i of S/tau (sREPA Eq. 7-8).
+
+    `token_mean` averages over images and tokens (Eq. 8); `batch_mean` over images only, which is
+    the literal Algorithm 1 and exactly `tokens` times larger. Gradient, dtype and errors as in
+    `structural_mse`; temperatures must be positive.
+    """
+    _check(student, teacher, tile=tile)
+    if tau_student <= 0 or tau_teacher <= 0:
+        raise ValueError(f"temperatures must be positive, got {tau_student} and {tau_teacher}")
+    if reduction not in ("token_mean", "batch_mean"):
+        raise ValueError(f"reduction must be 'token_mean' or 'batch_mean', got '{reduction}'")
+    algorithm = resolve_algorithm("kl", algorithm, student, teacher)
+    count = len(student) * (student.shape[1] if reduction == "token_mean" else 1)
+    temperatures = Temperatures(tau_student, tau_teacher)
+    return _structural(student, teacher, "kl", algorithm, tile, temperatures, 1 / count)
+
+
+def resolve_algorithm(
+    kind: str,
+    algorithm: str,
+    student: Float[Tensor, "batch tokens d_student"],
+    teacher: Float[Tensor, "batch tokens d_teacher"],
+) -> str:
+    """Returns the algorithm that `auto` stands for here, or `algorithm` itself if it exists."""
+    table = ALGORITHMS[kind]
+    if algorithm != "auto":
+        if algorithm not in table:
+            known = nearest(algorithm, ["auto", *table])
+            raise ValueError(f"unknown algorithm '{algorithm}' for structural {kind}; {known}")
+        return algorithm
+    mean_width = (student.shape[2] + teacher.shape[2]) / 2
+    crossover = FEATURE_ABOVE.get(student.device.type, FEATURE_ABOVE["cuda"]) * mean_width
+    return "feature" if kind == "mse" and student.shape[1] > crossover else "tiled"
+
+
+def check_token_grids(
+    student: Float[Tensor, "batch tokens d_student"],
+    teacher: Float[Tensor, "teacher_batch teacher_tokens d_teacher"],
+) -> None:
+    """Returns nothing; raises ValueError unless both have the same images and tokens."""
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            f"the student has {student.shape[1]} tokens of {student.shape[0]} images, the teacher "
+            f"{teacher.shape[1]} of {teacher.shape[0]}; choose a teacher input size and a patch "
+            "size that give the same grid"
+        )
+
+
+def _check(student: Tensor, teacher: Tensor, *, tile: int) -> None:
+    check_token_grids(student, teacher)
+    if len(student) < 1 or student.shape[1] < 2:
+        raise ValueError(
+            "a structural loss compares pairs of tokens of an image, so it needs at least one "
+            f"image and two tokens; got {student.shape[1]} tokens of {len(student)} images"
+        )
+    if tile < 1:
+        raise ValueError(f"tile must be at least 1 row, got {tile}")
+
+
+def _structural(
+    student: Tensor,
+    teacher: Tensor,
+    kind: str,
+    algorithm: str,
+    tile: int,
+    temperatures: Temperatures,
+    scale: float,
+) -> Tensor:
+    with_gradient = student.requires_grad and torch.is_grad_enabled()
+    loss, _ = _structural_loss(
+        student, teacher.detach(), kind, algorithm, tile, *temperatures, scale, with_gradient
+    )
+    return loss
+
+
+@torch.library.custom_op("srepa_ds::structural_loss", mutates_args=())
+def _structural_loss(
+    student: Tensor,
+    teacher: Tensor,
+    kind: str,
+    algorithm: str,
+    tile: int,
+    tau_student: float,
+    tau_teacher: float,
+    scale: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    options: dict[str, object] = {"with_gradient": with_gradient}
+    if algorithm == "tiled":
+        options["tile"] = tile
+    if kind == "kl":
+        options["temperatures"] = Temperatures(tau_student, tau_teacher)
+    dtype = _compute_dtype(student, teacher)
+    loss = student.new_zeros((), dtype=torch.float64)
+    gradient = student.new_empty(student.shape if with_gradient else (0,), dtype=dtype)
+    with _full_precision(student.device.type):
+        for images in _chunks(student, teacher, algorithm, tile):
+            unit_student, norm = _unit(student[images].to(dtype))
+            unit_teacher, _ = _unit(teacher[images].to(dtype))
+            result: PairSum = ALGORITHMS[kind][algorithm](unit_student, unit_teacher, **options)
+            loss += result.value
+            if result.gradient is not None:
+                outward = _through_unit(unit_student, norm, result.gradient)
+                torch.mul(outward, scale, out=gradient[images])
+    return (loss * scale).to(dtype), gradient
+
+
+@_structural_loss.register_fake
+def _(student, teacher, kind, algorithm, tile, tau_student, tau_teacher, scale, with_gradient):
+    dtype = _compute_dtype(student, teacher)
+    shape = student.shape if with_gradient else (0,)
+    return student.new_empty((), dtype=dtype), student.new_empty(shape, dtype=dtype)
+
+
+def _remember(ctx, inputs, output) -> None:
+    student, *_ = inputs
+    _, gradient = output
+    ctx.set_materialize_grads(False)
+    ctx.student_dtype = student.dtype
+    ctx.save_for_backward(gradient)
+
+
+def _backward(ctx, loss_gradient, gradient_gradient):
+    if gradient_gradient is not None:
+        raise RuntimeError("structural losses are differentiable once, not twice")
+    (gradient,) = ctx.saved_tensors
+    outward = None if loss_gradient is None else (gradient * loss_gradient).to(ctx.student_dtype)
+    return outward, None, None, None, None, None, None, None, None
+
+
+_structural_loss.register_autograd(_backward, setup_context=_remember)
+
+
+def _compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns x / max(||x||, 1e-12) and ||x||, so that a zero vector stays zero."""
+    norm = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+    return tokens / norm.clamp_min(EPSILON), norm
+
+
+def _through_unit(unit: Tensor, norm: Tensor, gradient: Tensor) -> Tensor:
+    """Returns the gradient with respect to the tokens that `_unit` made `unit` from."""
+    along = (unit * gradient).sum(-1, keepdim=True)
+    # Below the clamp the denominator is a constant and nothing is projected out.
+    along.masked_fill_(norm < EPSILON, 0)
+    return torch.addcmul(gradient, unit, along, value=-1).div_(norm.clamp_min(EPSILON))
+
+
+def _chunks(student: Tensor, teacher: Tensor, algorithm: str, tile: int) -> Iterator[slice]:
+    """Yields groups of images small enough that temporaries do not grow with the batch."""
+    num_images, num_tokens, d_student = student.shape
+    d_teacher = teacher.shape[2]
+    pairs = {
+        "dense": num_tokens**2,
+        "tiled": min(tile, num_tokens) * num_tokens,
+        "feature": d_student**2 + d_teacher**2 + d_student * d_teacher,
+    }[algorithm]
+    budget = WORKING_SET_ELEMENTS.get(student.device.type, WORKING_SET_ELEMENTS["cuda"])
+    size = max(1, budget // (pairs + num_tokens * (d_student + d_teacher)))
+    for start in range(0, num_images, size):
+        yield slice(start, start + size)
+
+
+_PRECISION_LOCK = RLock()
+
+
+@contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """Returns a block without autocast whose float32 products are IEEE ones.
+
+    torch has no thread-local switch for TF32, so the process's is held while kernels are launched
+    and put back after; work of other threads can only become more precise by that.
+    """
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    with torch.autocast(device_type, enabled=False), _PRECISION_LOCK:
+        before = backend.matmul.fp32_precision
+        if before in ("none", "ieee"):
+            yield
+            return
+        backend.matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            backend.matmul.fp32_precision = before
