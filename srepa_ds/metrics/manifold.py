@@ -46,13 +46,14 @@ def precision_recall(
     reference_radii = neighbour_radii(reference, num_neighbours=num_neighbours, **options)
     in_reference = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     in_samples = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
-    for row in range(0, len(samples), block_size):
+    # Reference rows and sample columns, as in ADM: fp16 rounds the two norms in turn.
+    for row in range(0, len(reference), block_size):
         rows = slice(row, row + block_size)
-        for column in range(0, len(reference), block_size):
+        for column in range(0, len(samples), block_size):
             columns = slice(column, column + block_size)
-            distances = squared_distances(samples[rows], reference[columns], arithmetic=arithmetic)
-            in_reference[rows] |= (distances <= reference_radii[columns]).any(dim=1)
-            in_samples[columns] |= (distances <= sample_radii[rows, None]).any(dim=0)
+            distances = squared_distances(reference[rows], samples[columns], arithmetic=arithmetic)
+            in_reference[columns] |= (distances <= reference_radii[rows, None]).any(dim=0)
+            in_samples[rows] |= (distances <= sample_radii[columns]).any(dim=1)
     return PrecisionRecall(
         precision=in_reference.double().mean().item(), recall=in_samples.double().mean().item()
     )

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -37,7 +36,7 @@ class Scores:
         return json.dumps({k: v for k, v in asdict(self).items() if v is not None}, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str) -> "Scores":
         """Returns the scores of a JSON object; raises DataError if it is none of ours."""
         try:
             values = json.loads(text)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -23,12 +22,12 @@ class FeatureStatistics:
     scatter: Float[Tensor, "width width"]
 
     @classmethod
-    def empty(cls, width: int, *, device: torch.device | str = "cpu") -> Self:
+    def empty(cls, width: int, *, device: torch.device | str = "cpu") -> "FeatureStatistics":
         """Returns the statistics of no features."""
         mean = torch.zeros(width, dtype=torch.float64, device=device)
         return cls(0, mean, mean.new_zeros(width, width))
 
-    def updated(self, features: Float[Tensor, "batch width"]) -> Self:
+    def updated(self, features: Float[Tensor, "batch width"]) -> "FeatureStatistics":
         """Returns the statistics with a batch of features added, by Chan's update."""
         if len(features) == 0:
             return self
@@ -44,7 +43,7 @@ class FeatureStatistics:
             self, count=count, mean=mean, scatter=torch.addmm(self.scatter, rows.T, rows)
         )
 
-    def merged(self, other: Self) -> Self:
+    def merged(self, other: "FeatureStatistics") -> "FeatureStatistics":
         """Returns the statistics of both sets together."""
         if self.count == 0 or other.count == 0:
             return self if other.count == 0 else other
@@ -78,7 +77,7 @@ class FeatureStatistics:
         outer: Float[Tensor, "width width"],
         *,
         origin: Float[Tensor, "width"],
-    ) -> Self:
+    ) -> "FeatureStatistics":
         """Returns the statistics whose `tensors(origin)` (or the sum of several) these are."""
         number = round(count.item())
         if number == 0:
@@ -97,7 +96,7 @@ class FeatureStatistics:
         save_file(tensors, path)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> "FeatureStatistics":
         """Returns what `save` wrote; raises DataError if the file is missing or no statistics."""
         try:
             return cls._load_npz(path) if path.suffix == ".npz" else cls._load_safetensors(path)
@@ -109,13 +108,13 @@ class FeatureStatistics:
             ) from error
 
     @classmethod
-    def _load_npz(cls, path: Path) -> Self:
+    def _load_npz(cls, path: Path) -> "FeatureStatistics":
         with np.load(path, allow_pickle=False) as arrays:
             count = int(arrays["count"])
             mean = torch.from_numpy(arrays["mu"]).double()
             return cls(count, mean, torch.from_numpy(arrays["sigma"]).double() * (count - 1))
 
     @classmethod
-    def _load_safetensors(cls, path: Path) -> Self:
+    def _load_safetensors(cls, path: Path) -> "FeatureStatistics":
         tensors = load_file(path)
         return cls(int(tensors["count"]), tensors["mean"], tensors["scatter"])

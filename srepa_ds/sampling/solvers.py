@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -169,7 +169,7 @@ class SamplerConfig(Section):
         return Guidance(self.cfg_scale, self.guidance_low, self.guidance_high)
 
     @model_validator(mode="after")
-    def _interval_is_ordered(self) -> Self:
+    def _interval_is_ordered(self) -> "SamplerConfig":
         if self.guidance_low > self.guidance_high:
             raise ValueError(
                 f"guidance_low ({self.guidance_low}) lies above guidance_high "

@@ -1,0 +1,171 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from srepa_ds.errors import TopologyError
+from srepa_ds.interpolant import INTERPOLANTS
+from srepa_ds.latent_codec import IdentityCodec
+from srepa_ds.model.sit import SiT
+from srepa_ds.model.variants import SiTConfig
+from srepa_ds.sampling.generate import draw_labels, generate, plan_chunks
+from srepa_ds.sampling.solvers import SOLVERS, SamplerConfig
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CONFIG = SamplerConfig(num_steps=3, num_samples=11, batch_size=4, cfg_scale=1.5, seed=7)
+
+
+@pytest.fixture(scope="module")
+def model():
+    sit = SiT(
+        SiTConfig(
+            variant="SiT-S/2",
+            input_size=(6, 4),
+            in_channels=3,
+            num_classes=5,
+            depth=2,
+            hidden_size=32,
+            num_heads=2,
+        ),
+        torch.Generator().manual_seed(0),
+    )
+    # Zero gates would make every image its noise; labels have to count.
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in sit.parameters():
+            parameter.copy_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
+    return sit
+
+
+def images_of(model, config, *, world_size=1, chunks=None, path="linear"):
+    found = {}
+    for rank in range(world_size):
+        mine = plan_chunks(config, rank=rank, world_size=world_size) if chunks is None else chunks
+        for batch in generate(
+            model, IdentityCodec(), INTERPOLANTS[path], config, chunks=mine, device="cpu"
+        ):
+            assert batch.sample_ids.tolist() == list(range(batch.chunk.start, batch.chunk.stop))
+            for number, image, label in zip(
+                batch.sample_ids.tolist(), batch.images, batch.labels.tolist(), strict=True
+            ):
+                assert number not in found
+                found[number] = (image, label)
+    return found
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_any_number_of_ranks_draws_the_same_images(model, solver):
+    config = CONFIG.model_copy(update={"solver": solver})
+    alone = images_of(model, config)
+    assert sorted(alone) == list(range(11))
+    assert alone[0][0].shape == (6, 4, 3)
+    assert alone[0][0].dtype == torch.uint8
+    for world_size in (2, 3, 11):
+        shared = images_of(model, config, world_size=world_size)
+        assert sorted(shared) == sorted(alone)
+        for number, (image, label) in alone.items():
+            assert torch.equal(image, shared[number][0])
+            assert label == shared[number][1]
+
+
+def test_images_differ_from_each_other_and_between_seeds(model):
+    first = images_of(model, CONFIG)
+    other = images_of(model, CONFIG.model_copy(update={"seed": 8}))
+    assert not torch.equal(first[0][0], first[1][0])
+    assert not torch.equal(first[0][0], other[0][0])
+    # Not saturated: such images would agree whatever was drawn.
+    assert 20 < torch.stack([image for image, _ in first.values()]).float().std() < 120
+
+
+def test_a_single_chunk_can_be_drawn_again(model):
+    everything = images_of(model, CONFIG)
+    [_, second, _] = plan_chunks(CONFIG, rank=0, world_size=1)
+    again = images_of(model, CONFIG, chunks=[second])
+    assert sorted(again) == [4, 5, 6, 7]
+    assert all(torch.equal(image, everything[number][0]) for number, (image, _) in again.items())
+
+
+def test_batch_size_changes_images_by_rounding_only(model):
+    small = images_of(model, CONFIG)
+    large = images_of(model, CONFIG.model_copy(update={"batch_size": 11}))
+    for number, (image, label) in small.items():
+        assert label == large[number][1]
+        assert (image.int() - large[number][0].int()).abs().max() <= 1
+
+
+def test_guidance_and_path_reach_the_pixels(model):
+    guided = images_of(model, CONFIG)[0][0]
+    plain = images_of(model, CONFIG.model_copy(update={"cfg_scale": 1.0}))[0][0]
+    cosine = images_of(model, CONFIG, path="cosine")[0][0]
+    assert not torch.equal(guided, plain)
+    assert not torch.equal(guided, cosine)
+
+
+def test_bf16_is_near_fp32_and_not_equal():
+    sit = SiT(
+        SiTConfig(
+            variant="SiT-S/2",
+            input_size=8,
+            in_channels=4,
+            num_classes=10,
+            depth=4,
+            hidden_size=64,
+            num_heads=4,
+        )
+    )
+    saved = load_file(GOLDEN / "sit_qknorm0.safetensors")
+    sit.load_state_dict(
+        {k[6:]: v for k, v in saved.items() if k.startswith("param.") and "projectors." not in k}
+    )
+
+    class LatentsAsImages(IdentityCodec):
+        def decode(self, latents):
+            return super().decode(latents[:, :3] / 4)
+
+    def draw(precision):
+        config = SamplerConfig(
+            solver="euler", num_steps=4, num_samples=4, batch_size=4, precision=precision
+        )
+        chunks = plan_chunks(config, rank=0, world_size=1)
+        [batch] = generate(
+            sit, LatentsAsImages(), INTERPOLANTS["linear"], config, chunks=chunks, device="cpu"
+        )
+        return batch.images.int()
+
+    difference = (draw("fp32") - draw("bf16")).abs()
+    assert 0 < difference.max() < 16
+
+
+def test_chunks_cover_the_set_once_whatever_the_ranks():
+    config = SamplerConfig(num_samples=103, batch_size=10)
+    everything = plan_chunks(config, rank=0, world_size=1)
+    assert [(chunk.start, chunk.stop) for chunk in everything[:2]] == [(0, 10), (10, 20)]
+    assert everything[-1].stop == 103
+    for world_size in (2, 4, 103):
+        parts = [plan_chunks(config, rank=r, world_size=world_size) for r in range(world_size)]
+        together = sorted((c for part in parts for c in part), key=lambda chunk: chunk.index)
+        assert tuple(together) == everything
+
+
+def test_more_ranks_than_images_is_refused():
+    with pytest.raises(TopologyError, match=r"12 ranks cannot share 11 image"):
+        plan_chunks(CONFIG, rank=0, world_size=12)
+
+
+def test_balanced_labels_are_equal_in_number():
+    config = SamplerConfig(label_mode="balanced")
+    labels = draw_labels(config, torch.arange(500), num_classes=10)
+    assert labels.bincount().tolist() == [50] * 10
+
+
+def test_random_labels_depend_on_the_index_alone():
+    labels = draw_labels(SamplerConfig(), torch.arange(2000), num_classes=10)
+    assert torch.equal(
+        draw_labels(SamplerConfig(), torch.arange(700, 800), num_classes=10), labels[700:800]
+    )
+    counts = labels.bincount(minlength=10)
+    assert len(counts) == 10
+    # Five standard deviations of a binomial count.
+    assert (counts - 200).abs().max() < 5 * (2000 * 0.1 * 0.9) ** 0.5
+    assert counts.unique().numel() > 1
