@@ -86,6 +86,8 @@ def fill_from_file(
     try:
         converted = convert(dict(state), encoder) if convert else dict(state)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # A filter that trips over a foreign file says less than its keys do.
+        _check_fit(encoder, state, path)
         raise DataError(
             f"teacher weights {path}: not a state_dict of a {type(encoder).__name__}: {error}"
         ) from error

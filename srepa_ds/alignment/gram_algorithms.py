@@ -78,6 +78,10 @@ def mse_feature(
     which is not zero where only one of two tokens is. The terms cancel, so they are summed in
     float64.
     """
+    dtype = student.dtype
+    if student.shape[1] < max(student.shape[2], teacher.shape[2]):
+        # With few tokens the diagonal is most of each term, and float32 products lose the rest.
+        student, teacher = student.double(), teacher.double()
     student_gram = student.mT @ student
     teacher_student = teacher.mT @ student
     surplus = student.square().sum(-1, keepdim=True) - teacher.square().sum(-1, keepdim=True)
@@ -93,7 +97,7 @@ def mse_feature(
         return PairSum(value, None)
     gradient = (student * surplus).neg_()
     gradient.baddbmm_(student, student_gram).baddbmm_(teacher, teacher_student, alpha=-1)
-    return PairSum(value, gradient.mul_(4))
+    return PairSum(value, gradient.mul_(4).to(dtype))
 
 
 def kl_dense(

@@ -1,0 +1,5 @@
+"""`python -m srepa_ds` is `srepa-ds`."""
+
+from srepa_ds.cli import main
+
+main()

@@ -1,0 +1,290 @@
+"""A run's checkpoints: safetensors fragments and JSON, whole or absent, free of topology.
+
+`step-0000500/` holds one fragment file per rank, `state.json`, and `manifest.json` with the size
+and sha256 of both. It is written aside, flushed, and renamed, so a kill at any byte leaves the
+previous checkpoint as the newest valid one. Nothing in it is a pickle.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from srepa_ds import distributed
+from srepa_ds.errors import CheckpointError, OutputError
+from srepa_ds.schema import Section
+
+FORMAT = "srepa_ds.checkpoint"
+VERSION = 1
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+_LATEST = "latest"
+_PREFIX = "step-"
+_ASIDE = ".writing-"
+_CHUNK_BYTES = 1 << 22
+
+log = logging.getLogger("srepa_ds")
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept."""
+
+    every_steps: int = Field(default=5_000, ge=1)
+    """Optimizer steps between checkpoints; one is also written at the end and when interrupted."""
+
+    keep_last: int = Field(default=2, ge=1)
+    """How many of the newest are kept."""
+
+    keep_every_steps: int = Field(default=50_000, ge=0)
+    """Checkpoints at multiples of this are kept for good; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of one flattened tensor, as it is stored."""
+
+    kind: str
+    """What it is of the weight: master, exp_avg, exp_avg_sq or ema."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    values: Float[Tensor, "numel"]
+
+    @property
+    def key(self) -> str:
+        """The tensor's name in the fragment file."""
+        return f"{self.kind}/{self.name}@{self.start}"
+
+
+class CheckpointReader:
+    """Reads any run of any stored tensor, whatever ranks it was written by."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.state: dict[str, Any] = json.loads((folder / _STATE).read_text())
+        self._shapes: dict[str, list[int]] = self.state["shapes"]
+        self._files = {}
+        self._pieces: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
+        for path in sorted(folder.glob("fragments-*.safetensors")):
+            file = self._files[path.name] = safe_open(path, framework="pt")
+            for key in file.keys():  # noqa: SIM118
+                kind, _, rest = key.partition("/")
+                name, _, start = rest.rpartition("@")
+                self._pieces.setdefault((kind, name), []).append((int(start), path.name, key))
+
+    def names(self, kind: str) -> list[str]:
+        """Returns the weights stored under `kind`, in the model's order."""
+        return [name for name in self._shapes if (kind, name) in self._pieces]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of the whole weight `name`."""
+        return tuple(self._shapes[name])
+
+    def run(self, kind: str, name: str, *, start: int, numel: int) -> Float[Tensor, "numel"]:
+        """Returns elements start .. start + numel of the flattened tensor.
+
+        Raises CheckpointError unless the stored pieces cover every one of them.
+        """
+        result = torch.empty(numel, dtype=torch.float32)
+        covered = 0
+        for piece_start, file, key in self._pieces.get((kind, name), []):
+            piece = self._files[file].get_slice(key)
+            (length,) = piece.get_shape()
+            first = max(start, piece_start)
+            last = min(start + numel, piece_start + length)
+            if first < last:
+                result[first - start : last - start] = piece[
+                    first - piece_start : last - piece_start
+                ]
+                covered += last - first
+        if covered != numel:
+            raise CheckpointError(
+                f"{self.folder}: {kind} of '{name}' covers {covered} of the {numel} elements "
+                f"needed; the checkpoint is incomplete, resume from an earlier one"
+            )
+        return result
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """Returns the whole tensor in its own shape."""
+        shape = self.shape(name)
+        return self.run(kind, name, start=0, numel=torch.Size(shape).numel()).reshape(shape)
+
+    def fingerprint(self) -> str:
+        """Returns a short hash that identifies the checkpoint: of its manifest."""
+        return hashlib.sha256((self.folder / _MANIFEST).read_bytes()).hexdigest()[:16]
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Returns where the checkpoint of `step` lies."""
+    return root / f"{_PREFIX}{step:07d}"
+
+
+def save(
+    root: Path, *, step: int, pieces: Iterable[Piece], state: dict[str, Any], rank: int
+) -> Path:
+    """Writes one checkpoint and returns its folder. Collective: every rank gives its own pieces.
+
+    `state` is JSON, the same on all ranks. Raises OutputError on every rank if any cannot write;
+    then nothing of it is left.
+    """
+    final, aside = step_folder(root, step), root / f"{_ASIDE}{_PREFIX}{step:07d}"
+    try:
+        distributed.together(lambda: _make_aside(root, aside) if rank == 0 else None)
+        pieces = list(pieces)
+        name = f"fragments-{rank:05d}.safetensors"
+        entry = distributed.together(lambda: _write_fragments(aside / name, pieces))
+        shapes: dict[str, list[int]] = {}
+        for part in distributed.gather({piece.name: list(piece.shape) for piece in pieces}):
+            shapes |= {key: value for key, value in part.items() if key not in shapes}
+        entries = dict(distributed.gather((name, entry)))
+        document = {**state, "format": FORMAT, "version": VERSION, "step": step, "shapes": shapes}
+        distributed.together(
+            lambda: _finish(root, aside, final, document, entries) if rank == 0 else None
+        )
+    except OutputError:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return final
+
+
+@contextlib.contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(
+            f"cannot write the checkpoint under {place}: {reason}; earlier checkpoints are whole, "
+            "make room or permission and run the same command again"
+        ) from error
+
+
+def _make_aside(root: Path, aside: Path) -> None:
+    with _writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+
+
+def _write_fragments(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
+    with _writing(path.parent):
+        tensors = {piece.key: piece.values.detach().cpu().contiguous() for piece in pieces}
+        # A view would drag its whole storage along.
+        tensors = {key: value.clone() for key, value in tensors.items()}
+        save_file(tensors, path, metadata={"format": FORMAT, "version": str(VERSION)})
+        _flush(path)
+        return _entry(path)
+
+
+def _finish(
+    root: Path, aside: Path, final: Path, document: dict[str, Any], entries: dict[str, Any]
+) -> None:
+    with _writing(root):
+        (aside / _STATE).write_text(json.dumps(document, indent=1))
+        _flush(aside / _STATE)
+        files = {**entries, _STATE: _entry(aside / _STATE)}
+        manifest = {"format": FORMAT, "version": VERSION, "files": files}
+        (aside / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _flush(aside / _MANIFEST)
+        _flush(aside)
+        if final.exists():
+            shutil.rmtree(final)
+        aside.rename(final)
+        pointer = root / f".{_LATEST}"
+        pointer.write_text(final.name + "\n")
+        _flush(pointer)
+        pointer.replace(root / _LATEST)
+        _flush(root)
+
+
+def _flush(path: Path) -> None:
+    """Makes what was written to `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def fault_of(folder: Path) -> str | None:
+    """Returns why the checkpoint in `folder` is not valid, or None if it is."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+            return f"of format {manifest['format']} {manifest['version']}, not {FORMAT} {VERSION}"
+        for name, expected in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+            if _entry(path) != expected:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its manifest cannot be read ({type(error).__name__})"
+    return None
+
+
+def steps_in(root: Path) -> list[Path]:
+    """Returns the checkpoint folders under `root`, oldest first, valid or not."""
+    folders = [
+        path
+        for path in root.glob(f"{_PREFIX}*")
+        if path.is_dir() and path.name.removeprefix(_PREFIX).isdigit()
+    ]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+
+
+def newest_valid(root: Path) -> Path | None:
+    """Returns the newest valid checkpoint under `root`, or None when there is none at all.
+
+    Says which it passed over and why. Raises CheckpointError when there are checkpoints but none
+    is valid: training anew would throw the run away without a word.
+    """
+    faults = []
+    for folder in reversed(steps_in(root)):
+        fault = fault_of(folder)
+        if fault is None:
+            return folder
+        log.warning("passing over checkpoint %s: %s", folder, fault)
+        faults.append(f"{folder.name}: {fault}")
+    if faults:
+        raise CheckpointError(
+            f"{root} holds no valid checkpoint ({'; '.join(faults)}); restore one, or move the "
+            "folder away to start anew"
+        )
+    return None
+
+
+def prune(root: Path, config: CheckpointConfig) -> None:
+    """Deletes the checkpoints the retention rule does not keep, and what interrupted saves left."""
+    for leftover in root.glob(f"{_ASIDE}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folders = steps_in(root)
+    for folder in folders[: -config.keep_last]:
+        step = int(folder.name.removeprefix(_PREFIX))
+        if not (config.keep_every_steps and step % config.keep_every_steps == 0):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,213 @@
+"""The command line: `srepa-ds COMMAND CONFIG [section.field=value ...]`."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from srepa_ds import __version__
+from srepa_ds.errors import SRepaError
+from srepa_ds.launcher import free_port, launched, run_ranks
+
+if TYPE_CHECKING:
+    from srepa_ds.schema import Section
+
+    S = TypeVar("S", bound=Section)
+
+INTERRUPTED = 75
+"""Exit code of a training run that a signal ended after it saved (EX_TEMPFAIL: run it again)."""
+
+app = typer.Typer(
+    help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Settings that replace the file's."),
+]
+RankCount = Annotated[
+    int,
+    typer.Option("--ranks", help="Processes on this machine; leave out under torchrun or Slurm."),
+]
+
+
+@app.command()
+def config(path: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the resolved configuration with the documentation of every field."""
+    from srepa_ds.schema import to_yaml
+
+    typer.echo(to_yaml(_any_config(path, overrides), documented=True), nl=False)
+
+
+@app.command()
+def prepare(path: ConfigPath, overrides: Overrides = None) -> None:
+    """Make shards of a source of images: a train part and a held-out part."""
+    from srepa_ds.prepare import PrepareConfig
+    from srepa_ds.prepare import prepare as run
+
+    _log()
+    run(_section(PrepareConfig, path, overrides))
+
+
+@app.command()
+def teacher(path: ConfigPath, overrides: Overrides = None) -> None:
+    """Train a small ViT classifier on shards, to be a teacher where no pretrained one fits."""
+    from srepa_ds.demo.teacher import TeacherTrainingConfig, train_teacher
+
+    _log()
+    train_teacher(_section(TeacherTrainingConfig, path, overrides))
+
+
+@app.command()
+def train(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    ranks: RankCount = 1,
+    allow_config_change: Annotated[
+        bool, typer.Option("--allow-config-change", help="Resume although settings changed.")
+    ] = False,
+) -> None:
+    """Train a SiT; the same command resumes. Ctrl-C saves first."""
+
+    def run() -> int:
+        from srepa_ds.config import load_config
+        from srepa_ds.train import train as run_training
+
+        finished = run_training(
+            load_config(path, overrides or ()), allow_config_change=allow_config_change
+        )
+        return 0 if finished else INTERRUPTED
+
+    _on_ranks(run, ranks)
+
+
+@app.command()
+def export(path: ConfigPath, overrides: Overrides = None) -> None:
+    """Write the EMA weights of a checkpoint as model.safetensors and config.json."""
+    from srepa_ds.config import load_config
+    from srepa_ds.export import export as run
+
+    _log()
+    run(load_config(path, overrides or ()))
+
+
+@app.command()
+def sample(path: ConfigPath, overrides: Overrides = None, ranks: RankCount = 1) -> None:
+    """Draw images from an exported model into an ADM .npz and a contact sheet."""
+
+    def run() -> int:
+        from srepa_ds.config import load_config
+        from srepa_ds.sample import sample as run_sampling
+
+        run_sampling(load_config(path, overrides or ()))
+        return 0
+
+    _on_ranks(run, ranks)
+
+
+@app.command()
+def evaluate(path: ConfigPath, overrides: Overrides = None) -> None:
+    """Score a sample set: Frechet distance, precision, recall, class accuracy."""
+    from srepa_ds.config import load_config
+    from srepa_ds.evaluate import evaluate as run
+
+    _log()
+    run(load_config(path, overrides or ()))
+
+
+@app.command()
+def report(path: ConfigPath, overrides: Overrides = None) -> None:
+    """Write one self-contained report.html of a run: curves, images, similarity maps, scores."""
+    from srepa_ds.config import load_config
+    from srepa_ds.report import report as run
+
+    _log()
+    run(load_config(path, overrides or ()))
+
+
+@app.command()
+def demo(
+    mode: Annotated[str, typer.Option(help="sit, repa, srepa-mse or srepa-kl.")] = "srepa-mse",
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    ranks: Annotated[int, typer.Option(help="Processes to train and sample with.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
+) -> None:
+    """Do all of it on handwritten digits: prepare, teach, train, sample, score, report."""
+    from srepa_ds.demo.road import run_demo
+
+    raise typer.Exit(run_demo(mode=mode, steps=steps, ranks=ranks, seed=seed))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def main() -> None:
+    """Runs the command line; a user's fault becomes one message and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except SRepaError as error:
+        _complain(error)
+    except typer.TyperException as error:
+        error.show()
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        typer.echo("interrupted; the same command goes on from what is finished", err=True)
+        sys.exit(130)
+    sys.exit(code)
+
+
+def _complain(error: SRepaError) -> None:
+    """Says once what is wrong and ends this rank; with SREPA_DEBUG set, shows where it arose."""
+    from srepa_ds import distributed
+
+    if os.environ.get("SREPA_DEBUG"):
+        traceback.print_exception(error)
+    if distributed.rank() == 0 or not (error.on_all_ranks or not distributed.joined()):
+        typer.echo(f"error: {error}", err=True)
+    distributed.leave(2)
+
+
+def _on_ranks(action: Callable[[], int], ranks: int) -> None:
+    """Runs `action` on this rank, or starts `ranks` processes that do."""
+    if ranks != 1 and not launched():
+        raise typer.Exit(run_ranks(sys.argv[1:], ranks, port=free_port()))
+    _log()
+    code = action()
+    from srepa_ds import distributed
+
+    distributed.leave(code)
+
+
+def _log() -> None:
+    from srepa_ds.telemetry import set_up_logging
+
+    set_up_logging(is_main=os.environ.get("RANK", "0") == "0")
+
+
+def _section(schema: "type[S]", path: Path, overrides: list[str] | None) -> "S":
+    from srepa_ds.schema import apply_overrides, load_tree, validated
+
+    return validated(schema, apply_overrides(load_tree(path), overrides or ()), source=str(path))
+
+
+def _any_config(path: Path, overrides: list[str] | None) -> "Section":
+    """Returns the configuration of whatever kind the file's `kind` says."""
+    from srepa_ds.config import load_config
+    from srepa_ds.demo.teacher import TeacherTrainingConfig
+    from srepa_ds.prepare import PrepareConfig
+    from srepa_ds.schema import load_tree
+
+    kind = load_tree(path).get("kind", "experiment")
+    if kind == "prepare":
+        return _section(PrepareConfig, path, overrides)
+    if kind == "teacher":
+        return _section(TeacherTrainingConfig, path, overrides)
+    return load_config(path, overrides or ())

@@ -1,0 +1,300 @@
+"""The whole experiment in one tree: the sections of every module and what must hold across them."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+import srepa_ds
+from srepa_ds.alignment.losses import AlignmentConfig
+from srepa_ds.alignment.teachers import TeacherConfig
+from srepa_ds.checkpoint import CheckpointConfig
+from srepa_ds.data.loader import DataConfig
+from srepa_ds.ema import EmaConfig
+from srepa_ds.errors import ConfigError, Fault
+from srepa_ds.latent_codec import CodecConfig
+from srepa_ds.model.variants import SiTConfig
+from srepa_ds.objective import ObjectiveConfig
+from srepa_ds.optim import OptimizerConfig
+from srepa_ds.sampling.solvers import SamplerConfig
+from srepa_ds.schema import (
+    CrossCheck,
+    Section,
+    Tree,
+    apply_overrides,
+    load_tree,
+    to_tree,
+    validated,
+)
+
+
+class RunConfig(Section):
+    """The run's identity."""
+
+    folder: Path
+    """Where everything the run makes is kept; the same folder resumes."""
+
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Seed of weights, data order, times, noise and label dropout."""
+
+
+class TrainConfig(Section):
+    """How long and in what portions to train."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps in all."""
+
+    batch_size: int = Field(default=256, ge=1)
+    """Samples per optimizer step, over all ranks and accumulation steps."""
+
+    accumulation_steps: int = Field(default=1, ge=1)
+    """Micro steps per optimizer step on each rank."""
+
+    log_every_steps: int = Field(default=50, ge=1)
+    """Optimizer steps between lines of the record."""
+
+
+class EngineConfig(Section):
+    """How DeepSpeed arranges memory and arithmetic."""
+
+    deepspeed: Path = Path("ds_configs/zero2.json")
+    """DeepSpeed JSON: ZeRO stage, offload, buckets. Batch, optimizer and precision belong here."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """`bf16`: weights and activations in bf16 with fp32 masters, moments and EMA."""
+
+
+class ExportConfig(Section):
+    """What `srepa-ds export` writes."""
+
+    weights: Literal["ema", "master"] = "ema"
+    """The average of the weights, or the weights of the last step."""
+
+    step: int | None = Field(default=None, ge=1)
+    """The checkpoint's step; without it the newest valid one."""
+
+    folder: Path | None = None
+    """Where `model.safetensors` and `config.json` go; without it `<run.folder>/export`."""
+
+
+class SampleConfig(SamplerConfig):
+    """What `srepa-ds sample` draws."""
+
+    weights: Path | None = None
+    """Folder of an exported model; without it `<run.folder>/export`."""
+
+    folder: Path | None = None
+    """Where the images go; without it `<run.folder>/samples`."""
+
+
+class EvaluateConfig(Section):
+    """What `srepa-ds evaluate` compares."""
+
+    samples: Path | None = None
+    """Folder of a finished sample set; without it `<run.folder>/samples`."""
+
+    reference: Path
+    """Shards of the real images, best a part that was not trained on."""
+
+    extractor: TeacherConfig
+    """The encoder whose feature space is compared in."""
+
+    neighbours: int = Field(default=3, ge=1)
+    """Neighbour whose distance is the radius of a ball, for precision and recall."""
+
+    batch_size: int = Field(default=256, ge=1)
+    """Images per pass through the extractor."""
+
+
+class Config(Section):
+    """One experiment, from data to scores."""
+
+    kind: Literal["experiment"] = "experiment"
+    """What this file configures."""
+
+    run: RunConfig
+    """The run's identity."""
+
+    data: DataConfig
+    """Where training images come from."""
+
+    codec: CodecConfig = CodecConfig()
+    """The space the diffusion model works in."""
+
+    model: SiTConfig
+    """The diffusion transformer."""
+
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """The flow-matching part of the loss."""
+
+    alignments: tuple[AlignmentConfig, ...] = ()
+    """One entry per teacher: which, at which depth, and with which losses. Empty: plain SiT."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its learning rate schedule."""
+
+    ema: EmaConfig = EmaConfig()
+    """How the exponential moving average of the weights is kept."""
+
+    train: TrainConfig
+    """How long and in what portions to train."""
+
+    engine: EngineConfig = EngineConfig()
+    """How DeepSpeed arranges memory and arithmetic."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written and which are kept."""
+
+    export: ExportConfig = ExportConfig()
+    """What `srepa-ds export` writes."""
+
+    sample: SampleConfig = SampleConfig()
+    """What `srepa-ds sample` draws."""
+
+    evaluate: EvaluateConfig | None = None
+    """What `srepa-ds evaluate` compares."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints lie."""
+        return self.run.folder / "checkpoints"
+
+    @property
+    def export_folder(self) -> Path:
+        """Where the exported model lies."""
+        return self.export.folder or self.run.folder / "export"
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where `sample` finds the model."""
+        return self.sample.weights or self.export_folder
+
+    @property
+    def samples_folder(self) -> Path:
+        """Where `sample` writes."""
+        return self.sample.folder or self.run.folder / "samples"
+
+
+def _depth_within_model(
+    model: SiTConfig, alignments: tuple[AlignmentConfig, ...]
+) -> Iterator[Fault]:
+    for number, alignment in enumerate(alignments):
+        if alignment.depth > model.shape.depth:
+            yield Fault(
+                f"alignments.{number}.depth",
+                f"{alignment.depth} lies beyond the model's {model.shape.depth} blocks",
+            )
+
+
+def _batch_divides(train: TrainConfig) -> Iterator[Fault]:
+    if train.batch_size % train.accumulation_steps:
+        yield Fault(
+            "train.batch_size",
+            f"{train.batch_size} is no multiple of accumulation_steps {train.accumulation_steps}",
+        )
+
+
+def _deepspeed_json_is_sound(engine: EngineConfig) -> Iterator[Fault]:
+    try:
+        load_deepspeed_json(engine.deepspeed)
+    except ConfigError as error:
+        for fault in error.faults:
+            yield Fault("engine.deepspeed", f"{error.source}: {fault.path} {fault.message}".strip())
+
+
+CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {
+    ("model", "alignments"): (_depth_within_model,),
+    ("train",): (_batch_divides,),
+    ("engine",): (_deepspeed_json_is_sound,),
+}
+
+OWNED_BY_YAML = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size",
+    "gradient_accumulation_steps": "train.accumulation_steps",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "torch_autocast": "engine.precision",
+}
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Returns the experiment of a YAML file with overrides; raises ConfigError with all faults."""
+    return config_from(apply_overrides(load_tree(path), overrides), source=str(path))
+
+
+def config_from(tree: Tree, *, source: str) -> Config:
+    """Returns the experiment of a tree; raises ConfigError with all faults."""
+    return validated(Config, tree, source=source, cross_checks=CROSS_CHECKS)
+
+
+def load_deepspeed_json(path: Path) -> dict[str, Any]:
+    """Returns DeepSpeed's own configuration.
+
+    Raises ConfigError if the file is missing, no JSON object, or sets what the YAML owns.
+    """
+    try:
+        document = json.loads(shipped(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(str(path), [Fault("", error.strerror or "cannot be read")]) from error
+    except ValueError as error:
+        raise ConfigError(str(path), [Fault("", f"is not JSON: {error}")]) from error
+    if not isinstance(document, dict):
+        raise ConfigError(str(path), [Fault("", "must be a JSON object")])
+    owned = [
+        Fault(key, f"belongs to the YAML ({OWNED_BY_YAML[key]}); remove it here")
+        for key in document
+        if key in OWNED_BY_YAML
+    ]
+    if owned:
+        raise ConfigError(str(path), owned)
+    return document
+
+
+def shipped(path: Path) -> Path:
+    """Returns `path` if it exists, else the file of that name that was installed with the package."""
+    roots = (Path(srepa_ds.__file__).parents[1], Path(sys.prefix) / "share" / "srepa_ds")
+    candidates = [root / path for root in roots if not path.is_absolute()]
+    return next((place for place in (path, *candidates) if place.exists()), path)
+
+
+# Changing these in the middle of a run changes neither the model nor what it has learnt so far.
+_SAFE_TO_CHANGE = (
+    "run.folder",
+    "data.num_workers",
+    "data.prefetch_batches",
+    "train.steps",
+    "train.log_every_steps",
+    "train.accumulation_steps",
+    "engine",
+    "checkpoint",
+    "export",
+    "sample",
+    "evaluate",
+)
+
+
+def unsafe_changes(stored: Tree, config: Config) -> list[str]:
+    """Returns one line per changed setting that would make a resumed run another experiment."""
+    old, new = dict(_leaves(stored)), dict(_leaves(to_tree(config)))
+    return [
+        f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key)
+        and not any(key == safe or key.startswith(safe + ".") for safe in _SAFE_TO_CHANGE)
+    ]
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict | list) and node:
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, value in items:
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node

@@ -1,0 +1,160 @@
+"""The process group: who this rank is, and decisions that all ranks take together."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from srepa_ds.errors import SRepaError, TopologyError
+from srepa_ds.launcher import free_port, launched
+
+T = TypeVar("T")
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all: global rank, their number, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes what concerns all."""
+        return self.rank == 0
+
+
+def initialize(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
+    """Returns this process's `Ranks`, joining the process group (NCCL on GPUs, gloo elsewhere).
+
+    Without a launcher the process is a group of one. Raises TopologyError when the launcher's
+    variables are incomplete or the node has fewer GPUs than local ranks.
+    """
+    if not launched():
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    missing = [name for name in _VARIABLES if name not in os.environ]
+    if missing:
+        raise TopologyError(f"the launcher did not set {', '.join(missing)}; start with torchrun")
+    # DeepSpeed reads LOCAL_RANK on its own.
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    device = _device(local_rank)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise TopologyError(
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
+            "start as many ranks per node as it has GPUs"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def joined() -> bool:
+    """Returns whether this process is in a process group."""
+    return dist.is_initialized()
+
+
+def rank() -> int:
+    """Returns this process's global rank, from the launcher before the group is joined."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Returns the number of ranks, 1 outside a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Waits until every rank has come this far."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast(value: T, *, source: int = 0) -> T:
+    """Returns rank `source`'s value on every rank; it must be picklable."""
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """Returns every rank's value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Returns the sum of `tensor` over ranks, as a new tensor on every rank."""
+    total = tensor.clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def averaged(tensor: Tensor) -> Tensor:
+    """Returns the mean of `tensor` over ranks, as a new tensor on every rank."""
+    return summed(tensor) / world_size()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Returns whether `flag` is true on at least one rank."""
+    if world_size() == 1:
+        return flag
+    tensor = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(tensor.item())
+
+
+def together(action: Callable[[], T]) -> T:
+    """Returns `action()`, or raises on *every* rank the user error that any rank met.
+
+    So no rank waits in a collective for one that has already left. The first rank's error speaks.
+    """
+    result: T | None = None
+    error: SRepaError | None = None
+    try:
+        result = action()
+    except SRepaError as caught:
+        error = caught
+    messages = [message for message in gather(error and str(error)) if message]
+    if messages:
+        # The type tells callers what to clean up, so a rank's own error keeps it.
+        shared = error if error is not None else SRepaError(messages[0])
+        shared.on_all_ranks = True
+        raise shared
+    return result  # type: ignore[return-value]
+
+
+def leave(code: int) -> None:
+    """Ends this process with `code` at once, after its output is flushed.
+
+    Interpreter shutdown with live communication threads now and then aborts a rank whose work is
+    done, and a launcher would report that as a failed run.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

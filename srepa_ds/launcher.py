@@ -1,0 +1,109 @@
+"""Ranks on this machine: start them, pass signals on, and end together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+from srepa_ds.errors import TopologyError
+
+_LEAVE_SECONDS = 3.0
+_KILL_SECONDS = 60.0
+_POLL_SECONDS = 0.1
+
+
+def launched() -> bool:
+    """Returns whether a launcher (torchrun, deepspeed, Slurm script or ours) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def free_port() -> int:
+    """Returns a TCP port that was free on the loopback interface a moment ago."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(arguments: Sequence[str], num_ranks: int, *, port: int) -> int:
+    """Returns the exit code of `srepa-ds ARGUMENTS` run as `num_ranks` local processes.
+
+    SIGINT and SIGTERM reach every rank once, so that they can save; a rank that fails ends the
+    others. The code is that of the first rank that failed, else 0. Raises TopologyError for fewer
+    than one rank.
+    """
+    if num_ranks < 1:
+        raise TopologyError(f"--ranks must be at least 1, got {num_ranks}")
+    command = [sys.executable, "-m", "srepa_ds", *arguments]
+    ranks = [
+        # A session of its own: a terminal's Ctrl-C reaches only this process, which passes it on.
+        subprocess.Popen(command, env=_environment(r, num_ranks, port), start_new_session=True)
+        for r in range(num_ranks)
+    ]
+    previous = {
+        number: signal.signal(number, _forwarding(ranks))
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread()
+    }
+    try:
+        return _wait(ranks)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+
+
+def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
+    return {
+        "OMP_NUM_THREADS": threads,
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _forwarding(
+    ranks: Sequence[subprocess.Popen[bytes]],
+) -> Callable[[int, FrameType | None], None]:
+    def forward(number: int, _frame: FrameType | None) -> None:
+        for process in ranks:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    return forward
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Waits for all ranks and returns the code of the first that failed, else 0.
+
+    After a failure the others may still say why and leave by themselves; then they are asked to,
+    and in the end made to.
+    """
+    first_failure, failed_at, asked = 0, 0.0, False
+    while any(process.poll() is None for process in ranks):
+        time.sleep(_POLL_SECONDS)
+        failed = [process.poll() for process in ranks if process.poll()]
+        if failed and not first_failure:
+            first_failure, failed_at = failed[0] or 0, time.monotonic()
+        waited = time.monotonic() - failed_at if first_failure else 0.0
+        alive = [process for process in ranks if process.poll() is None]
+        if waited > _KILL_SECONDS:
+            for process in alive:
+                process.kill()
+        elif waited > _LEAVE_SECONDS and not asked:
+            asked = True
+            for process in alive:
+                process.terminate()
+    failure = first_failure or next((code for p in ranks if (code := p.wait())), 0)
+    return 128 - failure if failure < 0 else failure

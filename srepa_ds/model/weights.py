@@ -1,0 +1,107 @@
+"""An exported model on disk: `model.safetensors` and `config.json` in one folder."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from srepa_ds.errors import CheckpointError, ConfigError, OutputError
+from srepa_ds.model.sit import SiT
+from srepa_ds.model.variants import SiTConfig
+from srepa_ds.schema import validated
+
+FORMAT = "srepa_ds.model"
+VERSION = 1
+WEIGHTS = "model.safetensors"
+DOCUMENT = "config.json"
+# Weights that training has and sampling has no use for.
+_TRAINING_ONLY = ("projectors.",)
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A model read back, with the document that says what it is and where it came from."""
+
+    model: SiT
+    config: Mapping[str, Any]
+    """The experiment's configuration, as a tree."""
+
+    provenance: Mapping[str, Any]
+    """Checkpoint, step and kind of weights."""
+
+    sha256: str
+    """Of the weights' file."""
+
+
+def write_model(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    config: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Writes an exported model as a whole; an earlier one in `folder` is replaced.
+
+    Raises OutputError if `folder` holds something else or cannot be written to; then nothing is
+    left of the attempt.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / DOCUMENT).is_file():
+        raise OutputError(f"{folder} holds something that is no exported model; choose another")
+    aside = folder.with_name(f".{folder.name}.writing")
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "provenance": provenance,
+        "config": config,
+    }
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        metadata = {"format": "pt", **{key: str(value) for key, value in provenance.items()}}
+        save_file({name: t.contiguous() for name, t in tensors.items()}, aside / WEIGHTS, metadata)
+        (aside / DOCUMENT).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(aside, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OutputError(f"cannot write the model to {folder}: {reason}") from error
+
+
+def read_model(folder: Path) -> ExportedModel:
+    """Returns the exported model of `folder`, on the CPU, in evaluation mode.
+
+    Raises CheckpointError naming what is missing or does not fit.
+    """
+    try:
+        document = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
+        sha256 = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} holds no exported model ({error}); make one with `srepa-ds export CONFIG`"
+        ) from error
+    if document.get("format") != FORMAT or document.get("version") != VERSION:
+        raise CheckpointError(f"{folder / DOCUMENT} is not of format {FORMAT} {VERSION}")
+    try:
+        config = validated(SiTConfig, document["config"]["model"], source=str(folder / DOCUMENT))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    model = SiT(config, None)
+    wanted = {k: v for k, v in tensors.items() if not k.startswith(_TRAINING_ONLY)}
+    try:
+        model.load_state_dict(wanted)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} does not fit its config: {error}") from error
+    return ExportedModel(
+        model.eval().requires_grad_(False), document["config"], document["provenance"], sha256
+    )

@@ -1,0 +1,84 @@
+"""`srepa-ds sample`: images from an exported model, on any number of ranks, resumable."""
+
+import logging
+from pathlib import Path
+
+from srepa_ds import distributed
+from srepa_ds.config import Config, SampleConfig, config_from
+from srepa_ds.distributed import Ranks
+from srepa_ds.interpolant import INTERPOLANTS
+from srepa_ds.latent_codec import build_codec
+from srepa_ds.model.weights import ExportedModel, read_model
+from srepa_ds.sampling.generate import generate, plan_chunks
+from srepa_ds.sampling.provenance import Provenance, describe
+from srepa_ds.sampling.solvers import SamplerConfig, count_evaluations
+from srepa_ds.sampling.writer import ChunkWriter
+from srepa_ds.telemetry import environment, steps_shown
+
+log = logging.getLogger("srepa_ds")
+
+
+def sample(config: Config) -> Path:
+    """Returns the folder with `samples.npz`, `contact_sheet.png` and `provenance.json`.
+
+    Runs on every rank. Chunks drawn by an interrupted run are kept, and a finished set with the
+    same provenance is left alone. Raises SRepaError on all ranks alike.
+    """
+    ranks = distributed.initialize()
+    exported = distributed.together(lambda: read_model(config.weights_folder))
+    mine = distributed.together(lambda: _plan(config.sample, ranks))
+    provenance = _provenance(config.sample, exported)
+    writer = distributed.together(lambda: ChunkWriter(config.samples_folder, provenance))
+    if distributed.together(writer.is_complete):
+        log.info("%s is complete already", writer.folder)
+        return writer.folder
+    missing = writer.missing(mine)
+    _say_what_is_ahead(config.sample, len(mine), len(missing))
+    experiment = config_from(dict(exported.config), source=str(config.weights_folder))
+    batches = generate(
+        exported.model.to(ranks.device),
+        build_codec(experiment.codec),
+        INTERPOLANTS[experiment.objective.interpolant.path],
+        config.sample,
+        chunks=missing,
+        device=ranks.device,
+    )
+    for batch in steps_shown(batches, total=len(missing), what="chunk", is_main=ranks.is_main):
+        writer.write(batch)
+    distributed.barrier()
+    everything = plan_chunks(config.sample, rank=0, world_size=1)
+    distributed.together(lambda: writer.assemble(everything) if ranks.is_main else None)
+    log.info("%d images in %s", config.sample.num_samples, writer.folder)
+    return writer.folder
+
+
+def _plan(config: SamplerConfig, ranks: Ranks):  # noqa: ANN202
+    return plan_chunks(config, rank=ranks.rank, world_size=ranks.world_size)
+
+
+def _provenance(config: SampleConfig, exported: ExportedModel) -> Provenance:
+    """Returns what decides the pixels; paths and the number of ranks do not."""
+    sampler = SamplerConfig(**{name: getattr(config, name) for name in SamplerConfig.model_fields})
+    versions = environment()
+    tree = exported.config
+    return describe(
+        sampler,
+        checkpoint_sha256=exported.sha256,
+        ema=str(exported.provenance["weights"]),
+        path=tree["objective"]["interpolant"]["path"],
+        codec=tree["codec"]["kind"],
+        versions={name: versions[name] for name in ("srepa_ds", "torch")},
+    )
+
+
+def _say_what_is_ahead(config: SamplerConfig, num_chunks: int, num_missing: int) -> None:
+    evaluations = count_evaluations(config)
+    log.info(
+        "drawing %d images by %s, %d steps: %d model calls each, %d of them guided%s",
+        config.num_samples,
+        config.solver,
+        config.num_steps,
+        evaluations.total,
+        evaluations.guided,
+        "" if num_missing == num_chunks else f"; {num_chunks - num_missing} chunks are there",
+    )

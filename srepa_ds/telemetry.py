@@ -1,0 +1,169 @@
+"""A run's record: metrics.jsonl, TensorBoard as a view of it, and a line of progress.
+
+Losses stay on the device between log points; one transfer per window reads them all.
+"""
+
+import importlib.metadata
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from srepa_ds import __version__, distributed
+
+log = logging.getLogger("srepa_ds")
+T = TypeVar("T")
+_PACKAGES = ("torch", "deepspeed", "timm", "numpy", "safetensors", "torchdata")
+
+
+def set_up_logging(*, is_main: bool) -> None:
+    """Sends the package's messages of the main rank to the terminal, of others only warnings."""
+    if sys.stderr.isatty():
+        handler: logging.Handler = RichHandler(
+            console=Console(stderr=True), show_path=False, rich_tracebacks=False
+        )
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO if is_main else logging.WARNING)
+
+
+def environment() -> dict[str, Any]:
+    """Returns the versions and the machine a result came from."""
+    return {
+        "srepa_ds": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "world_size": distributed.world_size(),
+        "command": sys.argv,
+    }
+
+
+class Window:
+    """Means of device scalars over the steps since the last log point, without a host sync."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._names: tuple[str, ...] = ()
+        self._count = 0
+        self._began = time.perf_counter()
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Adds one step's scalars; every step gives the same names."""
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        self._sums = stacked if self._sums is None else self._sums + stacked
+        self._names = tuple(values)
+        self._count += 1
+
+    def close(self) -> dict[str, float]:
+        """Returns the means over the window and all ranks, and `step_seconds`; begins a new window.
+
+        Collective, and the one host sync of the window.
+        """
+        assert self._sums is not None
+        means = distributed.averaged(self._sums / self._count).tolist()
+        seconds = (time.perf_counter() - self._began) / self._count
+        names = self._names
+        self._sums, self._count, self._began = None, 0, time.perf_counter()
+        return {**dict(zip(names, means, strict=True)), "step_seconds": seconds}
+
+
+class Telemetry:
+    """Writes the record of one run; on all ranks but the main one it does nothing."""
+
+    def __init__(self, folder: Path, *, first_step: int, total_steps: int, is_main: bool):
+        self._is_main = is_main
+        self._total_steps = total_steps
+        self._progress: Progress | None = None
+        if not is_main:
+            return
+        path = folder / "metrics.jsonl"
+        _keep_until(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        if sys.stderr.isatty():
+            self._progress = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._progress.add_task(
+                "", total=total_steps, completed=first_step, text=""
+            )
+            self._progress.start()
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends one line of the record and shows the progress."""
+        if not self._is_main:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+        text = _line(values)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, text=text)
+        else:
+            log.info("step %d/%d  %s", step, self._total_steps, text)
+
+    def close(self) -> None:
+        """Flushes and closes what is open."""
+        if self._is_main:
+            if self._progress is not None:
+                self._progress.stop()
+            self._file.close()
+            self._board.close()
+
+
+def _line(values: Mapping[str, float]) -> str:
+    shown = [f"{name} {value:.4g}" for name, value in values.items()]
+    return "  ".join(shown)
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops the lines after `step`: steps that a resumed run is about to take again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            # The last line of a killed run may be torn.
+            continue
+    aside = path.with_suffix(".jsonl.new")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)
+
+
+def steps_shown(steps: Iterable[T], *, total: int, what: str, is_main: bool) -> Iterator[T]:
+    """Yields `steps` and shows how far they are: a bar on a terminal, some lines in a log."""
+    if is_main and sys.stderr.isatty():
+        yield from track(
+            steps, description=what, total=total, console=Console(stderr=True), transient=True
+        )
+        return
+    began = time.perf_counter()
+    for number, step in enumerate(steps, start=1):
+        yield step
+        if number == total or number % max(1, total // 10) == 0:
+            log.info("%s %d/%d  %.0f s", what, number, total, time.perf_counter() - began)

@@ -1,0 +1,191 @@
+"""Any ZeRO stage as one thing: the fragments of the weights that this rank owns.
+
+A fragment is a run of one flattened weight, with a view of its fp32 master and of Adam's moments.
+Everything that must not depend on the topology (EMA, checkpoints, export) is written over
+fragments. This module alone knows DeepSpeed's inside; 0.19.8 is what it was read from.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import Parameter
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's run of one weight: where it lies, and where the optimizer keeps it."""
+
+    name: str
+    """Name of the weight in the engine's module."""
+
+    shape: tuple[int, ...]
+    """Shape of the whole weight."""
+
+    start: int
+    """Where the run begins in the flattened weight."""
+
+    numel: int
+    """How many elements it has."""
+
+    holder: Tensor
+    """The tensor the torch optimizer steps: the key of its state."""
+
+    offset: int
+    """Where the run begins in the flattened holder."""
+
+    @property
+    def master(self) -> Float[Tensor, "numel"]:
+        """A view of the fp32 master weights."""
+        return self.holder.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+def fragments(engine: deepspeed.DeepSpeedEngine, *, whole: bool = False) -> list[Fragment]:
+    """Returns the fragments this rank owns, ordered by weight; all ranks' cover each weight once.
+
+    With `whole`, under stage 0, where every rank holds all masters, returns the entire weights: what
+    a restore has to fill. Holders may be replaced between steps, so fetch fragments anew each time.
+    """
+    weights = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        located = (_locate_stage_3(engine, *weight) for weight in weights)
+    elif hasattr(weights[0][1], "_hp_mapping"):
+        located = (_locate_stage_1_2(engine, *weight) for weight in weights)
+    else:
+        holders = _stage_0_holders(engine)
+        located = (_locate_stage_0(name, p, holders.get(p, p), whole) for name, p in weights)
+    return [fragment for fragment in located if fragment is not None]
+
+
+def _locate_stage_0(
+    name: str, parameter: Parameter, holder: Tensor, whole: bool
+) -> Fragment | None:
+    """Every rank holds everything; ownership is dealt out in equal runs."""
+    share = math.ceil(parameter.numel() / torch.distributed.get_world_size())
+    rank = torch.distributed.get_rank()
+    start = 0 if whole else min(rank * share, parameter.numel())
+    stop = parameter.numel() if whole else min(start + share, parameter.numel())
+    if stop <= start:
+        return None
+    return Fragment(name, tuple(parameter.shape), start, stop - start, holder, start)
+
+
+def _stage_0_holders(engine: deepspeed.DeepSpeedEngine) -> dict[Parameter, Tensor]:
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, FP16_UnfusedOptimizer):
+        return {}
+    pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+
+
+def _locate_stage_1_2(
+    engine: deepspeed.DeepSpeedEngine, name: str, parameter: Parameter
+) -> Fragment | None:
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    (holder,) = engine.optimizer.optimizer.param_groups[mapping.param_group_index]["params"]
+    address = mapping.hp_fragment_address
+    start = mapping.lp_fragment_address.start
+    return Fragment(name, tuple(parameter.shape), start, address.numel, holder, address.start)
+
+
+def _locate_stage_3(
+    engine: deepspeed.DeepSpeedEngine, name: str, parameter: Parameter
+) -> Fragment | None:
+    optimizer = engine.optimizer
+    group, offset, padded_numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    rank = torch.distributed.get_rank()
+    start = rank * padded_numel
+    # The last ranks' shards end in padding, or are nothing but padding.
+    numel = min(padded_numel, parameter.ds_numel - start)
+    if numel <= 0:
+        return None
+    holder = optimizer.fp32_partitioned_groups_flat[group]
+    return Fragment(name, tuple(parameter.ds_shape), start, numel, holder, offset)
+
+
+def moment(engine: deepspeed.DeepSpeedEngine, fragment: Fragment, key: str) -> Tensor:
+    """Returns a view of Adam's moment `key` over `fragment`, creating zero state where none is."""
+    state = _adam_state(engine, fragment.holder)
+    return state[key].view(-1).narrow(0, fragment.offset, fragment.numel)
+
+
+def adam_step(engine: deepspeed.DeepSpeedEngine) -> int:
+    """Returns how many steps Adam has applied."""
+    steps = [state.get("step", 0) for state in _torch_optimizer(engine).state.values()]
+    return int(steps[0]) if steps else 0
+
+
+def set_adam_step(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
+    """Sets the number of applied steps that Adam's bias correction uses."""
+    for fragment in fragments(engine, whole=True):
+        _adam_state(engine, fragment.holder)["step"].fill_(step)
+
+
+def _adam_state(engine: deepspeed.DeepSpeedEngine, holder: Tensor) -> dict[str, Tensor]:
+    """Returns the optimizer's state of `holder`, made as AdamW's first step would make it."""
+    optimizer = _torch_optimizer(engine)
+    state = optimizer.state[holder]
+    if not state:
+        fused = bool(optimizer.defaults.get("fused"))
+        device = holder.device if fused else torch.device("cpu")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        for key in MOMENTS:
+            state[key] = torch.zeros_like(holder, memory_format=torch.preserve_format)
+    return state
+
+
+def _torch_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+@torch.no_grad()
+def publish_masters(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Copies the fp32 masters into the weights the model computes with. Collective."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        for low, high in _stage_0_holders(engine).items():
+            low.copy_(high)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        pairs = zip(
+            optimizer.fp16_partitioned_groups_flat,
+            optimizer.fp32_partitioned_groups_flat,
+            strict=True,
+        )
+        for low, high in pairs:
+            low.copy_(high)
+        if optimizer.persistent_parameters:
+            # Small weights stay gathered on every rank, so their full copies are stale now.
+            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+
+
+@torch.no_grad()
+def set_masters(engine: deepspeed.DeepSpeedEngine, values: Callable[[Fragment], Tensor]) -> None:
+    """Fills every master fragment with `values(fragment)` and publishes them. Collective."""
+    for fragment in fragments(engine, whole=True):
+        fragment.master.copy_(values(fragment))
+    publish_masters(engine)
+
+
+def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor | None:
+    """Returns the global norm of the accumulated gradients, of plain stage 0 only.
+
+    DeepSpeed measures none there; everywhere else `engine.get_global_grad_norm()` has it. To be
+    called between the last backward and the step; the gradients are already averaged over ranks.
+    """
+    if isinstance(engine.optimizer, torch.optim.Optimizer):
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+    return None

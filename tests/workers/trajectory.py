@@ -1,0 +1,113 @@
+"""Six steps of every mode from the golden weights, through the real engine.
+
+Usage: trajectory.py GOLDEN_FOLDER DEEPSPEED_JSON OUTPUT
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from srepa_ds import checkpoint, distributed
+from srepa_ds.checkpoint import CheckpointReader
+from srepa_ds.config import Config, config_from
+from srepa_ds.engine import Engine
+from srepa_ds.objective import Objective, TrainingInputs, official_name
+
+MODES = {
+    "sit": None,
+    "repa": {"pointwise": {"weight": 0.5}},
+    "srepa_mse": {"pointwise": {"weight": 1.0}, "structural": {"kind": "mse", "weight": 2.0}},
+    "srepa_kl": {"pointwise": {"weight": 1.0}, "structural": {"kind": "kl", "weight": 0.5}},
+}
+BATCH = 4
+
+
+def experiment(mode: str, deepspeed: str) -> Config:
+    """The golden experiment of `mode`."""
+    teacher = {
+        "spec": {
+            "architecture": "vit_tiny_patch16_224",
+            "width": 48,
+            "patch_size": 16,
+            "input_size": 64,
+        }
+    }
+    terms = MODES[mode]
+    alignment = {"teacher": teacher, "depth": 2, "projector": {"hidden_width": 96}, **(terms or {})}
+    return config_from(
+        {
+            "run": {"folder": "unused"},
+            "data": {"folder": "unused"},
+            "model": {
+                "variant": "SiT-S/2",
+                "input_size": 8,
+                "in_channels": 4,
+                "num_classes": 10,
+                "depth": 4,
+                "hidden_size": 64,
+                "num_heads": 4,
+            },
+            "alignments": [alignment] if terms else [],
+            "optimizer": {"learning_rate": 1e-3},
+            "ema": {"decay": 0.99},
+            "train": {"steps": 6, "batch_size": BATCH},
+            "engine": {"precision": "fp32", "deepspeed": deepspeed},
+        },
+        source="golden",
+    )
+
+
+def main(golden: Path, deepspeed: str, output: Path) -> None:
+    """Writes the log and the final masters and EMAs of all modes to `output`."""
+    ranks = distributed.initialize()
+    data = load_file(golden / "trajectory.safetensors")
+    weights = {
+        key.removeprefix("param."): value
+        for key, value in load_file(golden / "sit_qknorm0.safetensors").items()
+        if key.startswith("param.")
+    }
+    share = BATCH // ranks.world_size
+    mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    result = {}
+    for mode in MODES:
+        config = experiment(mode, deepspeed)
+        widths = tuple(48 for _ in config.alignments)
+        objective = Objective(
+            config.model, config.objective, config.alignments, teacher_widths=widths
+        )
+        with torch.no_grad():
+            for name, parameter in objective.named_parameters():
+                parameter.copy_(weights[official_name(name)])
+        engine = Engine(objective, config, ranks)
+        log = []
+        for step in range(6):
+            patches = tuple(data["in.z0"][step, mine] for _ in config.alignments)
+            inputs = TrainingInputs(
+                *(data[f"in.{key}"][step, mine] for key in ("x", "y", "t", "eps")), patches
+            )
+            report = engine.step([inputs], learning_rate=1e-3)
+            losses = report.losses
+            row = torch.stack([losses.flow, losses.pointwise, losses.structural, losses.total])
+            log.append(torch.cat([distributed.averaged(row), report.gradient_norm.view(1)]))
+        result[f"{mode}.log"] = torch.stack(log)
+        folder = checkpoint.save(
+            output.parent / mode,
+            step=6,
+            pieces=engine.pieces(),
+            state=engine.state(),
+            rank=ranks.rank,
+        )
+        reader = CheckpointReader(folder)
+        for kind, label in (("master", "param"), ("ema", "ema")):
+            for name in reader.names(kind):
+                result[f"{mode}.{label}.{official_name(name)}"] = reader.tensor(kind, name)
+        engine.close()
+    if ranks.is_main:
+        save_file(result, output)
+    distributed.leave(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
