@@ -88,8 +88,8 @@ class FeatureStatistics:
     def save(self, path: Path) -> None:
         """Writes a `.safetensors` file, or an `.npz` with `mu` and `sigma` as ADM names them."""
         if path.suffix == ".npz":
-            arrays = {"mu": self.mean, "sigma": self.covariance()}
-            np.savez(path, count=self.count, **{k: v.cpu().numpy() for k, v in arrays.items()})
+            sigma = self.covariance().cpu().numpy()
+            np.savez(path, count=self.count, mu=self.mean.cpu().numpy(), sigma=sigma)
             return
         count = torch.tensor(self.count, dtype=torch.int64)
         tensors = {"count": count, "mean": self.mean.cpu(), "scatter": self.scatter.cpu()}

@@ -1,6 +1,5 @@
 """NumPy archives written block by block, so that memory does not grow with the set."""
 
-import io
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -37,10 +36,11 @@ def write_npz(path: Path, members: Iterable[NpzMember]) -> None:
                     "shape": member.shape,
                 }
                 np.lib.format.write_array_header_1_0(file, header)
-                _write_blocks(file, member)
+                for block in _checked_blocks(member):
+                    file.write(np.ascontiguousarray(block).data)
 
 
-def _write_blocks(file: io.BufferedIOBase, member: NpzMember) -> None:
+def _checked_blocks(member: NpzMember) -> Iterator[np.ndarray]:
     count = 0
     for block in member.blocks:
         if block.shape[1:] != member.shape[1:] or block.dtype != member.dtype:
@@ -48,7 +48,7 @@ def _write_blocks(file: io.BufferedIOBase, member: NpzMember) -> None:
                 f"{member.name}: a block is {block.dtype}{list(block.shape)}, "
                 f"the array {member.dtype}{list(member.shape)}"
             )
-        file.write(np.ascontiguousarray(block).data)
+        yield block
         count += len(block)
     if count != member.shape[0]:
         raise ValueError(f"{member.name}: {count} rows came, {member.shape[0]} were announced")
