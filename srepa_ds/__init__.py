@@ -1,3 +1,3 @@
-"""Train SiT diffusion transformers with structural representation alignment (sREPA) on DeepSpeed."""
+"""SiT diffusion transformers with structural representation alignment (sREPA) on DeepSpeed."""
 
 __version__ = "0.1.0"

@@ -81,7 +81,7 @@ class CheckpointReader:
         self._pieces: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
         for path in sorted(folder.glob("fragments-*.safetensors")):
             file = self._files[path.name] = safe_open(path, framework="pt")
-            for key in file.keys():  # noqa: SIM118
+            for key in file.keys():
                 kind, _, rest = key.partition("/")
                 name, _, start = rest.rpartition("@")
                 self._pieces.setdefault((kind, name), []).append((int(start), path.name, key))

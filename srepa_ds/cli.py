@@ -22,7 +22,11 @@ INTERRUPTED = 75
 """Exit code of a training run that a signal ended after it saved (EX_TEMPFAIL: run it again)."""
 
 app = typer.Typer(
-    help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+    help=__doc__,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
@@ -179,11 +183,11 @@ def _on_ranks(action: Callable[[], int], ranks: int) -> None:
     """Runs `action` on this rank, or starts `ranks` processes that do."""
     if ranks != 1 and not launched():
         raise typer.Exit(run_ranks(sys.argv[1:], ranks, port=free_port()))
-    _log()
-    code = action()
     from srepa_ds import distributed
 
-    distributed.leave(code)
+    _log()
+    distributed.choose_accelerator()
+    distributed.leave(action())
 
 
 def _log() -> None:

@@ -258,7 +258,7 @@ def load_deepspeed_json(path: Path) -> dict[str, Any]:
 
 
 def shipped(path: Path) -> Path:
-    """Returns `path` if it exists, else the file of that name that was installed with the package."""
+    """Returns `path` if it exists, else the file of that name shipped with the package."""
     roots = (Path(srepa_ds.__file__).parents[1], Path(sys.prefix) / "share" / "srepa_ds")
     candidates = [root / path for root in roots if not path.is_absolute()]
     return next((place for place in (path, *candidates) if place.exists()), path)

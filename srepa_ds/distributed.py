@@ -32,6 +32,12 @@ class Ranks:
         return self.rank == 0
 
 
+def choose_accelerator() -> None:
+    """Tells DeepSpeed, before it is imported, that a machine without GPU means to use its CPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def initialize(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
     """Returns this process's `Ranks`, joining the process group (NCCL on GPUs, gloo elsewhere).
 

@@ -39,7 +39,7 @@ class StepReport:
 
 
 def micro_batch_size(batch_size: int, accumulation_steps: int, world_size: int) -> int:
-    """Returns the samples per rank and micro step; raises TopologyError if it is no whole number."""
+    """Returns the samples per rank and micro step; raises TopologyError if not a whole number."""
     parts = accumulation_steps * world_size
     if batch_size % parts:
         raise TopologyError(

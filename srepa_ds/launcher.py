@@ -18,7 +18,7 @@ _POLL_SECONDS = 0.1
 
 
 def launched() -> bool:
-    """Returns whether a launcher (torchrun, deepspeed, Slurm script or ours) started this process."""
+    """Returns whether a launcher (torchrun, deepspeed, Slurm, ours) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 

@@ -69,7 +69,7 @@ def draw_inputs(
     t = sample_time(weighting, INTERPOLANTS[config.interpolant.path], draw)
     gaussian = noise.normal(seed, Stream.NOISE, positions, tuple(latents.shape[1:]))
     uniforms = noise.uniform(seed, Stream.LABEL_DROP, positions)
-    labels = drop_labels(labels, uniforms, config.label_dropout, null_label)
+    labels = drop_labels(labels, uniforms, probability=config.label_dropout, null_label=null_label)
     return TrainingInputs(latents, labels, t, gaussian.to(latents.dtype), teacher_patches)
 
 

@@ -9,7 +9,7 @@ from srepa_ds.distributed import Ranks
 from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.latent_codec import build_codec
 from srepa_ds.model.weights import ExportedModel, read_model
-from srepa_ds.sampling.generate import generate, plan_chunks
+from srepa_ds.sampling.generate import Chunk, generate, plan_chunks
 from srepa_ds.sampling.provenance import Provenance, describe
 from srepa_ds.sampling.solvers import SamplerConfig, count_evaluations
 from srepa_ds.sampling.writer import ChunkWriter
@@ -52,7 +52,7 @@ def sample(config: Config) -> Path:
     return writer.folder
 
 
-def _plan(config: SamplerConfig, ranks: Ranks):  # noqa: ANN202
+def _plan(config: SamplerConfig, ranks: Ranks) -> tuple[Chunk, ...]:
     return plan_chunks(config, rank=ranks.rank, world_size=ranks.world_size)
 
 

@@ -51,8 +51,8 @@ class Fragment:
 def fragments(engine: deepspeed.DeepSpeedEngine, *, whole: bool = False) -> list[Fragment]:
     """Returns the fragments this rank owns, ordered by weight; all ranks' cover each weight once.
 
-    With `whole`, under stage 0, where every rank holds all masters, returns the entire weights: what
-    a restore has to fill. Holders may be replaced between steps, so fetch fragments anew each time.
+    With `whole`, under stage 0, where every rank holds all masters, returns the entire weights:
+    what a restore has to fill. Holders may be replaced between steps, so fetch fragments anew each time.
     """
     weights = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):

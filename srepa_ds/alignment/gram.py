@@ -35,8 +35,10 @@ ALGORITHMS = {"mse": MSE_ALGORITHMS, "kl": KL_ALGORITHMS}
 
 DEFAULT_TILE = 128
 
-# `feature` replaces `tiled` above this many tokens per channel of mean width.
-FEATURE_ABOVE = {"cpu": 2.0, "cuda": 2.0}
+# `feature` replaces `tiled` above this many tokens per channel of mean width. CPU: CPU time of value
+# and gradient on one core of an AMD EPYC, widths 384 and 768, 256 to 2,048 tokens, 2026-11: equal at
+# about 1.7 and 2.0. CUDA: not measured yet, taken between that and the count of multiplications.
+FEATURE_ABOVE = {"cpu": 1.9, "cuda": 2.0}
 
 # Images are worked on together until their temporaries reach this many elements.
 WORKING_SET_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}

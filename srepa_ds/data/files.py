@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,11 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """
     aside = path.with_name(path.name + PARTIAL)
     try:
+        aside.touch()
+        # safetensors makes its files private; a data set has the permissions of its neighbours.
+        mode = stat.S_IMODE(aside.stat().st_mode)
         write(aside)
+        aside.chmod(mode)
         flush_to_disk(aside)
         os.replace(aside, path)
     except BaseException:

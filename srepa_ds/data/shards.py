@@ -7,6 +7,7 @@ A folder holds `shard-00000.safetensors`, ... (images uint8 (n, 3, h, w), labels
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -18,6 +19,7 @@ from srepa_ds.data.files import sha256_of
 from srepa_ds.data.shard_index import FORMAT, VERSION, ShardEntry, ShardIndex, read_index
 from srepa_ds.errors import DataError
 
+_HEADER_KEY = "srepa_ds"
 _AGAIN = "delete the folder and prepare it again with `srepa-ds prepare CONFIG`"
 
 
@@ -112,14 +114,27 @@ class ShardDataset:
 
 
 def shard_header(num_samples: int, image_shape: tuple[int, ...], dataset_id: str) -> dict[str, str]:
-    """Returns what the header of a shard says of it."""
-    return {
+    """Returns the metadata of a shard's header; `header_facts` reads it.
+
+    One key, because safetensors writes several in an order that changes from run to run.
+    """
+    facts = {
         "format": FORMAT,
-        "version": str(VERSION),
-        "num_samples": str(num_samples),
-        "image_shape": json.dumps(list(image_shape)),
+        "version": VERSION,
+        "num_samples": num_samples,
+        "image_shape": list(image_shape),
         "dataset_id": dataset_id,
     }
+    return {_HEADER_KEY: json.dumps(facts)}
+
+
+def header_facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """Returns what the metadata of a shard's header says of it; nothing if it is no shard's."""
+    try:
+        facts = json.loads((metadata or {}).get(_HEADER_KEY, "{}"))
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _check_header(path: Path, entry: ShardEntry, index: ShardIndex) -> None:
@@ -129,7 +144,7 @@ def _check_header(path: Path, entry: ShardEntry, index: ShardIndex) -> None:
     size = path.stat().st_size
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            header = header_facts(file.metadata())
             found = {name: _form(file, name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise DataError(
@@ -143,7 +158,8 @@ def _check_header(path: Path, entry: ShardEntry, index: ShardIndex) -> None:
             f"the file holds {count}; {_AGAIN}"
         )
     shape = index.image_shape
-    _same(path, "header", header, shard_header(entry.num_samples, shape, index.dataset_id))
+    expected_header = shard_header(entry.num_samples, shape, index.dataset_id)
+    _same(path, "header", header, header_facts(expected_header))
     expected = {
         "images": ("U8", (entry.num_samples, *shape)),
         "labels": ("I64", (entry.num_samples,)),

@@ -1,7 +1,7 @@
 """Where images come from before preparation: one row of `SOURCES` per kind."""
 
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ class SourceItem:
     name: str
 
 
+@runtime_checkable
 class Source(Protocol):
     """A labelled collection of images in a fixed order."""
 
