@@ -44,7 +44,6 @@ def timestep_sinusoid(
 def drop_labels(
     labels: Int[Tensor, "batch"],
     uniforms: Float[Tensor, "batch"],
-    *,
     probability: float,
     null_label: int,
 ) -> Int[Tensor, "batch"]:
@@ -77,7 +76,9 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, t: Float[Tensor, "batch"]) -> Float[Tensor, "batch hidden"]:
         """Returns the embedding of `t` in [0, 1], in the dtype of the perceptron."""
-        return self.mlp(timestep_sinusoid(t).to(self.mlp[0].weight.dtype))
+        first = self.mlp[0]
+        assert isinstance(first, nn.Linear)
+        return self.mlp(timestep_sinusoid(t).to(first.weight.dtype))
 
 
 class LabelEmbedding(nn.Module):

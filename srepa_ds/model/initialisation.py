@@ -21,7 +21,7 @@ def initialise(model: nn.Module, generator: torch.Generator | None) -> None:
             module.reset_parameters()
         elif isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             _fill(module.weight, name, generator)
-            if getattr(module, "bias", None) is not None:
+            if not isinstance(module, nn.Embedding) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
 
