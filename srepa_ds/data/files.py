@@ -42,3 +42,30 @@ def sha256_of(path: Path) -> str:
     """Returns the sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Returns the folders that had to be made so that `folder` is there, innermost first.
+
+    Raises OSError, having removed what it made.
+    """
+    made: list[Path] = []
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            made.insert(0, path)
+    except OSError:
+        remove_empty(made)
+        raise
+    return made
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Removes `folders` in their order, up to the first that is not empty."""
+    for path in folders:
+        try:
+            path.rmdir()
+        except OSError:
+            # Someone else put something there meanwhile; it is theirs.
+            return

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from srepa_ds.data.files import PARTIAL, sha256_of, write_aside
+from srepa_ds.data.files import PARTIAL, make_folder, remove_empty, sha256_of, write_aside
 from srepa_ds.data.shard_index import (
     FORMAT,
     INDEX_NAME,
@@ -74,7 +74,7 @@ class ShardWriter:
         Raises OutputError if the folder cannot be written to or holds something foreign.
         """
         try:
-            self._make_folders()
+            self._made_folders = make_folder(self._folder)
             self._claim()
         except OSError as error:
             self._remove_everything()
@@ -110,12 +110,6 @@ class ShardWriter:
             raise
         if kind is not None:
             self._remove_everything()
-
-    def _make_folders(self) -> None:
-        missing = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
-        for path in reversed(missing):
-            path.mkdir(exist_ok=True)
-            self._made_folders.insert(0, path)
 
     def _claim(self) -> None:
         marker = self._folder / MARKER_NAME
@@ -186,12 +180,7 @@ class ShardWriter:
     def _remove_everything(self) -> None:
         for path in self._written:
             path.unlink(missing_ok=True)
-        for path in self._made_folders:
-            try:
-                path.rmdir()
-            except OSError:
-                # Someone else put something there meanwhile; it is theirs.
-                break
+        remove_empty(self._made_folders)
 
 
 def _unwritable(path: Path, error: Exception) -> OutputError:
