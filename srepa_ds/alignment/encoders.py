@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from srepa_ds.errors import ConfigError, DataError, Fault, nearest
 
 RESERVED_ARGUMENTS = frozenset({"checkpoint_path", "img_size", "num_classes", "pretrained"})
+
+# timm's vision transformers share methods and attributes, but no type that declares them.
+Encoder = Any
 
 _SHOWN_KEYS = 3
 
@@ -35,7 +38,7 @@ def create_encoder(
     num_classes: int,
     arguments: Mapping[str, Any],
     pretrained: bool = False,
-) -> nn.Module:
+) -> Encoder:
     """Returns a timm model for square inputs, with random or downloaded weights, on the CPU.
 
     The process's random numbers are left where they were. Raises ConfigError for an architecture
@@ -43,7 +46,7 @@ def create_encoder(
     """
     import timm
 
-    options = {**arguments, "img_size": input_size, "num_classes": num_classes}
+    options: dict[str, Any] = {**arguments, "img_size": input_size, "num_classes": num_classes}
     try:
         with torch.random.fork_rng(devices=[]):
             encoder = timm.create_model(architecture, pretrained=False, **options)
@@ -53,7 +56,7 @@ def create_encoder(
     return _downloaded(encoder, architecture, options) if pretrained else encoder
 
 
-def _downloaded(encoder: nn.Module, architecture: str, options: dict[str, Any]) -> nn.Module:
+def _downloaded(encoder: Encoder, architecture: str, options: dict[str, Any]) -> Encoder:
     import timm
 
     classes, published = options["num_classes"], encoder.pretrained_cfg.get("num_classes")
@@ -71,9 +74,7 @@ def _downloaded(encoder: nn.Module, architecture: str, options: dict[str, Any]) 
         ) from error
 
 
-def fill_from_file(
-    encoder: nn.Module, path: Path, *, ignored_prefixes: tuple[str, ...] = ()
-) -> None:
+def fill_from_file(encoder: Encoder, path: Path, *, ignored_prefixes: tuple[str, ...] = ()) -> None:
     """Fills a timm model from a local state_dict, resampling its position embedding to the grid.
 
     Published layouts are read by timm's own filter of that architecture. Keys with one of
@@ -121,7 +122,7 @@ def _is_state_dict(state: dict[Any, Any]) -> bool:
     return all(isinstance(value, Tensor) for value in state.values())
 
 
-def _check_patch_size(encoder: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+def _check_patch_size(encoder: Encoder, state: Mapping[str, Any], path: Path) -> None:
     # timm would resample the patch embedding to another patch size, which is another teacher.
     own = encoder.state_dict().get("patch_embed.proj.weight")
     for key, value in state.items():
@@ -133,7 +134,7 @@ def _check_patch_size(encoder: nn.Module, state: Mapping[str, Any], path: Path) 
                 )
 
 
-def _check_fit(encoder: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+def _check_fit(encoder: Encoder, state: Mapping[str, Any], path: Path) -> None:
     own = encoder.state_dict()
     shared = own.keys() & state.keys()
     reshaped = [

@@ -7,10 +7,10 @@ operator, `torch.ops.srepa_ds.structural_loss`, opaque to `torch.compile` and na
 selective checkpointing policy.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import RLock
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -29,16 +29,21 @@ from srepa_ds.errors import nearest
 
 Reduction = Literal["token_mean", "batch_mean"]
 
-MSE_ALGORITHMS = {"dense": mse_dense, "tiled": mse_tiled, "feature": mse_feature}
-KL_ALGORITHMS = {"dense": kl_dense, "tiled": kl_tiled}
+Algorithm = Callable[..., PairSum]
+MSE_ALGORITHMS: dict[str, Algorithm] = {
+    "dense": mse_dense,
+    "tiled": mse_tiled,
+    "feature": mse_feature,
+}
+KL_ALGORITHMS: dict[str, Algorithm] = {"dense": kl_dense, "tiled": kl_tiled}
 ALGORITHMS = {"mse": MSE_ALGORITHMS, "kl": KL_ALGORITHMS}
 
 DEFAULT_TILE = 128
 
-# `feature` replaces `tiled` above this many tokens per channel of mean width. CPU: CPU time of value
-# and gradient on one core of an AMD EPYC, widths 384 and 768, 256 to 2,048 tokens, 2026-11: equal at
-# about 1.7 and 2.0. CUDA: not measured yet, taken between that and the count of multiplications.
-FEATURE_ABOVE = {"cpu": 1.9, "cuda": 2.0}
+# `feature` replaces `tiled` above this many tokens per channel of mean width. CPU: value and
+# gradient timed on one core of an AMD EPYC, widths 384 and 768, 256 to 2,048 tokens, November 2026;
+# they were equal at about 1.7 and 2.0. CUDA: the same for want of a measurement.
+FEATURE_ABOVE = {"cpu": 1.9, "cuda": 1.9}
 
 # Images are worked on together until their temporaries reach this many elements.
 WORKING_SET_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}
@@ -163,7 +168,7 @@ def _structural_loss(
     scale: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    options: dict[str, object] = {"with_gradient": with_gradient}
+    options: dict[str, Any] = {"with_gradient": with_gradient}
     if algorithm == "tiled":
         options["tile"] = tile
     if kind == "kl":
@@ -175,7 +180,7 @@ def _structural_loss(
         for images in _chunks(student, teacher, algorithm, tile):
             unit_student, norm = _unit(student[images].to(dtype))
             unit_teacher, _ = _unit(teacher[images].to(dtype))
-            result: PairSum = ALGORITHMS[kind][algorithm](unit_student, unit_teacher, **options)
+            result = ALGORITHMS[kind][algorithm](unit_student, unit_teacher, **options)
             loss += result.value
             if result.gradient is not None:
                 outward = _through_unit(unit_student, norm, result.gradient)
@@ -253,7 +258,7 @@ def _full_precision(device_type: str) -> Iterator[None]:
     torch has no thread-local switch for TF32, so the process's is held while kernels are launched
     and put back after; work of other threads can only become more precise by that.
     """
-    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
     with torch.autocast(device_type, enabled=False), _PRECISION_LOCK:
         before = backend.matmul.fp32_precision
         if before in ("none", "ieee"):

@@ -1,6 +1,6 @@
 """The configured alignment losses: which terms a run has, and their values for one teacher."""
 
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -55,7 +55,7 @@ class StructuralConfig(Section):
     """Mean of kl over tokens (token_mean, Eq. 8) or their sum (batch_mean, Algorithm 1)."""
 
     @model_validator(mode="after")
-    def _algorithm_exists(self) -> Self:
+    def _algorithm_exists(self) -> "StructuralConfig":
         known = ["auto", *ALGORITHMS[self.kind]]
         if self.algorithm in known:
             return self
@@ -84,7 +84,7 @@ class AlignmentConfig(Section):
     """The structural term, or null for none."""
 
     @model_validator(mode="after")
-    def _has_a_term(self) -> Self:
+    def _has_a_term(self) -> "AlignmentConfig":
         if self.pointwise is None and self.structural is None:
             raise ValueError(
                 "an alignment needs a pointwise or a structural term; "

@@ -4,7 +4,7 @@ Conventions of preprocessing are those of REPA.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -65,7 +65,7 @@ class TeacherSpec(Section):
     """Classes of the encoder's own head, 0 to leave the head out."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> "TeacherSpec":
         if (self.input_size is None) == (self.input_size_per_256 is None):
             raise ValueError("give exactly one of input_size and input_size_per_256")
         if self.has_cls and self.num_prefix_tokens == 0:
@@ -81,7 +81,7 @@ class TeacherSpec(Section):
 
         Raises ConfigError unless whole patches fill it.
         """
-        size = self.input_size or self.input_size_per_256 * resolution / 256
+        size = self.input_size or (self.input_size_per_256 or 0) * resolution / 256
         if size % self.patch_size:
             reason = (
                 f"images of {resolution} px give the teacher an input of {size:g} px, which is not "
@@ -132,7 +132,7 @@ class TeacherConfig(Section):
     """Precision of the encoder's products; its weights stay float32."""
 
     @model_validator(mode="after")
-    def _one_teacher(self) -> Self:
+    def _one_teacher(self) -> "TeacherConfig":
         if (self.name is None) == (self.spec is None):
             raise ValueError("give exactly one of name and spec")
         if self.spec is not None:
@@ -142,4 +142,4 @@ class TeacherConfig(Section):
     @property
     def resolved(self) -> TeacherSpec:
         """The inline spec, or the row of `TEACHERS` that `name` stands for."""
-        return TEACHERS[self.name] if self.spec is None else self.spec
+        return self.spec or TEACHERS[self.name or ""]

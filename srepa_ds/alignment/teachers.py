@@ -5,13 +5,13 @@ interpolation.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from srepa_ds.alignment.encoders import create_encoder, fill_from_file
+from srepa_ds.alignment.encoders import Encoder, create_encoder, fill_from_file
 from srepa_ds.alignment.teacher_specs import TEACHERS as TEACHERS
 from srepa_ds.alignment.teacher_specs import TeacherConfig as TeacherConfig
 from srepa_ds.alignment.teacher_specs import TeacherSpec as TeacherSpec
@@ -36,9 +36,10 @@ class TeacherFeatures(NamedTuple):
 class Teacher(nn.Module):
     """A frozen encoder with its preprocessing; it never trains and no gradient enters it."""
 
-    def __init__(
-        self, encoder: nn.Module, spec: TeacherSpec, *, resolution: int, dtype: torch.dtype
-    ):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: Encoder, spec: TeacherSpec, *, resolution: int, dtype: torch.dtype):
         super().__init__()
         self.encoder = encoder.eval().requires_grad_(False)
         self.spec = spec
@@ -65,7 +66,7 @@ class Teacher(nn.Module):
         """Classes of the teacher's head, 0 if it has none."""
         return self.spec.num_classes
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "Teacher":
         """Returns itself, in evaluation mode whatever `mode` says."""
         return super().train(False)
 
@@ -82,7 +83,7 @@ class Teacher(nn.Module):
                 return_prefix_tokens=True,
             )
         patches, prefix = tokens if isinstance(tokens, tuple) else (tokens, None)
-        cls = prefix[:, 0].float() if self.spec.has_cls else None
+        cls = prefix[:, 0].float() if prefix is not None and self.spec.has_cls else None
         return TeacherTokens(patches=patches.float(), cls=cls)
 
     @torch.no_grad()
@@ -126,7 +127,7 @@ class Teacher(nn.Module):
         return torch.autocast(device.type, dtype=self.dtype if enabled else None, enabled=enabled)
 
 
-def build_encoder(spec: TeacherSpec, *, resolution: int, pretrained: bool = False) -> nn.Module:
+def build_encoder(spec: TeacherSpec, *, resolution: int, pretrained: bool = False) -> Encoder:
     """Returns the timm model of `spec` for images of `resolution` pixels, on the CPU.
 
     What is trained from it and saved as a state_dict is loaded by `load_teacher`. Raises

@@ -2,7 +2,6 @@ import math
 from functools import cache, partial
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -324,14 +323,6 @@ def test_activation_checkpointing(reentrant):
     assert torch.equal(student.grad, expected[1])
 
 
-@pytest.fixture
-def unchecked_shapes():
-    """Dynamo does not trace the run-time checks of shapes, which production never has."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("name", ["mse", "kl"])
 def test_compiles_without_a_graph_break(name):
@@ -372,9 +363,12 @@ def test_auto_takes_the_cheaper_algorithm():
     assert chosen("kl", 4096, 768) == "tiled"
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda s, t: structural_mse(s, t[:, :4]), "5 tokens of 2 images, the teacher 4 of 2"),
+        (lambda s, t: structural_kl(s, t[:1]), "5 tokens of 2 images, the teacher 5 of 1"),
         (lambda s, t: structural_mse(s[:, :1], t[:, :1]), "two tokens"),
         (lambda s, t: structural_kl(s[:0], t[:0]), "at least one image"),
         (lambda s, t: structural_mse(s, t, algorithm="tild"), "did you mean 'tiled'"),
