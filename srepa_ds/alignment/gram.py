@@ -150,13 +150,22 @@ def _structural(
     scale: float,
 ) -> Tensor:
     with_gradient = student.requires_grad and torch.is_grad_enabled()
-    loss, _ = _structural_loss(
+    loss, _ = torch.ops.srepa_ds.structural_loss(
         student, teacher.detach(), kind, algorithm, tile, *temperatures, scale, with_gradient
     )
     return loss
 
 
-@torch.library.custom_op("srepa_ds::structural_loss", mutates_args=())
+# Defined by hand: `torch.library.custom_op` would import Dynamo, four seconds, at the first call.
+_OPERATOR = "srepa_ds::structural_loss"
+torch.library.define(
+    _OPERATOR,
+    "(Tensor student, Tensor teacher, str kind, str algorithm, int tile, float tau_student, "
+    "float tau_teacher, float scale, bool with_gradient) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl(_OPERATOR, "default")
 def _structural_loss(
     student: Tensor,
     teacher: Tensor,
@@ -188,7 +197,7 @@ def _structural_loss(
     return (loss * scale).to(dtype), gradient
 
 
-@_structural_loss.register_fake
+@torch.library.register_fake(_OPERATOR)
 def _(student, teacher, kind, algorithm, tile, tau_student, tau_teacher, scale, with_gradient):
     dtype = _compute_dtype(student, teacher)
     shape = student.shape if with_gradient else (0,)
@@ -211,7 +220,7 @@ def _backward(ctx, loss_gradient, gradient_gradient):
     return outward, None, None, None, None, None, None, None, None
 
 
-_structural_loss.register_autograd(_backward, setup_context=_remember)
+torch.library.register_autograd(_OPERATOR, _backward, setup_context=_remember)
 
 
 def _compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
