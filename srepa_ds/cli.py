@@ -3,7 +3,7 @@
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -78,7 +78,7 @@ def train(
 ) -> None:
     """Train a SiT; the same command resumes. Ctrl-C saves first."""
 
-    def run() -> int:
+    def action() -> int:
         from srepa_ds.config import load_config
         from srepa_ds.train import train as run_training
 
@@ -87,7 +87,7 @@ def train(
         )
         return 0 if finished else INTERRUPTED
 
-    _on_ranks(run, ranks)
+    _on_ranks(action, ranks)
 
 
 @app.command()
@@ -104,14 +104,14 @@ def export(path: ConfigPath, overrides: Overrides = None) -> None:
 def sample(path: ConfigPath, overrides: Overrides = None, ranks: RankCount = 1) -> None:
     """Draw images from an exported model into an ADM .npz and a contact sheet."""
 
-    def run() -> int:
+    def action() -> int:
         from srepa_ds.config import load_config
         from srepa_ds.sample import sample as run_sampling
 
         run_sampling(load_config(path, overrides or ()))
         return 0
 
-    _on_ranks(run, ranks)
+    _on_ranks(action, ranks)
 
 
 @app.command()
@@ -153,41 +153,60 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def main() -> None:
-    """Runs the command line; a user's fault becomes one message and exit code 2."""
+def run(arguments: Sequence[str]) -> int:
+    """Returns the exit code of one command line; a user's fault becomes one message and code 2."""
     try:
-        code = app(standalone_mode=False)
+        return app(list(arguments), standalone_mode=False) or 0
     except SRepaError as error:
         _complain(error)
+        return 2
     except typer.TyperException as error:
         error.show()
-        sys.exit(2)
+        return 2
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("interrupted; the same command goes on from what is finished", err=True)
-        sys.exit(130)
+        return 130
+
+
+def main() -> None:
+    """Runs the command line of this process and ends it."""
+    code = run(sys.argv[1:])
+    if launched():
+        from srepa_ds import distributed
+
+        distributed.leave(code)
     sys.exit(code)
 
 
 def _complain(error: SRepaError) -> None:
-    """Says once what is wrong and ends this rank; with SREPA_DEBUG set, shows where it arose."""
-    from srepa_ds import distributed
-
+    """Says once what is wrong; with SREPA_DEBUG set, shows where it arose."""
     if os.environ.get("SREPA_DEBUG"):
         traceback.print_exception(error)
-    if distributed.rank() == 0 or not (error.on_all_ranks or not distributed.joined()):
+    if os.environ.get("RANK", "0") == "0" or not (error.on_all_ranks or _before_joining()):
         typer.echo(f"error: {error}", err=True)
-    distributed.leave(2)
+
+
+def _before_joining() -> bool:
+    """Returns whether all ranks are still doing the same, so that all meet the same faults."""
+    from srepa_ds import distributed
+
+    return not distributed.joined()
 
 
 def _on_ranks(action: Callable[[], int], ranks: int) -> None:
-    """Runs `action` on this rank, or starts `ranks` processes that do."""
+    """Runs `action` on this rank, or starts `ranks` processes that run this command line."""
     if ranks != 1 and not launched():
         raise typer.Exit(run_ranks(sys.argv[1:], ranks, port=free_port()))
     from srepa_ds import distributed
 
     _log()
     distributed.choose_accelerator()
-    distributed.leave(action())
+    try:
+        code = action()
+    finally:
+        if not launched():
+            distributed.close()
+    raise typer.Exit(code)
 
 
 def _log() -> None:

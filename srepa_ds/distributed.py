@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -44,23 +44,33 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
     Without a launcher the process is a group of one. Raises TopologyError when the launcher's
     variables are incomplete or the node has fewer GPUs than local ranks.
     """
-    if not launched():
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    missing = [name for name in _VARIABLES if name not in os.environ]
-    if missing:
-        raise TopologyError(f"the launcher did not set {', '.join(missing)}; start with torchrun")
     # DeepSpeed reads LOCAL_RANK on its own.
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    device = _device(local_rank)
+    device = local_device(local_rank)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         device_id = device if device.type == "cuda" else None
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        where = _from_launcher() if launched() else _alone()
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id, **where)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
-def _device(local_rank: int) -> torch.device:
+def _from_launcher() -> dict[str, Any]:
+    missing = [name for name in _VARIABLES if name not in os.environ]
+    if missing:
+        raise TopologyError(f"the launcher did not set {', '.join(missing)}; start with torchrun")
+    return {"init_method": "env://"}
+
+
+def _alone() -> dict[str, Any]:
+    return {"init_method": f"tcp://127.0.0.1:{free_port()}", "rank": 0, "world_size": 1}
+
+
+def local_device(local_rank: int = 0) -> torch.device:
+    """Returns the device of a local rank: its GPU, or the CPU where there is none.
+
+    Raises TopologyError when the node has fewer GPUs than local ranks.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
@@ -153,14 +163,19 @@ def together(action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def leave(code: int) -> None:
+def close() -> None:
+    """Leaves the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
     """Ends this process with `code` at once, after its output is flushed.
 
     Interpreter shutdown with live communication threads now and then aborts a rank whose work is
     done, and a launcher would report that as a failed run.
     """
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    close()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

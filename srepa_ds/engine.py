@@ -169,7 +169,7 @@ def _check_shapes(reader: CheckpointReader, shapes: Mapping[str, tuple[int, ...]
     differing = [name for name in {**shapes, **stored} if shapes.get(name) != stored.get(name)]
     if differing:
         lines = [
-            f"{name}: checkpoint {stored.get(name, 'has none')}, model {shapes.get(name, 'has none')}"
+            f"{name}: {stored.get(name, 'none')} there, {shapes.get(name, 'none')} in the model"
             for name in differing[:5]
         ]
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""

@@ -1,4 +1,4 @@
-"""`srepa-ds evaluate`: scores of a sample set against real images, in an encoder's feature space."""
+"""`srepa-ds evaluate`: scores of a sample set against real images, in an encoder's features."""
 
 import json
 import logging
@@ -42,13 +42,13 @@ def evaluate(config: Config) -> Scores:
     if config.evaluate is None:
         raise ConfigError("configuration", [Fault("evaluate", "is required to evaluate")])
     settings = config.evaluate
-    ranks = distributed.initialize()
+    device = distributed.local_device()
     folder = settings.samples or config.samples_folder
     images, labels = _read_samples(folder)
     reference = ShardDataset(settings.reference)
-    extractor = load_teacher(settings.extractor, resolution=images.shape[1], device=ranks.device)
-    drawn = _features(extractor, _sample_batches(images, labels, settings.batch_size), ranks.device)
-    real = _features(extractor, _reference_batches(reference, settings.batch_size), ranks.device)
+    extractor = load_teacher(settings.extractor, resolution=images.shape[1], device=device)
+    drawn = _features(extractor, _sample_batches(images, labels, settings.batch_size), device)
+    real = _features(extractor, _reference_batches(reference, settings.batch_size), device)
     scores = score(drawn.pooled, real.pooled, class_accuracy=drawn.recognised)
     _write(config, settings, folder, scores, real.recognised)
     for name, value in json.loads(scores.to_json()).items():

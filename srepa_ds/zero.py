@@ -52,7 +52,7 @@ def fragments(engine: deepspeed.DeepSpeedEngine, *, whole: bool = False) -> list
     """Returns the fragments this rank owns, ordered by weight; all ranks' cover each weight once.
 
     With `whole`, under stage 0, where every rank holds all masters, returns the entire weights:
-    what a restore has to fill. Holders may be replaced between steps, so fetch fragments anew each time.
+    what a restore has to fill. Holders may be replaced between steps: fetch fragments anew.
     """
     weights = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):

@@ -1,0 +1,96 @@
+"""`srepa-ds demo`: the whole road on handwritten digits, each step an ordinary command."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from srepa_ds.config import shipped
+from srepa_ds.errors import ConfigError, Fault, nearest
+
+MODES = ("sit", "repa", "srepa-mse", "srepa-kl")
+TIMINGS = "timings.json"
+
+
+def run_demo(*, mode: str, steps: int | None, ranks: int, seed: int) -> int:
+    """Returns 0 after every step went well, else the exit code of the step that did not.
+
+    Prints each command line before it runs it. Running the demo again goes on where it stopped:
+    finished steps find their work done. Raises ConfigError for an unknown mode.
+    """
+    if mode not in MODES:
+        raise ConfigError("demo", [Fault("--mode", f"unknown '{mode}'; {nearest(mode, MODES)}")])
+    folder = Path("runs") / (f"digits-{mode}" + (f"-seed{seed}" if seed else ""))
+    timings: dict[str, float] = {}
+    began = time.perf_counter()
+    for arguments in commands(mode=mode, steps=steps, ranks=ranks, seed=seed, folder=folder):
+        name = arguments[0]
+        if name == "report":
+            _write_timings(folder, timings)
+        print(f"\n$ {shlex.join(['srepa-ds', *arguments])}", flush=True)
+        step_began = time.perf_counter()
+        code = _run(arguments)
+        if code != 0:
+            print(f"\n{name} ended with code {code}; the same demo command goes on from here")
+            return code
+        timings[name] = time.perf_counter() - step_began
+    _summarise(folder, timings, time.perf_counter() - began)
+    return 0
+
+
+def commands(
+    *, mode: str, steps: int | None, ranks: int, seed: int, folder: Path
+) -> list[list[str]]:
+    """Returns the command lines of the demo, without the program's name."""
+    experiment = str(shipped(Path(f"configs/digits-{mode}.yaml")))
+    changes = [f"run.folder={folder}"]
+    changes += [f"train.steps={steps}"] if steps is not None else []
+    changes += [f"run.seed={seed}", f"sample.seed={seed}"] if seed else []
+    on_ranks = ["--ranks", str(ranks)]
+    return [
+        ["prepare", str(shipped(Path("configs/digits-prepare.yaml")))],
+        ["teacher", str(shipped(Path("configs/digits-teacher.yaml")))],
+        ["train", experiment, *changes, *on_ranks],
+        ["export", experiment, *changes],
+        ["sample", experiment, *changes, *on_ranks],
+        ["evaluate", experiment, *changes],
+        ["report", experiment, *changes],
+    ]
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Runs one command; SIGINT and SIGTERM are passed on once, and waited for."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "srepa_ds", *arguments],
+        # Its own session, so that a terminal's Ctrl-C does not reach it twice.
+        start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        if child.poll() is None:
+            child.send_signal(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 128 - code if code < 0 else code
+
+
+def _write_timings(folder: Path, timings: dict[str, float]) -> None:
+    (folder / TIMINGS).write_text(json.dumps(timings, indent=2) + "\n", encoding="utf-8")
+
+
+def _summarise(folder: Path, timings: dict[str, float], total: float) -> None:
+    print("\n" + "  ".join(f"{name} {seconds:.0f} s" for name, seconds in timings.items()))
+    print(f"all of it {total:.0f} s; look at {folder / 'report.html'}")

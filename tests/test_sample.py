@@ -1,0 +1,30 @@
+"""Sampling as users run it: the same images for any number of ranks."""
+
+import numpy as np
+import pytest
+from ranks import run_worker
+
+from srepa_ds.config import load_config
+from srepa_ds.export import export
+
+
+@pytest.fixture(scope="module")
+def trained(small_world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run_worker("train_runs", 1, small_world.config, f"run.folder={folder};train.steps=5")
+    export(load_config(small_world.config, [f"run.folder={folder}"]))
+    return folder
+
+
+def test_images_do_not_depend_on_the_number_of_ranks(small_world, trained):
+    sets = []
+    for world_size in (1, 2):
+        overrides = f"run.folder={trained};sample.folder={trained}/{world_size}"
+        run_worker("sample_sets", world_size, small_world.config, overrides)
+        with np.load(trained / str(world_size) / "samples.npz") as archive:
+            sets.append((archive["arr_0"], archive["arr_1"]))
+    (images, labels), (other_images, other_labels) = sets
+    assert images.shape == (64, 16, 16, 3)
+    np.testing.assert_array_equal(images, other_images)
+    np.testing.assert_array_equal(labels, other_labels)
+    assert images.std() > 0
