@@ -1,11 +1,13 @@
 """What the loader hands to training: one micro batch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
+
+from srepa_ds.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,15 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def pixels(self) -> UInt8[Tensor, "batch channels height width"]:
+        """The images; raises DataError if the shards hold none."""
+        if self.images is None:
+            raise DataError(
+                "these shards hold no images, only moments; prepare them again with images"
+            )
+        return self.images
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Returns the batch on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -34,5 +45,5 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{k: None if v is None else change(v) for k, v in values.items()})
+        present = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: change(v) for k, v in present.items() if v is not None})

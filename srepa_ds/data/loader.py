@@ -180,8 +180,8 @@ class _Rows(Dataset[Batch]):
     def __init__(self, dataset: ShardDataset):
         self._dataset = dataset
 
-    def __getitem__(self, request: tuple[list[int], list[int]]) -> Batch:
-        samples, positions = request
+    def __getitem__(self, index: tuple[list[int], list[int]]) -> Batch:
+        samples, positions = index
         return self._dataset.read(torch.tensor(samples), positions=torch.tensor(positions))
 
     def __len__(self) -> int:

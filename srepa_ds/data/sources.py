@@ -1,7 +1,7 @@
 """Where images come from before preparation: one row of `SOURCES` per kind."""
 
 from dataclasses import dataclass
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class Digits:
                 "the source 'digits' needs scikit-learn; install the extra: "
                 "pip install 'srepa_ds[demo]'"
             ) from error
-        digits = load_digits()
+        digits: Any = load_digits()
         self._pixels = np.round(digits.images * (255.0 / 16.0)).astype(np.uint8)
         self.labels = torch.from_numpy(digits.target.astype(np.int64))
         self.class_names = tuple(str(name) for name in digits.target_names)

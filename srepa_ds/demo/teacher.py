@@ -144,15 +144,15 @@ def _identity(
 def _trained(config: TeacherTrainingConfig, train: ShardDataset) -> Teacher:
     resolution = train.image_shape[1]
     encoder = build_encoder(config.spec, resolution=resolution)
-    initialise(encoder, seed=config.seed)
     teacher = Teacher(encoder, config.spec, resolution=resolution, dtype=torch.float32)
+    initialise(encoder, grid=teacher.grid, seed=config.seed)
     encoder.requires_grad_(True).train()
     optimizer = AdamW(encoder.parameters(), betas=_BETAS, weight_decay=config.weight_decay)
     order = DataOrder(seed=config.seed, num_samples=len(train))
     for step in range(config.steps):
         positions = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
         batch = train.read(order.sample_at(positions), positions=positions)
-        images = _augmented(teacher.preprocess(batch.images), config, positions)
+        images = _augmented(teacher.preprocess(batch.pixels), config, positions)
         loss = F.cross_entropy(
             encoder(images), batch.labels, label_smoothing=config.label_smoothing
         )
@@ -168,25 +168,25 @@ def _trained(config: TeacherTrainingConfig, train: ShardDataset) -> Teacher:
     return teacher
 
 
-def initialise(encoder: nn.Module, *, seed: int) -> None:
+def initialise(encoder: nn.Module, *, grid: tuple[int, int], seed: int) -> None:
     """Fills the weights of a timm ViT: a function of `seed`, not of the process's random state.
 
     The position embedding starts as sines and cosines: learned from noise, it costs a small
     training several times its steps. The classifier starts at zero.
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in encoder.named_parameters():
+    parameters = dict(encoder.named_parameters())
+    for name, parameter in parameters.items():
         if parameter.ndim >= 2:
             nn.init.xavier_uniform_(parameter.data.flatten(1), generator=generator)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
-    nn.init.zeros_(encoder.head.weight)
-    if encoder.pos_embed is not None:
-        rows, columns = encoder.patch_embed.grid_size
-        table = _sincos(rows, columns, encoder.embed_dim)
-        with torch.no_grad():
-            encoder.pos_embed.zero_()
-            encoder.pos_embed[:, -len(table) :] = table
+    nn.init.zeros_(parameters["head.weight"])
+    if "pos_embed" in parameters:
+        table = parameters["pos_embed"].data
+        places = _sincos(*grid, table.shape[-1])
+        table.zero_()
+        table[:, -len(places) :] = places
 
 
 def _sincos(rows: int, columns: int, width: int) -> Float[Tensor, "tokens width"]:
@@ -228,7 +228,8 @@ def _accuracy(teacher: Teacher, dataset: ShardDataset) -> float:
     correct = 0
     for indices in torch.arange(len(dataset)).split(_EVALUATION_BATCH):
         batch = dataset.read(indices)
-        logits = teacher.classify(batch.images).logits
+        logits = teacher.classify(batch.pixels).logits
+        assert logits is not None
         correct += int((logits.argmax(dim=1) == batch.labels).sum())
     return correct / len(dataset)
 
