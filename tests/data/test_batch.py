@@ -37,6 +37,7 @@ def test_missing_pixels_are_named():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pinning_pins_every_tensor():
     pinned = batch(moments=True).pin_memory()
     assert all(getattr(pinned, name).is_pinned() for name in ("images", "moments", "positions"))
