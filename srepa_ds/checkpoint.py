@@ -100,21 +100,19 @@ class CheckpointReader:
         Raises CheckpointError unless the stored pieces cover every one of them.
         """
         result = torch.empty(numel, dtype=torch.float32)
-        covered = 0
-        for piece_start, file, key in self._pieces.get((kind, name), []):
+        reached, stop = start, start + numel
+        for piece_start, file, key in sorted(self._pieces.get((kind, name), [])):
             piece = self._files[file].get_slice(key)
             (length,) = piece.get_shape()
-            first = max(start, piece_start)
-            last = min(start + numel, piece_start + length)
-            if first < last:
-                result[first - start : last - start] = piece[
-                    first - piece_start : last - piece_start
-                ]
-                covered += last - first
-        if covered != numel:
+            last = min(stop, piece_start + length)
+            if piece_start <= reached < last:
+                run = piece[reached - piece_start : last - piece_start]
+                result[reached - start : last - start] = run
+                reached = last
+        if reached != stop:
             raise CheckpointError(
-                f"{self.folder}: {kind} of '{name}' covers {covered} of the {numel} elements "
-                f"needed; the checkpoint is incomplete, resume from an earlier one"
+                f"{self.folder}: {kind} of '{name}' has no elements from {reached} on, but they "
+                f"are needed up to {stop}; the checkpoint is incomplete, resume from an earlier one"
             )
         return result
 
@@ -183,9 +181,8 @@ def _make_aside(root: Path, aside: Path) -> None:
 
 def _write_fragments(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
     with _writing(path.parent):
-        tensors = {piece.key: piece.values.detach().cpu().contiguous() for piece in pieces}
-        # A view would drag its whole storage along.
-        tensors = {key: value.clone() for key, value in tensors.items()}
+        # Copies, because a view would drag its whole storage along.
+        tensors = {p.key: p.values.detach().to("cpu", copy=True).contiguous() for p in pieces}
         save_file(tensors, path, metadata={"format": FORMAT, "version": str(VERSION)})
         _flush(path)
         return _entry(path)
@@ -235,6 +232,8 @@ def fault_of(folder: Path) -> str | None:
         manifest = json.loads((folder / _MANIFEST).read_text())
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
             return f"of format {manifest['format']} {manifest['version']}, not {FORMAT} {VERSION}"
+        if _STATE not in manifest["files"]:
+            return f"its manifest does not name {_STATE}"
         for name, expected in manifest["files"].items():
             path = folder / name
             if not path.is_file():
@@ -243,7 +242,9 @@ def fault_of(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
             if _entry(path) != expected:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except FileNotFoundError:
+        return f"{_MANIFEST} is missing" if folder.is_dir() else "there is no such folder"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
     return None
 
@@ -255,7 +256,7 @@ def steps_in(root: Path) -> list[Path]:
         for path in root.glob(f"{_PREFIX}*")
         if path.is_dir() and path.name.removeprefix(_PREFIX).isdigit()
     ]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+    return sorted(folders, key=_step_of)
 
 
 def newest_valid(root: Path) -> Path | None:
@@ -279,12 +280,19 @@ def newest_valid(root: Path) -> Path | None:
     return None
 
 
-def prune(root: Path, config: CheckpointConfig) -> None:
-    """Deletes the checkpoints the retention rule does not keep, and what interrupted saves left."""
+def prune(root: Path, config: CheckpointConfig, *, newest: int) -> None:
+    """Deletes the checkpoints the retention rule does not keep, and what interrupted saves left.
+
+    `newest` is the step just saved. Later ones are damaged, for the run resumed before them; they
+    neither count as kept nor are deleted.
+    """
     for leftover in root.glob(f"{_ASIDE}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    folders = steps_in(root)
+    folders = [folder for folder in steps_in(root) if _step_of(folder) <= newest]
     for folder in folders[: -config.keep_last]:
-        step = int(folder.name.removeprefix(_PREFIX))
-        if not (config.keep_every_steps and step % config.keep_every_steps == 0):
+        if not (config.keep_every_steps and _step_of(folder) % config.keep_every_steps == 0):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(_PREFIX))

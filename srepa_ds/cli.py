@@ -69,6 +69,7 @@ def teacher(path: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def train(
+    context: typer.Context,
     path: ConfigPath,
     overrides: Overrides = None,
     ranks: RankCount = 1,
@@ -87,7 +88,7 @@ def train(
         )
         return 0 if finished else INTERRUPTED
 
-    _on_ranks(action, ranks)
+    _on_ranks(action, ranks, arguments=context.obj)
 
 
 @app.command()
@@ -101,7 +102,9 @@ def export(path: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def sample(path: ConfigPath, overrides: Overrides = None, ranks: RankCount = 1) -> None:
+def sample(
+    context: typer.Context, path: ConfigPath, overrides: Overrides = None, ranks: RankCount = 1
+) -> None:
     """Draw images from an exported model into an ADM .npz and a contact sheet."""
 
     def action() -> int:
@@ -111,7 +114,7 @@ def sample(path: ConfigPath, overrides: Overrides = None, ranks: RankCount = 1) 
         run_sampling(load_config(path, overrides or ()))
         return 0
 
-    _on_ranks(action, ranks)
+    _on_ranks(action, ranks, arguments=context.obj)
 
 
 @app.command()
@@ -156,12 +159,13 @@ def version() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Returns the exit code of one command line; a user's fault becomes one message and code 2."""
     try:
-        return app(list(arguments), standalone_mode=False) or 0
+        return app(list(arguments), standalone_mode=False, obj=list(arguments)) or 0
     except SRepaError as error:
         _complain(error)
         return 2
     except typer.TyperException as error:
-        error.show()
+        text = error.format_message()
+        typer.echo(f"error: {text} See `srepa-ds --help`." if arguments else text, err=True)
         return 2
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("interrupted; the same command goes on from what is finished", err=True)
@@ -193,10 +197,10 @@ def _before_joining() -> bool:
     return not distributed.joined()
 
 
-def _on_ranks(action: Callable[[], int], ranks: int) -> None:
+def _on_ranks(action: Callable[[], int], ranks: int, *, arguments: Sequence[str]) -> None:
     """Runs `action` on this rank, or starts `ranks` processes that run this command line."""
     if ranks != 1 and not launched():
-        raise typer.Exit(run_ranks(sys.argv[1:], ranks, port=free_port()))
+        raise typer.Exit(run_ranks(arguments, ranks, port=free_port()))
     from srepa_ds import distributed
 
     _log()
@@ -225,12 +229,14 @@ def _any_config(path: Path, overrides: list[str] | None) -> "Section":
     """Returns the configuration of whatever kind the file's `kind` says."""
     from srepa_ds.config import load_config
     from srepa_ds.demo.teacher import TeacherTrainingConfig
+    from srepa_ds.errors import ConfigError, Fault, nearest
     from srepa_ds.prepare import PrepareConfig
     from srepa_ds.schema import load_tree
 
-    kind = load_tree(path).get("kind", "experiment")
-    if kind == "prepare":
-        return _section(PrepareConfig, path, overrides)
-    if kind == "teacher":
-        return _section(TeacherTrainingConfig, path, overrides)
-    return load_config(path, overrides or ())
+    kinds = {"experiment": None, "prepare": PrepareConfig, "teacher": TeacherTrainingConfig}
+    kind = str(load_tree(path).get("kind", "experiment"))
+    if kind not in kinds:
+        fault = Fault("kind", f"unknown '{kind}'; {nearest(kind, kinds)}")
+        raise ConfigError(str(path), [fault])
+    schema = kinds[kind]
+    return _section(schema, path, overrides) if schema else load_config(path, overrides or ())

@@ -61,7 +61,7 @@ class EngineConfig(Section):
     """How DeepSpeed arranges memory and arithmetic."""
 
     deepspeed: Path = Path("ds_configs/zero2.json")
-    """DeepSpeed JSON: ZeRO stage, offload, buckets. Batch, optimizer and precision belong here."""
+    """DeepSpeed JSON: ZeRO stage, offload, buckets. What this YAML says is not repeated there."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """`bf16`: weights and activations in bf16 with fp32 masters, moments and EMA."""
@@ -202,7 +202,8 @@ def _deepspeed_json_is_sound(engine: EngineConfig) -> Iterator[Fault]:
         load_deepspeed_json(engine.deepspeed)
     except ConfigError as error:
         for fault in error.faults:
-            yield Fault("engine.deepspeed", f"{error.source}: {fault.path} {fault.message}".strip())
+            words = (f"{error.source}:", fault.path, fault.message)
+            yield Fault("engine.deepspeed", " ".join(filter(None, words)))
 
 
 CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {
@@ -221,6 +222,7 @@ OWNED_BY_YAML = {
     "bf16": "engine.precision",
     "fp16": "engine.precision",
     "torch_autocast": "engine.precision",
+    "data_types": "engine.precision",
 }
 
 
@@ -237,24 +239,28 @@ def config_from(tree: Tree, *, source: str) -> Config:
 def load_deepspeed_json(path: Path) -> dict[str, Any]:
     """Returns DeepSpeed's own configuration.
 
-    Raises ConfigError if the file is missing, no JSON object, or sets what the YAML owns.
+    Raises ConfigError unless it is a JSON object with a known ZeRO stage and nothing of the YAML's.
     """
     try:
         document = json.loads(shipped(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(str(path), [Fault("", error.strerror or "cannot be read")]) from error
-    except ValueError as error:
-        raise ConfigError(str(path), [Fault("", f"is not JSON: {error}")]) from error
-    if not isinstance(document, dict):
-        raise ConfigError(str(path), [Fault("", "must be a JSON object")])
-    owned = [
-        Fault(key, f"belongs to the YAML ({OWNED_BY_YAML[key]}); remove it here")
-        for key in document
-        if key in OWNED_BY_YAML
-    ]
-    if owned:
-        raise ConfigError(str(path), owned)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"is not JSON: {error}"
+        raise ConfigError(str(path), [Fault("", reason)]) from error
+    faults = list(_deepspeed_faults(document))
+    if faults:
+        raise ConfigError(str(path), faults)
     return document
+
+
+def _deepspeed_faults(document: Any) -> Iterator[Fault]:
+    if not isinstance(document, dict):
+        yield Fault("", "must be a JSON object")
+        return
+    for key in sorted(OWNED_BY_YAML.keys() & document.keys()):
+        yield Fault(key, f"belongs to the YAML ({OWNED_BY_YAML[key]}); remove it here")
+    zero = document.get("zero_optimization", {})
+    if not (isinstance(zero, dict) and zero.get("stage", 0) in range(4)):
+        yield Fault("zero_optimization", 'must be an object with a "stage" of 0 to 3')
 
 
 def shipped(path: Path) -> Path:
@@ -266,17 +272,9 @@ def shipped(path: Path) -> Path:
 
 # Changing these in the middle of a run changes neither the model nor what it has learnt so far.
 _SAFE_TO_CHANGE = (
-    "run.folder",
-    "data.num_workers",
-    "data.prefetch_batches",
-    "train.steps",
-    "train.log_every_steps",
-    "train.accumulation_steps",
-    "engine",
-    "checkpoint",
-    "export",
-    "sample",
-    "evaluate",
+    *("run.folder", "engine", "checkpoint", "export", "sample", "evaluate"),
+    *("data.num_workers", "data.prefetch_batches"),
+    *("train.steps", "train.log_every_steps", "train.accumulation_steps"),
 )
 
 

@@ -154,10 +154,10 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except SRepaError as caught:
         error = caught
-    messages = [message for message in gather(error and str(error)) if message]
-    if messages:
-        # The type tells callers what to clean up, so a rank's own error keeps it.
-        shared = error if error is not None else SRepaError(messages[0])
+    errors = [met for met in gather(error) if met is not None]
+    if errors:
+        # The same type everywhere: it tells callers what to clean up. A rank's own keeps its cause.
+        shared = error if error is not None else errors[0]
         shared.on_all_ranks = True
         raise shared
     return result  # type: ignore[return-value]

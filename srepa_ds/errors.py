@@ -47,6 +47,10 @@ class ConfigError(SRepaError):
         lines += [f"  {fault.path or '(whole file)'}: {fault.message}" for fault in self.faults]
         super().__init__("\n".join(lines))
 
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, tuple[Fault, ...]]]:
+        # Ranks tell each other their errors; by default the message would become the source.
+        return type(self), (self.source, self.faults)
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns a sentence naming the known name nearest to `name`, or all known names."""

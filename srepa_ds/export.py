@@ -8,8 +8,10 @@ from srepa_ds.checkpoint import CheckpointReader
 from srepa_ds.config import Config
 from srepa_ds.errors import CheckpointError
 from srepa_ds.model.sit import SiT
+from srepa_ds.model.variants import SiTConfig
 from srepa_ds.model.weights import write_model
 from srepa_ds.objective import official_name
+from srepa_ds.schema import validated
 
 log = logging.getLogger("srepa_ds")
 
@@ -23,9 +25,10 @@ def export(config: Config) -> Path:
     reader = CheckpointReader(_chosen(config))
     weights = config.export.weights
     tensors = {official_name(n): reader.tensor(weights, n) for n in reader.names(weights)}
-    # The position embedding is no trained weight: it is a function of the model's sizes.
-    tensors |= {name: buffer for name, buffer in SiT(config.model, None).named_buffers()}
     stored = reader.state["config"]
+    # The position embedding is no trained weight: it is a function of the model's sizes.
+    model = validated(SiTConfig, stored["model"], source=f"{reader.folder}: model")
+    tensors |= dict(SiT(model, None).named_buffers())
     provenance = {
         "checkpoint": reader.fingerprint(),
         "step": reader.state["step"],

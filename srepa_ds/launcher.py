@@ -39,17 +39,18 @@ def run_ranks(arguments: Sequence[str], num_ranks: int, *, port: int) -> int:
     if num_ranks < 1:
         raise TopologyError(f"--ranks must be at least 1, got {num_ranks}")
     command = [sys.executable, "-m", "srepa_ds", *arguments]
-    ranks = [
-        # A session of its own: a terminal's Ctrl-C reaches only this process, which passes it on.
-        subprocess.Popen(command, env=_environment(r, num_ranks, port), start_new_session=True)
-        for r in range(num_ranks)
-    ]
+    ranks: list[subprocess.Popen[bytes]] = []
     previous = {
         number: signal.signal(number, _forwarding(ranks))
         for number in (signal.SIGINT, signal.SIGTERM)
         if threading.current_thread() is threading.main_thread()
     }
     try:
+        for rank in range(num_ranks):
+            environment = _environment(rank, num_ranks, port)
+            # A session of its own: a terminal's Ctrl-C reaches only this process, which passes
+            # it on.
+            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
         return _wait(ranks)
     finally:
         for number, handler in previous.items():
@@ -57,6 +58,7 @@ def run_ranks(arguments: Sequence[str], num_ranks: int, *, port: int) -> int:
         for process in ranks:
             if process.poll() is None:
                 process.kill()
+                process.wait()
 
 
 def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:

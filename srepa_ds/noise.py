@@ -22,7 +22,7 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Stream(IntEnum):
-    """What a draw is for; two streams never share numbers. The values belong to a run's identity."""
+    """What a draw is for; two streams never share numbers. Values belong to a run's identity."""
 
     TIME = 1
     NOISE = 2

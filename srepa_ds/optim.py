@@ -1,12 +1,15 @@
 """The optimizer and its learning rate, both as the paper trains (Appendix A: AdamW, constant)."""
 
 from collections.abc import Iterable
+from typing import Annotated
 
 from pydantic import Field
 from torch.nn import Parameter
 from torch.optim import AdamW
 
 from srepa_ds.schema import Section
+
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
@@ -15,7 +18,7 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(default=1e-4, gt=0)
     """Learning rate after warmup."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """Decay rates of Adam's two moments."""
 
     epsilon: float = Field(default=1e-8, gt=0)

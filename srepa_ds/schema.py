@@ -4,6 +4,7 @@ Every module owns its `Section`; `config.py` composes them. One validator, one e
 faults at once, whether a value came from a file or from the command line.
 """
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -40,14 +41,23 @@ def known_in(kind: str, table: Mapping[str, Any]) -> AfterValidator:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with floats as in version 1.2, so that `1e-4` is a number."""
+    """YAML with plain scalars as in version 1.2: `1e-4` is a number, `2026-01-31` is text."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read as text."""
+
+
+for _resolver in (_Loader, _Dumper):
+    _resolver.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
+        for first, known in _resolver.yaml_implicit_resolvers.items()
+    }
+    _resolver.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
+        list("-+0123456789."),
+    )
 
 
 def parse_yaml(text: str) -> Any:
@@ -100,7 +110,7 @@ def apply_overrides(tree: Tree, overrides: Iterable[str]) -> Tree:
     List items are addressed by number (`alignments.0.depth=4`). Raises ConfigError naming every
     override that is malformed or addresses no place.
     """
-    result: Tree = json.loads(json.dumps(tree))
+    result = copy.deepcopy(tree)
     faults = []
     for override in overrides:
         path, equals, text = override.partition("=")
@@ -120,7 +130,10 @@ def apply_overrides(tree: Tree, overrides: Iterable[str]) -> Tree:
 
 def _assign(node: Any, keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
-        node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+        if isinstance(node, dict) and node.get(key) is None:
+            # A section that is off, or left to its defaults, comes into being.
+            node[key] = {}
+        node = node[int(key) if isinstance(node, list) else key]
     if isinstance(node, list):
         node[int(keys[-1])] = value
     elif isinstance(node, dict):
@@ -192,29 +205,34 @@ def _field_value(schema: type[Section], name: str, value: Any) -> Any:
 
 
 def _fault(schema: type[Section], detail: Any) -> Fault:
-    location = [str(part) for part in detail["loc"]]
+    *parents, last = detail["loc"]
     if detail["type"] == "extra_forbidden":
-        fields = _fields_at(schema, location[:-1])
-        return Fault(".".join(location), f"unknown key; {nearest(location[-1], fields)}")
+        place, fields = _located(schema, parents)
+        return Fault(".".join([*place, str(last)]), f"unknown key; {nearest(str(last), fields)}")
+    path = ".".join(_located(schema, [*parents, last])[0])
     if detail["type"] == "missing":
-        return Fault(".".join(location), "is required")
+        return Fault(path, "is required")
     message = detail["msg"].removeprefix("Value error, ")
     given = detail.get("input")
-    if isinstance(given, str | int | float | bool) and repr(given) not in message:
+    if isinstance(given, str | int | float | bool) and detail["type"] != "value_error":
         message += f" (given: {given!r})"
-    return Fault(".".join(location), message)
+    return Fault(path, message)
 
 
-def _fields_at(schema: type[Section], location: Iterable[str]) -> list[str]:
-    """Returns the field names of the section at `location`, as far as annotations tell."""
-    candidates: list[Any] = [schema]
+def _located(schema: type[Section], location: Iterable[str | int]) -> tuple[list[str], list[str]]:
+    """Returns pydantic's location as a path of ours, and the names of the fields known there.
+
+    In a union pydantic adds the alternative it tried, such as `tuple[int, int]`: that is dropped.
+    """
+    sections, path = [schema], []
     for key in location:
-        below: list[Any] = []
-        for candidate in candidates:
-            if key in getattr(candidate, "model_fields", {}):
-                below += _sections_in(candidate.model_fields[key].annotation)
-        candidates = below or candidates
-    return [name for candidate in candidates for name in candidate.model_fields]
+        holders = [section for section in sections if key in section.model_fields]
+        if holders:
+            annotations = [section.model_fields[str(key)].annotation for section in holders]
+            sections = [below for part in annotations for below in _sections_in(part)]
+        if holders or isinstance(key, int):
+            path.append(str(key))
+    return path, [name for section in sections for name in section.model_fields]
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:
@@ -234,7 +252,7 @@ def to_yaml(config: Section, *, documented: bool = False) -> str:
     """Returns `config` as YAML; with `documented`, every field's text stands above it."""
     if documented:
         return "\n".join(_documented(config, indent="")) + "\n"
-    return yaml.safe_dump(to_tree(config), sort_keys=False, width=100)
+    return yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False, width=100)
 
 
 def _documented(section: Section, indent: str) -> list[str]:
@@ -257,5 +275,5 @@ def _documented_value(name: str, value: Any, section: Section, indent: str) -> l
             lines += [f"{indent}  -", *body]
         return lines
     plain = section.model_dump(mode="json", include={name})[name]
-    dumped = yaml.safe_dump(plain, default_flow_style=True, width=10_000).strip()
+    dumped = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, width=10_000).strip()
     return [f"{indent}{name}: {dumped.removesuffix('...').strip()}"]

@@ -147,7 +147,7 @@ def _keep_until(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             # The last line of a killed run may be torn.
             continue
     aside = path.with_suffix(".jsonl.new")

@@ -125,7 +125,7 @@ def _save(config: Config, engine: Engine, ranks: Ranks) -> int:
         rank=ranks.rank,
     )
     if ranks.is_main:
-        checkpoint.prune(config.checkpoints, config.checkpoint)
+        checkpoint.prune(config.checkpoints, config.checkpoint, newest=engine.step_count)
         log.info("saved %s", folder)
     return engine.step_count
 

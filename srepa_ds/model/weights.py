@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import os
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +50,10 @@ def write_model(
 ) -> None:
     """Writes an exported model as a whole; an earlier one in `folder` is replaced.
 
-    Raises OutputError if `folder` holds something else or cannot be written to; then nothing is
-    left of the attempt.
+    Raises OutputError if `folder` holds anything else or cannot be written to; then an earlier
+    model is still there, and nothing is left of the attempt.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / DOCUMENT).is_file():
-        raise OutputError(f"{folder} holds something that is no exported model; choose another")
+    folder = folder.absolute()
     aside = folder.with_name(f".{folder.name}.writing")
     document = {
         "format": FORMAT,
@@ -63,18 +62,52 @@ def write_model(
         "config": config,
     }
     try:
+        _refuse_foreign(folder)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         metadata = {"format": "pt", **{key: str(value) for key, value in provenance.items()}}
         save_file({name: t.contiguous() for name, t in tensors.items()}, aside / WEIGHTS, metadata)
         (aside / DOCUMENT).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(aside, folder)
+        # safetensors makes its files private; a model has the permissions of its document.
+        (aside / WEIGHTS).chmod(stat.S_IMODE((aside / DOCUMENT).stat().st_mode))
+        _replace(folder, aside)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
         raise OutputError(f"cannot write the model to {folder}: {reason}") from error
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raises OutputError unless `folder` is absent, empty, or holds an exported model alone."""
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if names and not (names <= {WEIGHTS, DOCUMENT} and _is_document(folder / DOCUMENT)):
+        raise OutputError(
+            f"{folder} holds something that is no exported model ({', '.join(sorted(names)[:3])}); "
+            "choose another export.folder"
+        )
+
+
+def _is_document(path: Path) -> bool:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return document["format"] == FORMAT
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _replace(folder: Path, aside: Path) -> None:
+    """Moves `aside` to `folder`; what was there is deleted after that, or put back."""
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    try:
+        aside.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_model(folder: Path) -> ExportedModel:
@@ -84,16 +117,22 @@ def read_model(folder: Path) -> ExportedModel:
     """
     try:
         document = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
-        sha256 = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        with (folder / WEIGHTS).open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} holds no exported model ({error}); make one with `srepa-ds export CONFIG`"
         ) from error
-    if document.get("format") != FORMAT or document.get("version") != VERSION:
-        raise CheckpointError(f"{folder / DOCUMENT} is not of format {FORMAT} {VERSION}")
     try:
-        config = validated(SiTConfig, document["config"]["model"], source=str(folder / DOCUMENT))
+        mark, tree = (document["format"], document["version"]), document["config"]
+        provenance, model_tree = document["provenance"], tree["model"]
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / DOCUMENT} describes no model: lacks {error}") from error
+    if mark != (FORMAT, VERSION):
+        raise CheckpointError(f"{folder / DOCUMENT} is of format {mark}, not {(FORMAT, VERSION)}")
+    try:
+        config = validated(SiTConfig, model_tree, source=str(folder / DOCUMENT))
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     model = SiT(config, None)
@@ -102,6 +141,4 @@ def read_model(folder: Path) -> ExportedModel:
         model.load_state_dict(wanted)
     except RuntimeError as error:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit its config: {error}") from error
-    return ExportedModel(
-        model.eval().requires_grad_(False), document["config"], document["provenance"], sha256
-    )
+    return ExportedModel(model.eval().requires_grad_(False), tree, provenance, sha256)

@@ -1,0 +1,320 @@
+"""Strictness, messages and the way from text to a validated section."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from srepa_ds.errors import ConfigError, Fault, nearest
+from srepa_ds.schema import (
+    Section,
+    apply_overrides,
+    known_in,
+    load_tree,
+    merged,
+    parse_yaml,
+    to_tree,
+    to_yaml,
+    validated,
+)
+
+
+class Kernel(Section):
+    """What the filter is."""
+
+    size: int = Field(default=3, ge=1)
+    """Its side,
+    in pixels."""
+
+    name: Annotated[str, known_in("kernel", {"gauss": 1, "box": 2})] = "gauss"
+    """Its shape."""
+
+
+class Filter(Section):
+    """A section with a little of everything."""
+
+    rate: float = Field(gt=0)
+    """A number."""
+
+    steps: int = 5
+    """A whole number."""
+
+    flag: bool = False
+    """Yes or no."""
+
+    mode: Literal["same", "valid"] = "same"
+    """A choice."""
+
+    folder: Path = Path("out")
+    """A path."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    """A pair."""
+
+    side: int | tuple[int, int] = 8
+    """One or two numbers."""
+
+    note: str = ""
+    """Any text."""
+
+    kernel: Kernel = Kernel()
+    """A section below."""
+
+    spare: Kernel | None = None
+    """A section that may be absent."""
+
+    kernels: tuple[Kernel, ...] = ()
+    """A list of sections."""
+
+
+def build(tree: dict, **arguments) -> Filter:
+    return validated(Filter, tree, source="test", **arguments)
+
+
+def faults(tree: dict, **arguments) -> list[Fault]:
+    with pytest.raises(ConfigError) as caught:
+        build(tree, **arguments)
+    return list(caught.value.faults)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4), ("1E5", 1e5), ("-2.5e+3", -2500.0), (".5", 0.5), ("3.", 3.0),
+        ("7", 7), ("-7", -7), ("yes", True), ("null", None), ("1e", "1e"), ("e5", "e5"),
+        ("2026-01-31", "2026-01-31"), ("'1e-4'", "1e-4"), ("[1e-1, 2]", [0.1, 2]),
+    ],
+)  # fmt: skip
+def test_plain_scalars(text, value):
+    found = parse_yaml(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("rate", "yes"), ("rate", "'1e-4'"), ("rate", "null"), ("rate", "[1]"), ("rate", ".nan"),
+        ("rate", ".inf"), ("rate", "0"), ("steps", "1.0"), ("steps", "1e3"), ("steps", "true"),
+        ("steps", "'3'"), ("flag", "1"), ("flag", "'yes'"), ("mode", "full"), ("folder", "3"),
+        ("betas", "[1.0]"), ("betas", "[1.0, 0.5, 0.2]"), ("side", "[1]"), ("side", "1.5"),
+        ("note", "5"), ("kernel", "3"), ("kernel", "null"), ("kernels", "{}"), ("spare", "[]"),
+    ],
+)  # fmt: skip
+def test_what_is_not_of_the_type_is_refused(field, text):
+    assert {
+        fault.path.split(".")[0] for fault in faults({"rate": 1.0, field: parse_yaml(text)})
+    } == {field}
+
+
+def test_what_json_cannot_tell_apart_is_accepted():
+    tree = parse_yaml("{rate: 2, folder: a/b, betas: [0, 1e-2], side: [4, 6], kernels: [{}]}")
+    config = build(tree)
+    assert config.rate == 2.0
+    assert config.folder == Path("a/b")
+    assert config.betas == (0.0, 0.01)
+    assert config.side == (4, 6)
+    assert config.kernels == (Kernel(),)
+
+
+def test_a_section_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        build({"rate": 1}).steps = 3
+
+
+@pytest.mark.parametrize(
+    ("tree", "path", "words"),
+    [
+        ({"stpes": 3}, "stpes", "did you mean 'steps'?"),
+        ({"kernel": {"siez": 3}}, "kernel.siez", "did you mean 'size'?"),
+        ({"spare": {"nane": "box"}}, "spare.nane", "did you mean 'name'?"),
+        ({"kernels": [{}, {"sise": 1}]}, "kernels.1.sise", "did you mean 'size'?"),
+        ({"no-tes": 3}, "no-tes", "did you mean 'note'?"),
+        ({"kernels": [{"name": "bix"}]}, "kernels.0.name", "did you mean 'box'?"),
+        ({"zzz": 3}, "zzz", "known: betas, flag, folder, kernel,"),
+        (
+            {"kernel": {"name": "gaus"}},
+            "kernel.name",
+            "unknown kernel 'gaus'; did you mean 'gauss'?",
+        ),
+        ({"steps": "many"}, "steps", "(given: 'many')"),
+        ({"kernel": {"size": 0}}, "kernel.size", "greater than or equal to 1 (given: 0)"),
+        ({"side": "wide"}, "side", "(given: 'wide')"),
+    ],
+)
+def test_a_fault_has_a_path_and_says_what_to_do(tree, path, words):
+    found = faults({"rate": 1.0, **tree})
+    assert {fault.path for fault in found} == {path}
+    assert words in found[0].message
+
+
+def test_all_faults_come_at_once():
+    found = faults({"rate": -1, "steps": "x", "kernel": {"size": 0, "x": 1}, "colour": "red"})
+    paths = {fault.path for fault in found}
+    assert paths == {"rate", "steps", "kernel.size", "kernel.x", "colour"}
+    assert [fault.message for fault in faults({})] == ["is required"]
+
+
+def too_many_steps(steps: int, kernel: Kernel):
+    if steps > kernel.size:
+        yield Fault("steps", f"{steps} is more than {kernel.size}")
+
+
+CROSS = {"cross_checks": {("steps", "kernel"): (too_many_steps,)}}
+
+
+@pytest.mark.parametrize("tree", [{}, {"rate": "fast"}, {"rate": 1, "betas": 3}, {"unknown": 1}])
+def test_cross_checks_run_although_other_parts_are_broken(tree):
+    found = faults({"steps": 9, "kernel": {"size": 4}, **tree}, **CROSS)
+    assert Fault("steps", "9 is more than 4") in found
+    assert len(found) > 1 or tree.get("rate") == 1
+    assert Fault("steps", "5 is more than 3") in faults(tree, **CROSS), "with defaults"
+
+
+@pytest.mark.parametrize("broken", [{"steps": "x"}, {"kernel": {"size": "x"}}])
+def test_cross_checks_wait_for_the_parts_they_need(broken):
+    tree = {"rate": 1, "steps": 9, "kernel": {"size": 4}, **broken}
+    assert len(faults(tree, **CROSS)) == 1
+
+
+def test_cross_checks_alone_refuse():
+    assert faults({"rate": 1, "steps": 9}, **CROSS) == [Fault("steps", "9 is more than 3")]
+    assert build({"rate": 1, "steps": 2}, **CROSS).steps == 2
+
+
+def test_the_message_lists_every_fault_under_its_source():
+    error = ConfigError("file.yaml", [Fault("a.b", "is wrong"), Fault("", "is odd")])
+    lines = ["file.yaml: 2 faults", "  a.b: is wrong", "  (whole file): is odd"]
+    assert str(error).splitlines() == lines
+
+
+def test_nearest():
+    assert nearest("heum", ["euler", "heun"]) == "did you mean 'heun'?"
+    assert nearest("x", ["b", "a"]) == "known: a, b"
+
+
+def test_values_json_cannot_hold_are_a_fault():
+    with pytest.raises(ConfigError, match="holds a value JSON cannot"):
+        build({"rate": 1, "note": {1, 2}})
+
+
+TREE = {"rate": 1, "kernel": {"size": 3}, "kernels": [{"size": 1}, {"size": 2}], "spare": None}
+
+
+def test_overrides_edit_a_copy():
+    edits = ["rate=1e-3", "kernel.size=5", "kernels.1.size=7", "note='a=b'", "betas=[0.1, 0.2]"]
+    found = apply_overrides(TREE, edits)
+    assert found["rate"] == 1e-3
+    assert found["kernel"] == {"size": 5}
+    assert found["kernels"] == [{"size": 1}, {"size": 7}]
+    assert found["note"] == "a=b"
+    assert found["betas"] == [0.1, 0.2]
+    assert TREE["rate"] == 1
+    assert TREE["kernels"][1] == {"size": 2}
+
+
+def test_an_override_may_name_a_section_that_is_absent_or_off():
+    found = apply_overrides(TREE, ["spare.size=2", "other.deep.key=1"])
+    assert found["spare"] == {"size": 2}
+    assert found["other"] == {"deep": {"key": 1}}
+
+
+def test_an_override_of_an_unknown_key_meets_the_same_validator():
+    found = faults(apply_overrides({"rate": 1}, ["kernel.siez=2", "steps=no"]))
+    assert {fault.path for fault in found} == {"kernel.siez", "steps"}
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["steps", "=3", "kernels.2.size=1", "kernels.x.size=1", "rate.deep=1", "rate.very.deep=1",
+     "kernels.first=1", "note=[1", "note={a: 1"],
+)  # fmt: skip
+def test_malformed_overrides(override):
+    with pytest.raises(ConfigError, match="command line: 1 fault"):
+        apply_overrides(TREE, [override])
+
+
+def test_malformed_overrides_are_listed_together():
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(TREE, ["steps", "rate.x=1", "rate=5", "note=[1"])
+    assert [fault.path for fault in caught.value.faults] == ["steps", "rate.x", "note"]
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / "main.yaml"
+
+
+def test_base_files_are_merged_key_by_key(tmp_path):
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "root.yaml").write_text("rate: 1\nkernel: {size: 3, name: box}\n")
+    write(tmp_path / "common", middle="base: root.yaml\nsteps: 4\nkernels: [{size: 1}]\n")
+    path = write(tmp_path, main="base: common/middle.yaml\nkernel: {size: 9}\nkernels: []\n")
+    assert load_tree(path) == {
+        "rate": 1, "kernel": {"size": 9, "name": "box"}, "steps": 4, "kernels": []
+    }  # fmt: skip
+
+
+def test_merged_leaves_its_arguments_alone():
+    base = {"a": {"b": 1}, "c": [1]}
+    assert merged(base, {"a": {"d": 2}, "c": 3, "e": {}}) == {
+        "a": {"b": 1, "d": 2},
+        "c": 3,
+        "e": {},
+    }
+    assert base == {"a": {"b": 1}, "c": [1]}
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"main": "base: main.yaml"}, "circle"),
+        ({"main": "base: other.yaml", "other": "base: main.yaml"}, "circle"),
+        ({"main": "base: nowhere.yaml"}, "nowhere.yaml: 1 fault\n.*No such file"),
+        ({"main": "a: [1"}, "not valid YAML"),
+        ({"main": "a: 1\na: {b"}, "not valid YAML"),
+        ({"main": "[1, 2]"}, "must be a mapping"),
+        ({"main": ""}, "must be a mapping"),
+        ({}, "No such file"),
+    ],
+)
+def test_files_that_cannot_be_loaded(tmp_path, files, words):
+    with pytest.raises(ConfigError, match=words):
+        load_tree(write(tmp_path, **files))
+
+
+def test_a_binary_file_or_a_folder_is_no_yaml(tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_tree(tmp_path / "bytes")
+    with pytest.raises(ConfigError, match="directory"):
+        load_tree(tmp_path)
+
+
+@pytest.mark.parametrize("documented", [False, True])
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"rate": 1e-5},
+        {"rate": 2, "note": "1e-4", "folder": "1e5", "mode": "valid"},
+        {"rate": 2, "note": "2026-01-31", "folder": "a b/ü: #c", "flag": True},
+        {"rate": 2, "note": "ends in ...", "side": [3, 4]},
+        {"rate": 2, "note": "yes", "spare": {"size": 2}, "kernels": [{"size": 1}, {"name": "box"}]},
+        {"rate": 2, "note": "a 'b' \"c\" \\ # " + "long " * 60},
+    ],
+    ids=range(6),
+)
+def test_printed_text_reads_back_as_the_same_section(tree, documented):
+    config = build(tree)
+    text = to_yaml(config, documented=documented)
+    assert build(parse_yaml(text)) == config
+    assert build(to_tree(config)) == config
+
+
+def test_documentation_stands_above_every_field():
+    lines = to_yaml(build({"rate": 2, "kernels": [{}]}), documented=True).splitlines()
+    assert lines[:2] == ["# A number.", "rate: 2.0"]
+    assert "  # Its side, in pixels." in lines
+    assert sum("Its side" in line for line in lines) == 2
