@@ -8,6 +8,7 @@ fragments. This module alone knows DeepSpeed's inside; 0.19.8 is what it was rea
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -87,7 +88,7 @@ def _stage_0_holders(engine: deepspeed.DeepSpeedEngine) -> dict[Parameter, Tenso
 
 
 def _locate_stage_1_2(
-    engine: deepspeed.DeepSpeedEngine, name: str, parameter: Parameter
+    engine: deepspeed.DeepSpeedEngine, name: str, parameter: Any
 ) -> Fragment | None:
     mapping = parameter._hp_mapping
     if mapping is None:
@@ -99,7 +100,7 @@ def _locate_stage_1_2(
 
 
 def _locate_stage_3(
-    engine: deepspeed.DeepSpeedEngine, name: str, parameter: Parameter
+    engine: deepspeed.DeepSpeedEngine, name: str, parameter: Any
 ) -> Fragment | None:
     optimizer = engine.optimizer
     group, offset, padded_numel = optimizer.grad_position[optimizer.get_param_id(parameter)]

@@ -109,10 +109,37 @@ _DINOV2_SIZES = {
     "g": ("giant", 1536),
 }
 
+# The demo's own teacher: no pretrained weights exist, `srepa-ds teacher` trains them.
+_DIGITS = TeacherSpec(
+    architecture="vit_tiny_patch16_224",
+    arguments={
+        "patch_size": 2,
+        "embed_dim": 64,
+        "depth": 3,
+        "num_heads": 4,
+        "mlp_ratio": 2.0,
+        "act_layer": "relu",
+        "class_token": False,
+        "global_pool": "avg",
+        "fc_norm": False,
+    },
+    width=64,
+    patch_size=2,
+    input_size=16,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    num_prefix_tokens=0,
+    has_cls=False,
+    num_classes=10,
+)
+
 TEACHERS: dict[str, TeacherSpec] = {
-    f"{family}-vit-{letter}": _dinov2(size, registers, width)
-    for family, registers in (("dinov2", 0), ("dinov2reg", 4))
-    for letter, (size, width) in _DINOV2_SIZES.items()
+    **{
+        f"{family}-vit-{letter}": _dinov2(size, registers, width)
+        for family, registers in (("dinov2", 0), ("dinov2reg", 4))
+        for letter, (size, width) in _DINOV2_SIZES.items()
+    },
+    "digits-vit": _DIGITS,
 }
 
 
