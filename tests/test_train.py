@@ -30,7 +30,8 @@ def start_training(world, folder: Path, *overrides: str) -> list[subprocess.Pope
 
 def wait_for(path: Path, ranks: list[subprocess.Popen]) -> None:
     deadline = time.monotonic() + 120
-    while not path.exists():
+    # A record that is opened but empty says nothing of the other ranks.
+    while not (path.exists() and path.stat().st_size):
         assert time.monotonic() < deadline, f"{path} never came"
         assert all(process.poll() is None for process in ranks), ranks[0].communicate()[0]
         time.sleep(0.01)
