@@ -1,0 +1,108 @@
+"""What a run's folder says about the run, read back."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from srepa_ds.alignment.losses import AlignmentConfig
+from srepa_ds.config import Config, load_config
+from srepa_ds.errors import DataError
+
+METRICS = "metrics.jsonl"
+RESULTS = "results.json"
+ENVIRONMENT = "environment.json"
+TIMINGS = "timings.json"
+CONFIG = "config.yaml"
+
+Line = Mapping[str, float]
+
+
+def read_metrics(folder: Path) -> tuple[Line, ...]:
+    """Returns the lines of the run's record, in order; torn ones are left out.
+
+    Raises DataError if there is none.
+    """
+    path = folder / METRICS
+    hint = "train first: `srepa-ds train CONFIG`"
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}, so there is no run; {hint}") from error
+    lines = tuple(line for line in map(_parsed, text.splitlines()) if line)
+    if not lines:
+        raise DataError(f"{path}: holds no line of a record; {hint}")
+    return lines
+
+
+def _parsed(text: str) -> Line:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return {}
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        return {}
+    numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
+    return {k: v for k, v in numbers.items() if math.isfinite(v)}
+
+
+def read_document(path: Path, *, hint: str = "") -> dict[str, Any]:
+    """Returns a JSON object of the run's; raises DataError, with `hint`, if it is not there."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path.name}: {error.strerror}; {hint}") from error
+    except ValueError as error:
+        raise DataError(f"{path.name}: is not JSON ({error}); {hint}") from error
+    if not isinstance(document, dict):
+        raise DataError(f"{path.name}: is no JSON object; {hint}")
+    return document
+
+
+def trained_config(config: Config) -> Config:
+    """Returns the configuration the run was trained with, or `config` if none was kept."""
+    path = config.run.folder / CONFIG
+    return load_config(path) if path.is_file() else config
+
+
+def training_seconds(lines: Sequence[Line]) -> float:
+    """Returns the time the recorded steps took."""
+    before, total = 0.0, 0.0
+    for line in lines:
+        total += line.get("step_seconds", 0.0) * (line["step"] - before)
+        before = line["step"]
+    return total
+
+
+def mode_of(alignments: Sequence[AlignmentConfig]) -> str:
+    """Returns the name of the training objective, as the papers call it."""
+    names = dict.fromkeys(_mode(alignment) for alignment in alignments)
+    return " + ".join(names) or "SiT"
+
+
+def _mode(alignment: AlignmentConfig) -> str:
+    if alignment.structural is None:
+        return "REPA"
+    kind = alignment.structural.kind.upper()
+    return f"sREPA-{kind}" if alignment.pointwise else f"structural {kind} alone"
+
+
+def objective_of(alignments: Sequence[AlignmentConfig]) -> str:
+    """Returns the sum that is minimised, in words."""
+    if not alignments:
+        return "flow matching alone"
+    terms = [_terms(alignment) for alignment in alignments]
+    if len(terms) == 1:
+        return f"flow matching + {terms[0]}"
+    return f"flow matching + the mean of ({'; '.join(terms)})"
+
+
+def _terms(alignment: AlignmentConfig) -> str:
+    terms = []
+    if alignment.pointwise:
+        terms.append(f"{alignment.pointwise.weight:g} · point-wise")
+    if alignment.structural:
+        kind = alignment.structural.kind.upper()
+        terms.append(f"{alignment.structural.weight:g} · structural {kind}")
+    return " + ".join(terms) + f" at block {alignment.depth}"

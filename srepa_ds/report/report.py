@@ -1,0 +1,189 @@
+"""`srepa-ds report`: one self-contained page about a run."""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from srepa_ds import distributed
+from srepa_ds.config import Config
+from srepa_ds.data.files import write_aside
+from srepa_ds.data.shards import ShardDataset
+from srepa_ds.errors import OutputError, SRepaError
+from srepa_ds.model.weights import ExportedModel, read_model
+from srepa_ds.report import record, tables
+from srepa_ds.report.comparison import compare, probe
+from srepa_ds.report.markup import Markup, element, joined, note, section
+from srepa_ds.report.page import page
+from srepa_ds.report.pictures import samples_section
+from srepa_ds.report.record import Line
+from srepa_ds.sampling.writer import PROVENANCE
+
+log = logging.getLogger("srepa_ds")
+T = TypeVar("T")
+
+REPORT = "report.html"
+SIMILARITY_TIME = 0.3
+"""How noised the images are on which the student's tokens are compared with the teacher's."""
+
+_NOT_EVALUATED = "score the samples with `srepa-ds evaluate CONFIG`"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What there is of a run; None for what it does not have yet."""
+
+    given: Config
+    trained: Config
+    lines: tuple[Line, ...]
+    exported: ExportedModel | None
+    real: ShardDataset | None
+    results: dict[str, Any] | None
+    provenance: dict[str, Any] | None
+
+    @property
+    def folder(self) -> Path:
+        return self.given.run.folder
+
+
+def report(config: Config) -> Path:
+    """Returns the path of `<run.folder>/report.html`, a page that needs no other file.
+
+    What a run does not have yet is named in a line instead of shown. Raises DataError without a
+    record of training, SRepaError without matplotlib, OutputError if the page cannot be written.
+    """
+    _require_matplotlib()
+    run = _read(config)
+    title = f"{run.folder.name}: {record.mode_of(run.trained.alignments)}"
+    text = page(title, header=_header(run), sections=_sections(run))
+    path = run.folder / REPORT
+    try:
+        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; mend its permissions") from error
+    log.info("wrote %s", path)
+    return path
+
+
+def _require_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SRepaError(
+            "the report draws with matplotlib, which is not installed; install the extra: "
+            "pip install 'srepa_ds[demo]'"
+        )
+
+
+def _read(config: Config) -> _Run:
+    folder, samples = config.run.folder, config.samples_folder
+    lines = record.read_metrics(folder)
+    trained = record.trained_config(config)
+    return _Run(
+        given=config,
+        trained=trained,
+        lines=lines,
+        exported=_there(lambda: read_model(config.weights_folder)),
+        real=_there(lambda: _open_real(config, trained)),
+        results=_there(lambda: record.read_document(folder / record.RESULTS)),
+        provenance=_there(lambda: record.read_document(samples / PROVENANCE)),
+    )
+
+
+def _there(read: Callable[[], T]) -> T | None:
+    """Returns what `read` finds; the section that misses it reads again and says why."""
+    try:
+        return read()
+    except SRepaError:
+        return None
+
+
+def _open_real(config: Config, trained: Config) -> ShardDataset:
+    return ShardDataset(config.evaluate.reference if config.evaluate else trained.data.folder)
+
+
+def _header(run: _Run) -> Markup:
+    alignments = run.trained.alignments
+    mode, objective = record.mode_of(alignments), record.objective_of(alignments)
+    model = run.exported.model if run.exported else None
+    parameters = sum(weight.numel() for weight in model.parameters()) if model else None
+    return joined(
+        element("h1", run.folder.name),
+        element("p", element("strong", mode), f": {objective}", class_="mode"),
+        tables.score_table(run.results) if run.results else Markup(),
+        tables.facts(run.trained, run.lines, parameters=parameters),
+        *map(note, _doubts(run)),
+    )
+
+
+def _doubts(run: _Run) -> Iterator[str]:
+    """Yields what on the page does not belong together."""
+    last = int(run.lines[-1]["step"])
+    if run.exported and run.exported.provenance.get("step") != last:
+        yield (
+            f"The exported model is of step {run.exported.provenance.get('step')}, the record of "
+            f"training goes to step {last}: export again."
+        )
+    drawn_by = (run.provenance or {}).get("checkpoint_sha256")
+    if run.exported and run.provenance and drawn_by != run.exported.sha256:
+        yield "The samples were drawn by other weights than the exported ones: sample again."
+    if run.results and run.results.get("samples") != (run.provenance or {}):
+        yield "The scores are those of another sample set than the one shown: evaluate again."
+
+
+def _sections(run: _Run) -> Iterator[Markup]:
+    folder = run.folder
+    yield _curves(run)
+    yield _or_note("samples", lambda: samples_section(run.given.samples_folder, run.real))
+    if run.real is None:
+        yield _or_note("real images", lambda: _real_images(run))
+    yield _or_note("token similarities", lambda: _similarities(run))
+    for name, file, hint, build in (
+        ("scores", record.RESULTS, _NOT_EVALUATED, tables.scores_section),
+        ("environment", record.ENVIRONMENT, "training writes it", tables.environment_section),
+        ("timings", record.TIMINGS, "`srepa-ds demo` writes it", tables.timings_section),
+    ):
+        yield _or_note(
+            name,
+            lambda file=file, hint=hint, build=build: build(
+                record.read_document(folder / file, hint=hint)
+            ),
+        )
+    yield tables.config_section(run.trained, run.given)
+    yield tables.files_section(folder, without=folder / REPORT)
+
+
+def _or_note(name: str, build: Callable[[], Markup]) -> Markup:
+    """Returns the section, or the line that says why it is not there."""
+    try:
+        return build()
+    except SRepaError as error:
+        log.warning("the report has no %s: %s", name, error)
+        return note(f"No {name}: {error}")
+
+
+def _real_images(run: _Run) -> Markup:
+    """Returns nothing to show; raises DataError saying why there are no real images."""
+    _open_real(run.given, run.trained)
+    return Markup()
+
+
+def _curves(run: _Run) -> Markup:
+    from srepa_ds.report.curves import curves_of, panel
+
+    panels = [panel(curve) for curve in curves_of(run.lines)]
+    every = run.trained.train.log_every_steps
+    text = f"Each point is the mean over {every} optimizer steps; the last one is written out."
+    body = element("div", *panels, class_="panels")
+    return section("curves", "Training", body, element("p", text, class_="soft"))
+
+
+def _similarities(run: _Run) -> Markup:
+    from srepa_ds.report.heatmaps import similarity_section
+
+    exported = run.exported or read_model(run.given.weights_folder)
+    real = run.real or _open_real(run.given, run.trained)
+    device = distributed.local_device()
+    seen = probe(run.given, exported, real, t=SIMILARITY_TIME, device=device)
+    weights = str(exported.provenance.get("weights", "exported"))
+    return similarity_section(compare(run.given, exported, seen), seen, weights=weights)

@@ -1,0 +1,140 @@
+"""The sections of words and numbers: scores, settings, versions, timings, files."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from srepa_ds.config import Config, unsafe_changes
+from srepa_ds.report.markup import Markup, details, element, joined, note, section, table
+from srepa_ds.report.record import CONFIG, Line, training_seconds
+from srepa_ds.schema import to_tree, to_yaml
+
+SCORES = {
+    "frechet_distance": ("Fréchet distance", "smaller is better"),
+    "precision": ("precision", "share of the samples inside the reference's manifold"),
+    "recall": ("recall", "share of the reference inside the samples' manifold"),
+    "class_accuracy": ("class accuracy", "share of the samples recognised as the class asked for"),
+}
+_MOST_FILES = 300
+
+
+def score_table(results: Mapping[str, Any]) -> Markup:
+    """Returns the scores, one row each."""
+    real = results.get("reference_class_accuracy")
+    rows = []
+    for name, value in dict(results.get("scores") or {}).items():
+        title, meaning = SCORES.get(name, (name.replace("_", " "), ""))
+        if name == "class_accuracy" and real is not None:
+            meaning += f"; of the real images it is {number(real)}"
+        rows.append((title, number(value), meaning))
+    return element("div", table(rows), class_="scores")
+
+
+def scores_section(results: Mapping[str, Any]) -> Markup:
+    """Returns what the scores of the headline were measured on, and how."""
+    settings = dict(results.get("settings") or {})
+    extractor = dict(settings.get("extractor") or {})
+    spec = dict(extractor.get("spec") or {})
+    samples = dict(results.get("samples") or {})
+    rows = [
+        ("real images", str(settings.get("reference"))),
+        ("feature space", str(extractor.get("name") or spec.get("architecture"))),
+        ("its weights", str(extractor.get("weights") or "timm's")),
+        *((name.replace("_", " "), number(v)) for name, v in _sampler(samples)),
+    ]
+    return section("scores", "What was scored", table(rows))
+
+
+def _sampler(samples: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    weights = [("weights", samples["ema"])] if "ema" in samples else []
+    return [*weights, *dict(samples.get("sampler") or {}).items()]
+
+
+def facts(trained: Config, lines: Sequence[Line], *, parameters: int | None) -> Markup:
+    """Returns the run in a few rows: model, teachers, length, speed."""
+    teachers = [alignment.teacher for alignment in trained.alignments]
+    names = [teacher.name or teacher.resolved.architecture for teacher in teachers]
+    steps = int(lines[-1]["step"])
+    images = steps * trained.train.batch_size
+    seconds = training_seconds(lines)
+    size = "" if parameters is None else f", {parameters:,} parameters"
+    length = f"{steps:,} of {trained.train.steps:,}, {trained.train.batch_size:,} images each"
+    speed = f"{duration(seconds)}, {images / seconds:,.0f} images/s" if seconds else "not recorded"
+    rows = [
+        ("model", f"{trained.model.variant}{size}"),
+        ("teacher", ", ".join(names) or "none"),
+        ("steps", length),
+        ("training time", speed),
+        ("data", str(trained.data.folder)),
+        ("seed", str(trained.run.seed)),
+    ]
+    return table(rows)
+
+
+def config_section(trained: Config, given: Config) -> Markup:
+    """Returns the configuration the run was trained with, and where `given` departs from it."""
+    changes = unsafe_changes(to_tree(trained), given)
+    notes = [
+        note(f"The report was asked for with other settings than the run's: {'; '.join(changes)}")
+    ]
+    body = details(CONFIG, to_yaml(trained))
+    return section("config", "Configuration", *(notes if changes else ()), body)
+
+
+def environment_section(environment: Mapping[str, Any]) -> Markup:
+    """Returns versions and machine."""
+    rows = []
+    for name, value in environment.items():
+        text = shlex.join(map(str, value)) if isinstance(value, list) else number(value)
+        rows.append((name.replace("world_size", "ranks"), text))
+    return section("environment", "Versions and machine", table(rows))
+
+
+def timings_section(timings: Mapping[str, Any]) -> Markup:
+    """Returns how long each command took, and all of them."""
+    measured = {name: s for name, s in timings.items() if isinstance(s, int | float)}
+    rows = [(name, duration(seconds)) for name, seconds in measured.items()]
+    return section("timings", "Timings", table([*rows, ("all", duration(sum(measured.values())))]))
+
+
+def files_section(folder: Path, *, without: Path) -> Markup:
+    """Returns the files of the run's folder with their sizes, but for the page itself."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != without)
+    rows = [(str(path.relative_to(folder)), size(path.stat().st_size)) for path in files]
+    more = len(rows) - _MOST_FILES
+    rest = element("p", f"and {more:,} more", class_="soft") if more > 0 else Markup()
+    summary = f"{len(files):,} in {folder}"
+    body = joined(table(rows[:_MOST_FILES]), rest)
+    return section("files", "Files", element("details", element("summary", summary), body))
+
+
+def number(value: Any) -> str:
+    """Returns a value of a document as a person reads it."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in the two largest units that fit."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+def size(num_bytes: int) -> str:
+    """Returns a number of bytes in the unit that suits it."""
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
