@@ -49,8 +49,16 @@ th[scope=row] { white-space: nowrap; }
 td { overflow-wrap: anywhere; min-width: 4rem; }
 .scores td { font-size: 1.25rem; font-weight: 600; white-space: nowrap; }
 .scores td ~ td { font-size: .9rem; font-weight: 400; color: var(--soft); white-space: normal; }
-.scores th { vertical-align: middle; }
-.scores td { vertical-align: middle; }
+.scores th, .scores td { vertical-align: middle; }
+@media (max-width: 40rem) {
+  .scores tr {
+    display: grid; grid-template-columns: 1fr auto; align-items: baseline;
+    padding: .4rem 0; border-bottom: 1px solid var(--line);
+  }
+  .scores th, .scores td { border: 0; padding: 0; text-align: right; }
+  .scores th, .scores td ~ td { text-align: left; }
+  .scores td ~ td { grid-column: 1 / -1; }
+}
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: .875rem; line-height: 1.4; }
 img { display: block; max-width: 100%; }
