@@ -183,7 +183,8 @@ def _write_fragments(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
     with _writing(path.parent):
         # Copies, because a view would drag its whole storage along.
         tensors = {p.key: p.values.detach().to("cpu", copy=True).contiguous() for p in pieces}
-        save_file(tensors, path, metadata={"format": FORMAT, "version": str(VERSION)})
+        # One key, because safetensors writes several in an order that changes from run to run.
+        save_file(tensors, path, metadata={"format": f"{FORMAT} {VERSION}"})
         _flush(path)
         return _entry(path)
 

@@ -65,8 +65,10 @@ def write_model(
         _refuse_foreign(folder)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        metadata = {"format": "pt", **{key: str(value) for key, value in provenance.items()}}
-        save_file({name: t.contiguous() for name, t in tensors.items()}, aside / WEIGHTS, metadata)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        # No provenance here: several keys are written in an order that changes from run to run,
+        # and samples know their model by the hash of this file.
+        save_file(contiguous, aside / WEIGHTS, {"format": "pt"})
         (aside / DOCUMENT).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         # safetensors makes its files private; a model has the permissions of its document.
         (aside / WEIGHTS).chmod(stat.S_IMODE((aside / DOCUMENT).stat().st_mode))

@@ -1,0 +1,67 @@
+"""Saves checkpoints over and over in child processes that are killed at random moments.
+
+Usage: killed_saves.py FOLDER KILLS. After each kill the newest checkpoint must be readable.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from srepa_ds.checkpoint import (
+    CheckpointConfig,
+    CheckpointReader,
+    Piece,
+    newest_valid,
+    prune,
+    save,
+)
+
+NUMEL = 50_000
+RETENTION = CheckpointConfig(keep_last=2, keep_every_steps=0)
+
+
+def save_for_ever(root: Path, first: int) -> None:
+    """Each step's weights are all equal to the step."""
+    step = first
+    while True:
+        piece = Piece("master", "w", (NUMEL,), 0, torch.full((NUMEL,), float(step)))
+        save(root, step=step, pieces=[piece], state={"step": step}, rank=0)
+        prune(root, RETENTION, newest=step)
+        step += 1
+
+
+def newest_step(root: Path) -> int:
+    """Returns the newest valid checkpoint's step, having read it; -1 without one."""
+    folder = newest_valid(root)
+    if folder is None:
+        return -1
+    reader = CheckpointReader(folder)
+    step = reader.state["step"]
+    assert torch.equal(reader.tensor("master", "w"), torch.full((NUMEL,), float(step)))
+    return step
+
+
+def main(root: Path, kills: int) -> None:
+    moments = random.Random(0)
+    before = -1
+    for _ in range(kills):
+        child = os.fork()
+        if child == 0:
+            save_for_ever(root, before + 1)
+        time.sleep(moments.uniform(0.01, 0.15))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        now = newest_step(root)
+        assert now >= before, f"step {before} was lost: {now}"
+        before = now
+    assert before > 0, "no save was ever finished"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), int(sys.argv[2]))
