@@ -10,23 +10,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int64
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 
-from srepa_ds.alignment.teachers import Teacher, TeacherSpec, build_encoder
+from srepa_ds.alignment.teachers import TEACHERS, Teacher, TeacherSpec, build_encoder
 from srepa_ds.data.loader import DataOrder
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.demo.augment import NUM_CHOICES, distorted
 from srepa_ds.demo.teacher_record import claimed, finished_accuracy, save
 from srepa_ds.errors import ConfigError, DataError, Fault, SRepaError
 from srepa_ds.noise import Stream, normal, uniform
-from srepa_ds.schema import Section, to_tree
+from srepa_ds.schema import Section, known_in, to_tree
 
 _BETAS = (0.9, 0.98)
 _EVALUATION_BATCH = 256
@@ -49,6 +49,26 @@ class AugmentationConfig(Section):
     """Standard deviation of the noise added to the normalised image."""
 
 
+class EncoderConfig(Section):
+    """Which timm ViT; what aligns with it later names the same."""
+
+    name: Annotated[str, known_in("teacher", TEACHERS)] | None = None
+    """A known teacher, or null if `spec` describes one."""
+    spec: TeacherSpec | None = None
+    """Any other timm ViT with as many classes as the data has, or null."""
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> "EncoderConfig":
+        if (self.name is None) == (self.spec is None):
+            raise ValueError("give exactly one of name and spec")
+        return self
+
+    @property
+    def resolved(self) -> TeacherSpec:
+        """The inline spec, or the row of `TEACHERS` that `name` stands for."""
+        return TEACHERS[self.name] if self.name is not None else cast(TeacherSpec, self.spec)
+
+
 class TeacherTrainingConfig(Section):
     """How a small ViT learns to classify a data set of shards."""
 
@@ -60,8 +80,8 @@ class TeacherTrainingConfig(Section):
     """Shards to be judged on."""
     output: Path
     """Folder that receives `model.safetensors` and `teacher.json`."""
-    spec: TeacherSpec
-    """The timm model; a configuration that uses it as a teacher gives the same."""
+    encoder: EncoderConfig
+    """What is trained."""
     steps: int = Field(ge=1)
     """Optimizer steps."""
     batch_size: int = Field(default=64, ge=1)
@@ -89,7 +109,7 @@ def train_teacher(config: TeacherTrainingConfig) -> float:
     SRepaError if the teacher stays below the required accuracy; nothing is left behind then.
     """
     train, heldout = ShardDataset(config.train), ShardDataset(config.heldout)
-    _check_fit(config.spec, train, heldout)
+    _check_fit(config.encoder.resolved, train, heldout)
     identity = _identity(config, train, heldout)
     found = finished_accuracy(config.output, identity)
     if found is not None:
@@ -128,23 +148,23 @@ def _check_fit(spec: TeacherSpec, train: ShardDataset, heldout: ShardDataset) ->
         raise DataError(f"{train.folder}: expected square RGB images, found {train.image_shape}")
     if spec.num_classes != train.num_classes:
         fault = f"is {spec.num_classes}, but {train.folder} holds {train.num_classes} classes"
-        raise ConfigError("teacher", [Fault("spec.num_classes", fault)])
+        raise ConfigError("teacher", [Fault("encoder.spec.num_classes", fault)])
 
 
 def _identity(
     config: TeacherTrainingConfig, train: ShardDataset, heldout: ShardDataset
 ) -> dict[str, Any]:
     """Returns what decides the weights, and nothing of where things lie."""
-    places = {"output", "train", "heldout"}
+    places = {"output", "train", "heldout", "encoder"}
     settings = {name: value for name, value in to_tree(config).items() if name not in places}
     ids = {"train_id": train.index.dataset_id, "heldout_id": heldout.index.dataset_id}
-    return settings | ids
+    return {**settings, "spec": to_tree(config.encoder.resolved), **ids}
 
 
 def _trained(config: TeacherTrainingConfig, train: ShardDataset) -> Teacher:
     resolution = train.image_shape[1]
-    encoder = build_encoder(config.spec, resolution=resolution)
-    teacher = Teacher(encoder, config.spec, resolution=resolution, dtype=torch.float32)
+    encoder = build_encoder(config.encoder.resolved, resolution=resolution)
+    teacher = Teacher(encoder, config.encoder.resolved, resolution=resolution, dtype=torch.float32)
     initialise(encoder, grid=teacher.grid, seed=config.seed)
     encoder.requires_grad_(True).train()
     optimizer = AdamW(encoder.parameters(), betas=_BETAS, weight_decay=config.weight_decay)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from srepa_ds.alignment.teachers import TeacherConfig, build_encoder, load_teacher
+from srepa_ds.alignment.teachers import TEACHERS, TeacherConfig, build_encoder, load_teacher
 from srepa_ds.data.shard_index import DatasetDescription
 from srepa_ds.data.shard_writer import ShardWriter
 from srepa_ds.data.shards import ShardDataset
@@ -21,7 +21,7 @@ from srepa_ds.demo.teacher import (
     train_teacher,
 )
 from srepa_ds.errors import ConfigError, DataError, OutputError, SRepaError
-from srepa_ds.schema import load_tree, validated
+from srepa_ds.schema import load_tree, to_tree, validated
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits-teacher.yaml"
 
@@ -52,7 +52,8 @@ def config_for(shards, output, **changes):
     places = {"train": shards / "train", "heldout": shards / "heldout", "output": output}
     small = {"steps": 25, "batch_size": 20, "warmup_steps": 3, "required_accuracy": 0.9}
     tree = load_tree(CONFIG) | {name: str(path) for name, path in places.items()} | small
-    tree = {**tree, "spec": tree["spec"] | {"num_classes": 4}, **changes}
+    spec = to_tree(TEACHERS[tree["encoder"]["name"]]) | {"num_classes": 4}
+    tree = {**tree, "encoder": {"spec": spec}, **changes}
     return validated(TeacherTrainingConfig, tree, source="test")
 
 
@@ -67,7 +68,9 @@ def test_it_learns_and_loads_as_any_teacher(trained):
     assert accuracy >= 0.9
     weights = config.output / "model.safetensors"
     teacher = load_teacher(
-        TeacherConfig(spec=config.spec, weights=weights, dtype="fp32"), resolution=16, device="cpu"
+        TeacherConfig(spec=config.encoder.resolved, weights=weights, dtype="fp32"),
+        resolution=16,
+        device="cpu",
     )
     heldout = ShardDataset(config.heldout).read(torch.arange(30))
     found = teacher.classify(heldout.images).logits.argmax(dim=1)
@@ -147,14 +150,23 @@ def test_data_that_does_not_fit_is_refused(shards, tmp_path):
     changes = {"heldout": str(tmp_path / "small")}
     with pytest.raises(DataError, match="give two parts of one data set"):
         train_teacher(config_for(shards, tmp_path / "out", **changes))
-    spec = load_tree(CONFIG)["spec"] | {"num_classes": 7}
+    spec = to_tree(TEACHERS["digits-vit"]) | {"num_classes": 7}
     with pytest.raises(ConfigError, match=r"spec\.num_classes: is 7, but .* holds 4 classes"):
-        train_teacher(config_for(shards, tmp_path / "out", spec=spec))
+        train_teacher(config_for(shards, tmp_path / "out", encoder={"spec": spec}))
     assert not (tmp_path / "out").exists()
 
 
+def test_a_known_name_stands_for_its_spec(shards):
+    config = validated(TeacherTrainingConfig, load_tree(CONFIG), source="test")
+    assert config.encoder.resolved == TEACHERS["digits-vit"]
+    encoder = {"name": "digits-vit", "spec": to_tree(config.encoder.resolved)}
+    both = load_tree(CONFIG) | {"encoder": encoder}
+    with pytest.raises(ConfigError, match="encoder: give exactly one of name and spec"):
+        validated(TeacherTrainingConfig, both, source="test")
+
+
 def test_initial_weights_follow_the_seed_alone(shards):
-    spec = config_for(shards, "unused").spec
+    spec = config_for(shards, "unused").encoder.resolved
     states = []
     for ambient, seed in ((0, 3), (1, 3), (1, 4)):
         torch.manual_seed(ambient)
