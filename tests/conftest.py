@@ -1,5 +1,7 @@
 """Small real things shared by tests: shards, a teacher, an experiment."""
 
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,16 @@ TEACHER = {
     "input_size": 16,
     "num_classes": 10,
 }
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """Undoes what a command line does to the logger, so that the next test can listen to it."""
+    log = logging.getLogger("srepa_ds")
+    before = log.handlers[:], log.propagate, log.level
+    yield
+    log.handlers[:], log.propagate = before[:2]
+    log.setLevel(before[2])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""The process group: who a rank is, and what all ranks decide together."""
+
+import pickle
+
+import pytest
+import torch
+from ranks import run_worker
+
+from srepa_ds import distributed
+from srepa_ds.errors import ConfigError, Fault, TopologyError
+
+
+def test_two_ranks_do_things_together(tmp_path):
+    run_worker("collectives", 2, tmp_path)
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_a_process_alone_is_a_group_of_one():
+    assert not distributed.joined()
+    try:
+        ranks = distributed.initialize()
+        assert distributed.initialize() == ranks
+        assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
+        assert distributed.joined()
+        assert distributed.gather(3) == [3]
+        assert distributed.together(lambda: 5) == 5
+    finally:
+        distributed.close()
+    assert not distributed.joined()
+    distributed.close()
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_incomplete_variables_name_what_is_missing(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TopologyError, match="did not set MASTER_ADDR, MASTER_PORT"):
+        distributed.initialize()
+    assert not distributed.joined()
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_without_a_group_everything_is_its_own():
+    assert distributed.rank() == 0
+    assert distributed.world_size() == 1
+    assert distributed.broadcast("x") == "x"
+    assert distributed.averaged(torch.ones(2)).tolist() == [1, 1]
+    assert not distributed.any_rank(False, torch.device("cpu"))
+    distributed.barrier()
+
+
+def test_a_rank_is_known_before_it_joins(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert distributed.rank() == 3
+
+
+def test_an_error_stays_itself_on_its_way_to_other_ranks():
+    error = ConfigError("file", [Fault("a", "b")])
+    error.on_all_ranks = True
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is ConfigError
+    assert (str(copy), copy.source, copy.faults) == (str(error), error.source, error.faults)

@@ -1,0 +1,55 @@
+"""AdamW as configured against its formula, and the learning rate as a function of the step."""
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from srepa_ds.optim import OptimizerConfig, build_optimizer, learning_rate
+
+
+def test_it_is_adamw():
+    config = OptimizerConfig(
+        learning_rate=0.1, betas=(0.8, 0.95), epsilon=1e-3, weight_decay=0.01, warmup_steps=2
+    )
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(5, generator=generator, dtype=torch.float64)
+    parameter = Parameter(start.clone())
+    optimizer = build_optimizer(config, iter([parameter]))
+    (group,) = optimizer.param_groups
+    weights, first, second = start.clone(), torch.zeros(5), torch.zeros(5)
+    for step in range(6):
+        gradient = torch.randn(5, generator=generator, dtype=torch.float64)
+        parameter.grad = gradient.clone()
+        group["lr"] = learning_rate(config, step)
+        optimizer.step()
+        rate = 0.1 * min(1.0, (step + 1) / 2)
+        first = 0.8 * first + 0.2 * gradient
+        second = 0.95 * second + 0.05 * gradient**2
+        unbiased = first / (1 - 0.8 ** (step + 1))
+        scale = (second / (1 - 0.95 ** (step + 1))).sqrt() + 1e-3
+        weights = weights * (1 - rate * 0.01) - rate * unbiased / scale
+    torch.testing.assert_close(parameter.detach(), weights)
+
+
+def test_all_weights_are_one_group():
+    parameters = [Parameter(torch.zeros(n)) for n in (1, 2, 3)]
+    (group,) = build_optimizer(OptimizerConfig(), parameters).param_groups
+    assert group["params"] == parameters
+    assert group["weight_decay"] == 0
+
+
+def test_the_learning_rate_grows_to_its_value_and_stays():
+    config = OptimizerConfig(learning_rate=0.4, warmup_steps=4)
+    rates = [learning_rate(config, step) for step in range(7)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4])
+    assert learning_rate(OptimizerConfig(learning_rate=0.4), 0) == 0.4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.9)}, {"epsilon": 0.0}, {"learning_rate": 0.0},
+     {"weight_decay": -1.0}, {"gradient_clipping": -1.0}, {"warmup_steps": -1}],
+)  # fmt: skip
+def test_what_adamw_cannot_take_is_refused(settings):
+    with pytest.raises(ValueError, match="validation error"):
+        OptimizerConfig(**settings)

@@ -1,0 +1,127 @@
+"""The record of a run: what a window means, what survives a kill, where messages go."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from srepa_ds.telemetry import Telemetry, Window, environment, set_up_logging, steps_shown
+
+log = logging.getLogger("srepa_ds")
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def record(folder, steps: range, *, first_step: int = 0, is_main: bool = True) -> None:
+    telemetry = Telemetry(folder, first_step=first_step, total_steps=9, is_main=is_main)
+    for step in steps:
+        telemetry.record(step, {"loss": step / 2, "rate": 0.1})
+    telemetry.close()
+
+
+def test_a_line_per_step_and_tensorboard_as_a_view(tmp_path):
+    record(tmp_path, range(1, 4))
+    assert lines(tmp_path) == [{"step": s, "loss": s / 2, "rate": 0.1} for s in (1, 2, 3)]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5), (2, 1), (3, 1.5)]
+
+
+def test_a_line_is_on_disk_before_the_next_step(tmp_path):
+    telemetry = Telemetry(tmp_path, first_step=0, total_steps=2, is_main=True)
+    telemetry.record(1, {"loss": 1.0})
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+    telemetry.close()
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    record(tmp_path, range(1, 4), is_main=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_run_takes_its_later_steps_again(tmp_path):
+    record(tmp_path, range(1, 8))
+    record(tmp_path, range(5, 7), first_step=4)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"st', "3", '{"loss": 1}', "\0\0\0", ""])
+def test_a_torn_last_line_is_dropped(tmp_path, torn):
+    record(tmp_path, range(1, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    record(tmp_path, range(4, 6), first_step=3)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
+
+
+def test_a_window_is_the_mean_since_the_last(tmp_path):
+    window = Window()
+    for value in (1.0, 2.0, 6.0):
+        window.add({"a": torch.tensor(value), "b": torch.tensor(-value, dtype=torch.bfloat16)})
+    means = window.close()
+    assert list(means) == ["a", "b", "step_seconds"]
+    assert means["a"] == pytest.approx(3.0)
+    assert means["b"] == pytest.approx(-3.0)
+    assert means["step_seconds"] > 0
+    window.add({"a": torch.tensor(5.0)})
+    assert window.close()["a"] == 5.0
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "_local_scalar_dense" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_adding_to_a_window_reads_nothing_from_the_device():
+    window = Window()
+    loss = torch.tensor(1.0, requires_grad=True) * 2
+    with Reads() as reads:
+        for _ in range(5):
+            window.add({"loss": loss, "norm": loss.detach()})
+        assert reads.count == 0
+        loss.item()
+        assert reads.count == 1
+    assert window.close()["loss"] == 2.0
+
+
+def test_the_environment_names_versions_and_machine():
+    found = environment()
+    assert found["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"srepa_ds", "python", "deepspeed", "timm", "device", "command"} <= found.keys()
+    assert found["world_size"] == 1
+    json.dumps(found)
+
+
+@pytest.mark.parametrize(("is_main", "shown"), [(True, ["note", "worry"]), (False, ["worry"])])
+def test_messages_of_other_ranks_are_warnings_only(capsys, is_main, shown):
+    set_up_logging(is_main=is_main)
+    set_up_logging(is_main=is_main)
+    log.info("note")
+    log.warning("worry")
+    assert [line.split()[-1] for line in capsys.readouterr().err.splitlines()] == shown
+
+
+def test_a_long_iteration_speaks_now_and_then(capsys):
+    set_up_logging(is_main=True)
+
+    def numbers() -> Iterator[int]:
+        yield from range(40)
+
+    assert list(steps_shown(numbers(), total=40, what="chunk", is_main=True)) == list(range(40))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 10
+    assert "chunk 40/40" in said[-1]
+    assert not sys.stderr.isatty()

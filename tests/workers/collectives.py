@@ -1,0 +1,99 @@
+"""What ranks do together, asserted on each of two. Usage: collectives.py FOLDER."""
+
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from srepa_ds import distributed
+from srepa_ds.checkpoint import CheckpointReader, Piece, newest_valid, save
+from srepa_ds.errors import CheckpointError, ConfigError, Fault, OutputError, SRepaError
+from srepa_ds.telemetry import Window
+
+
+def error_of(mine: SRepaError | None) -> SRepaError:
+    """Returns the error that `together` raises here when this rank meets `mine`."""
+
+    def action() -> None:
+        if mine is not None:
+            raise mine
+
+    with pytest.raises(SRepaError) as caught:
+        distributed.together(action)
+    return caught.value
+
+
+def values(rank: int) -> None:
+    """Values travel between ranks."""
+    assert distributed.world_size() == 2
+    assert distributed.rank() == rank
+    assert distributed.joined()
+    assert distributed.gather(("rank", rank)) == [("rank", 0), ("rank", 1)]
+    assert distributed.broadcast(f"from {rank}") == "from 0"
+    assert distributed.broadcast(f"from {rank}", source=1) == "from 1"
+    mine = torch.tensor([1.0, 10.0]) * (rank + 1)
+    assert distributed.summed(mine).tolist() == [3, 30]
+    assert distributed.averaged(mine).tolist() == [1.5, 15]
+    assert mine.tolist() == [1.0 + rank, 10.0 + 10 * rank]
+    for flag in (False, True):
+        assert distributed.any_rank(flag and rank == 1, torch.device("cpu")) == flag
+    window = Window()
+    for loss in (1.0, 3.0):
+        window.add({"loss": torch.tensor(loss + 4 * rank)})
+    assert window.close()["loss"] == 4.0
+
+
+def errors(rank: int) -> None:
+    """One rank's error is raised on both, and both go on."""
+    assert distributed.together(lambda: rank) == rank
+    for failing in (0, 1):
+        error = error_of(OutputError("no room") if rank == failing else None)
+        assert type(error) is OutputError
+        assert str(error) == "no room"
+        assert error.on_all_ranks
+        faults = [Fault("a.b", "wrong"), Fault("c", "worse")]
+        error = error_of(ConfigError("file", faults) if rank == failing else None)
+        assert type(error) is ConfigError
+        assert error.faults == tuple(faults)
+        assert str(error) == str(ConfigError("file", faults))
+    error = error_of(CheckpointError(f"of rank {rank}"))
+    assert str(error) == f"of rank {rank}"
+    assert error.on_all_ranks
+
+
+def checkpoints(rank: int, root: Path) -> None:
+    """Every rank writes its share; if one cannot, none has."""
+    whole = torch.arange(50.0)
+    start, stop = (0, 20) if rank == 0 else (20, 50)
+
+    def save_step(step: int) -> Path:
+        pieces = [Piece("master", "w", (5, 10), start, whole[start:stop] + step)]
+        pieces += [Piece("ema", f"only{rank}", (1,), 0, torch.ones(1))]
+        return save(root, step=step, pieces=pieces, state={"note": "same"}, rank=rank)
+
+    reader = CheckpointReader(save_step(1))
+    assert torch.equal(reader.tensor("master", "w"), whole.view(5, 10) + 1)
+    assert reader.names("ema") == ["only0", "only1"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for failing in (0, 1):
+        distributed.barrier()
+        if rank == failing:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        with pytest.raises(OutputError, match="earlier checkpoints are whole"):
+            save_step(2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        distributed.barrier()
+        assert newest_valid(root) == root / "step-0000001"
+        assert {path.name for path in root.iterdir()} == {"step-0000001", "latest"}
+    distributed.barrier()
+    assert newest_valid(save_step(2).parent) == root / "step-0000002"
+
+
+if __name__ == "__main__":
+    ranks = distributed.initialize()
+    values(ranks.rank)
+    errors(ranks.rank)
+    checkpoints(ranks.rank, Path(sys.argv[1]))
+    distributed.leave(0)
