@@ -1,0 +1,141 @@
+"""Export: which weights, of which step, under which names."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from srepa_ds import checkpoint
+from srepa_ds.checkpoint import Piece
+from srepa_ds.config import Config, load_config
+from srepa_ds.errors import CheckpointError
+from srepa_ds.export import export
+from srepa_ds.model.embeddings import position_embedding
+from srepa_ds.model.weights import read_model
+from srepa_ds.objective import Objective
+from srepa_ds.schema import to_tree
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def objective(config: Config, seed: int) -> Objective:
+    return Objective(
+        config.model,
+        config.objective,
+        config.alignments,
+        teacher_widths=(32,),
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def save(config: Config, step: int) -> None:
+    """A checkpoint whose masters are drawn by seed `step` and whose averages by `step` + 100."""
+    pieces = [
+        Piece(kind, name, tuple(value.shape), 0, value.detach().reshape(-1))
+        for kind, seed in (("master", step), ("ema", step + 100))
+        for name, value in objective(config, seed).named_parameters()
+    ]
+    state = {"step": step, "adam_step": step, "config": to_tree(config)}
+    checkpoint.save(config.checkpoints, step=step, pieces=pieces, state=state, rank=0)
+
+
+@pytest.fixture
+def configured(small_world, tmp_path):
+    """Gives the configuration with overrides, in a folder of its own."""
+
+    def load(*overrides: str) -> Config:
+        return load_config(small_world.config, [f"run.folder={tmp_path}/run", *overrides])
+
+    return load
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_drawn_by(folder: Path, config: Config, seed: int) -> None:
+    expected = dict(objective(config, seed).named_parameters())
+    found = weights(folder)
+    for name, value in expected.items():
+        assert torch.equal(found[name.removeprefix("sit.")], value), name
+    assert len(found) == len(expected) + 1
+
+
+@pytest.mark.parametrize(("overrides", "seed"), [
+    ([], 110),
+    (["export.weights=master"], 10),
+    (["export.step=5"], 105),
+    (["export.step=5", "export.weights=master"], 5),
+])  # fmt: skip
+def test_the_weights_that_were_asked_for(configured, tmp_path, overrides, seed):
+    config = configured(*overrides)
+    for step in (5, 10):
+        save(config, step)
+    folder = export(config)
+    assert folder == tmp_path / "run" / "export"
+    assert_drawn_by(folder, config, seed)
+    provenance = json.loads((folder / "config.json").read_text())["provenance"]
+    step = seed % 100
+    source = checkpoint.step_folder(config.checkpoints, step)
+    assert provenance == {
+        "checkpoint": checkpoint.CheckpointReader(source).fingerprint(),
+        "step": step,
+        "weights": "ema" if seed > 100 else "master",
+        "ema_decay": 0.9,
+    }
+
+
+def test_names_are_the_official_ones_projectors_included(configured):
+    config = configured()
+    save(config, 5)
+    found = weights(export(config))
+    shapes = json.loads((GOLDEN / "sit_shapes.json").read_text())["SiT-XL/2"]["state_dict"]
+    official = {name.replace("blocks.0.", f"blocks.{k}.") for name in shapes for k in range(3)}
+    assert found.keys() == official
+    assert torch.equal(found["pos_embed"], position_embedding((8, 8), 48))
+
+
+def test_the_model_is_that_of_the_checkpoint_whatever_the_file_says_now(configured):
+    save(configured(), 5)
+    folder = export(configured("model.input_size=32", "model.depth=2", "ema.decay=0.5"))
+    assert read_model(folder).model.config == configured().model
+    assert json.loads((folder / "config.json").read_text())["provenance"]["ema_decay"] == 0.9
+
+
+def test_exporting_again_gives_the_same_bytes(configured, tmp_path):
+    config = configured()
+    save(config, 5)
+    first = (export(config) / "model.safetensors").read_bytes()
+    assert (export(config) / "model.safetensors").read_bytes() == first
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"export", "checkpoints"}
+
+
+def test_a_folder_of_ones_own(configured, tmp_path):
+    config = configured(f"export.folder={tmp_path}/mine")
+    save(config, 5)
+    assert export(config) == tmp_path / "mine"
+    assert read_model(tmp_path / "mine").provenance["step"] == 5
+
+
+def test_an_unknown_step_names_those_there_are(configured, tmp_path):
+    for step in (5, 10):
+        save(configured(), step)
+    with pytest.raises(CheckpointError, match="there are: step-0000005, step-0000010"):
+        export(configured("export.step=7"))
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_a_damaged_newest_is_passed_over_but_not_if_asked_for(configured):
+    for step in (5, 10):
+        save(configured(), step)
+    (checkpoint.step_folder(configured().checkpoints, 10) / "state.json").write_text("{}")
+    assert read_model(export(configured())).provenance["step"] == 5
+    with pytest.raises(CheckpointError, match=r"step-0000010 is not valid: state.json has 2 bytes"):
+        export(configured("export.step=10"))
+
+
+def test_without_a_checkpoint_it_says_to_train(configured):
+    with pytest.raises(CheckpointError, match="train first"):
+        export(configured())
