@@ -69,7 +69,6 @@ def teacher(path: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def train(
-    context: typer.Context,
     path: ConfigPath,
     overrides: Overrides = None,
     ranks: RankCount = 1,
@@ -88,7 +87,8 @@ def train(
         )
         return 0 if finished else INTERRUPTED
 
-    _on_ranks(action, ranks, arguments=context.obj)
+    changes = ["--allow-config-change"] if allow_config_change else []
+    _on_ranks(action, ranks, command=["train", str(path), *(overrides or ()), *changes])
 
 
 @app.command()
@@ -102,9 +102,7 @@ def export(path: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def sample(
-    context: typer.Context, path: ConfigPath, overrides: Overrides = None, ranks: RankCount = 1
-) -> None:
+def sample(path: ConfigPath, overrides: Overrides = None, ranks: RankCount = 1) -> None:
     """Draw images from an exported model into an ADM .npz and a contact sheet."""
 
     def action() -> int:
@@ -114,7 +112,7 @@ def sample(
         run_sampling(load_config(path, overrides or ()))
         return 0
 
-    _on_ranks(action, ranks, arguments=context.obj)
+    _on_ranks(action, ranks, command=["sample", str(path), *(overrides or ())])
 
 
 @app.command()
@@ -131,7 +129,7 @@ def evaluate(path: ConfigPath, overrides: Overrides = None) -> None:
 def report(path: ConfigPath, overrides: Overrides = None) -> None:
     """Write one self-contained report.html of a run: curves, images, similarity maps, scores."""
     from srepa_ds.config import load_config
-    from srepa_ds.report import report as run
+    from srepa_ds.report.report import report as run
 
     _log()
     run(load_config(path, overrides or ()))
@@ -159,7 +157,7 @@ def version() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Returns the exit code of one command line; a user's fault becomes one message and code 2."""
     try:
-        return app(list(arguments), standalone_mode=False, obj=list(arguments)) or 0
+        return app(list(arguments), standalone_mode=False) or 0
     except SRepaError as error:
         _complain(error)
         return 2
@@ -197,10 +195,10 @@ def _before_joining() -> bool:
     return not distributed.joined()
 
 
-def _on_ranks(action: Callable[[], int], ranks: int, *, arguments: Sequence[str]) -> None:
-    """Runs `action` on this rank, or starts `ranks` processes that run this command line."""
+def _on_ranks(action: Callable[[], int], ranks: int, *, command: Sequence[str]) -> None:
+    """Runs `action` on this rank, or starts `ranks` processes that run `command`: each the same."""
     if ranks != 1 and not launched():
-        raise typer.Exit(run_ranks(arguments, ranks, port=free_port()))
+        raise typer.Exit(run_ranks(command, ranks, port=free_port()))
     from srepa_ds import distributed
 
     _log()

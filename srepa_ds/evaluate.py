@@ -2,6 +2,7 @@
 
 import json
 import logging
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,11 @@ def evaluate(config: Config) -> Scores:
     folder = settings.samples or config.samples_folder
     images, labels = _read_samples(folder)
     reference = ShardDataset(settings.reference)
+    if images.shape[1:3] != reference.image_shape[1:]:
+        raise DataError(
+            f"{folder} holds images of {images.shape[1:3]} px, but {settings.reference} of "
+            f"{reference.image_shape[1:]}; evaluate.reference must be of the same size"
+        )
     extractor = load_teacher(settings.extractor, resolution=images.shape[1], device=device)
     drawn = _features(extractor, _sample_batches(images, labels, settings.batch_size), device)
     real = _features(extractor, _reference_batches(reference, settings.batch_size), device)
@@ -59,10 +65,11 @@ def evaluate(config: Config) -> Scores:
 def _read_samples(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
     path = folder / SAMPLES
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, because numpy leaves a file open that is no archive.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             labels = archive["arr_1"] if "arr_1" in archive.files else None
             return archive["arr_0"], labels
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} is no finished sample set ({error}); draw one with `srepa-ds sample CONFIG`"
         ) from error
@@ -81,7 +88,7 @@ def _reference_batches(dataset: ShardDataset, size: int) -> Iterator[tuple[Tenso
     for start in range(0, len(dataset), size):
         indices = torch.arange(start, min(start + size, len(dataset)))
         batch = dataset.read(indices)
-        yield batch.images, batch.labels
+        yield batch.pixels, batch.labels
 
 
 def _features(

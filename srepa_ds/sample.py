@@ -4,15 +4,17 @@ import logging
 from pathlib import Path
 
 from srepa_ds import distributed
-from srepa_ds.config import Config, SampleConfig, config_from
+from srepa_ds.config import Config, SampleConfig
 from srepa_ds.distributed import Ranks
 from srepa_ds.interpolant import INTERPOLANTS
-from srepa_ds.latent_codec import build_codec
+from srepa_ds.latent_codec import CodecConfig, build_codec
 from srepa_ds.model.weights import ExportedModel, read_model
+from srepa_ds.objective import ObjectiveConfig
 from srepa_ds.sampling.generate import Chunk, generate, plan_chunks
 from srepa_ds.sampling.provenance import Provenance, describe
 from srepa_ds.sampling.solvers import SamplerConfig, count_evaluations
 from srepa_ds.sampling.writer import ChunkWriter
+from srepa_ds.schema import validated
 from srepa_ds.telemetry import environment, steps_shown
 
 log = logging.getLogger("srepa_ds")
@@ -34,11 +36,13 @@ def sample(config: Config) -> Path:
         return writer.folder
     missing = writer.missing(mine)
     _say_what_is_ahead(config.sample, len(mine), len(missing))
-    experiment = config_from(dict(exported.config), source=str(config.weights_folder))
+    # These sections alone: the others name files that may be absent where the model came to.
+    source, tree = str(config.weights_folder), exported.config
+    objective = validated(ObjectiveConfig, tree["objective"], source=source)
     batches = generate(
         exported.model.to(ranks.device),
-        build_codec(experiment.codec),
-        INTERPOLANTS[experiment.objective.interpolant.path],
+        build_codec(validated(CodecConfig, tree["codec"], source=source)),
+        INTERPOLANTS[objective.interpolant.path],
         config.sample,
         chunks=missing,
         device=ranks.device,

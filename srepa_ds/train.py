@@ -43,10 +43,10 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
     dataset = distributed.together(lambda: ShardDataset(config.data.folder))
     codec = build_codec(config.codec)
     distributed.together(lambda: _check_data(config, dataset, codec, ranks))
+    teachers = distributed.together(lambda: _load_teachers(config, dataset, ranks))
     source = distributed.broadcast(
         distributed.together(lambda: _open_run(config, ranks, allow_config_change))
     )
-    teachers = distributed.together(lambda: _load_teachers(config, dataset, ranks))
     engine = _build_engine(config, teachers, ranks)
     if source is not None:
         reader = CheckpointReader(source)
@@ -141,7 +141,7 @@ def _inputs(
     for cpu_batch in batches:
         batch = cpu_batch.to(ranks.device, non_blocking=True)
         latents = codec.encode(batch, seed=config.run.seed)
-        patches = tuple(teacher.tokens(batch.images).patches for teacher in teachers)
+        patches = tuple(teacher.tokens(batch.pixels).patches for teacher in teachers)
         yield draw_inputs(
             config.objective,
             latents,

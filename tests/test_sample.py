@@ -2,10 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 from ranks import run_worker
 
+from srepa_ds import distributed
 from srepa_ds.config import load_config
 from srepa_ds.export import export
+from srepa_ds.model.sit import SiT
+from srepa_ds.model.weights import write_model
+from srepa_ds.sample import sample
+from srepa_ds.schema import to_tree
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +34,18 @@ def test_images_do_not_depend_on_the_number_of_ranks(small_world, trained):
     np.testing.assert_array_equal(images, other_images)
     np.testing.assert_array_equal(labels, other_labels)
     assert images.std() > 0
+
+
+def test_a_model_is_sampled_where_its_training_files_are_not(small_world, tmp_path):
+    config = load_config(small_world.config, ["sample.num_samples=3", f"run.folder={tmp_path}"])
+    tree = to_tree(config)
+    tree["engine"]["deepspeed"] = tree["data"]["folder"] = "gone"
+    model = SiT(config.model, torch.Generator().manual_seed(0))
+    provenance = {"checkpoint": "none", "step": 5, "weights": "ema"}
+    write_model(tmp_path / "export", model.state_dict(), config=tree, provenance=provenance)
+    try:
+        folder = sample(config)
+    finally:
+        distributed.close()
+    with np.load(folder / "samples.npz") as archive:
+        assert archive["arr_0"].shape == (3, 16, 16, 3)
