@@ -6,10 +6,8 @@ previous checkpoint as the newest valid one. Nothing in it is a pickle.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from srepa_ds import distributed
-from srepa_ds.errors import CheckpointError, OutputError
+from srepa_ds.errors import CheckpointError, OutputError, SRepaError
+from srepa_ds.files import flush_to_disk, sha256_of, write_aside
 from srepa_ds.schema import Section
 
 FORMAT = "srepa_ds.checkpoint"
@@ -34,7 +33,6 @@ _STATE = "state.json"
 _LATEST = "latest"
 _PREFIX = "step-"
 _ASIDE = ".writing-"
-_CHUNK_BYTES = 1 << 22
 
 log = logging.getLogger("srepa_ds")
 
@@ -123,7 +121,7 @@ class CheckpointReader:
 
     def fingerprint(self) -> str:
         """Returns a short hash that identifies the checkpoint: of its manifest."""
-        return hashlib.sha256((self.folder / _MANIFEST).read_bytes()).hexdigest()[:16]
+        return sha256_of(self.folder / _MANIFEST)[:16]
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -153,7 +151,7 @@ def save(
         distributed.together(
             lambda: _finish(root, aside, final, document, entries) if rank == 0 else None
         )
-    except OutputError:
+    except SRepaError:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -185,7 +183,7 @@ def _write_fragments(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
         tensors = {p.key: p.values.detach().to("cpu", copy=True).contiguous() for p in pieces}
         # One key, because safetensors writes several in an order that changes from run to run.
         save_file(tensors, path, metadata={"format": f"{FORMAT} {VERSION}"})
-        _flush(path)
+        flush_to_disk(path)
         return _entry(path)
 
 
@@ -194,37 +192,21 @@ def _finish(
 ) -> None:
     with _writing(root):
         (aside / _STATE).write_text(json.dumps(document, indent=1))
-        _flush(aside / _STATE)
+        flush_to_disk(aside / _STATE)
         files = {**entries, _STATE: _entry(aside / _STATE)}
         manifest = {"format": FORMAT, "version": VERSION, "files": files}
         (aside / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _flush(aside / _MANIFEST)
-        _flush(aside)
+        flush_to_disk(aside / _MANIFEST)
+        flush_to_disk(aside)
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)
-        pointer = root / f".{_LATEST}"
-        pointer.write_text(final.name + "\n")
-        _flush(pointer)
-        pointer.replace(root / _LATEST)
-        _flush(root)
-
-
-def _flush(path: Path) -> None:
-    """Makes what was written to `path` survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        write_aside(root / _LATEST, lambda pointer: pointer.write_text(final.name + "\n"))
+        flush_to_disk(root)
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def fault_of(folder: Path) -> str | None:

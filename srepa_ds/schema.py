@@ -205,11 +205,12 @@ def _field_value(schema: type[Section], name: str, value: Any) -> Any:
 
 
 def _fault(schema: type[Section], detail: Any) -> Fault:
-    *parents, last = detail["loc"]
+    location = detail["loc"]
     if detail["type"] == "extra_forbidden":
-        place, fields = _located(schema, parents)
-        return Fault(".".join([*place, str(last)]), f"unknown key; {nearest(str(last), fields)}")
-    path = ".".join(_located(schema, [*parents, last])[0])
+        place, fields = _located(schema, location[:-1])
+        key = str(location[-1])
+        return Fault(".".join([*place, key]), f"unknown key; {nearest(key, fields)}")
+    path = ".".join(_located(schema, location)[0])
     if detail["type"] == "missing":
         return Fault(path, "is required")
     message = detail["msg"].removeprefix("Value error, ")

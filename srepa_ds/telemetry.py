@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from srepa_ds import __version__, distributed
+from srepa_ds.files import write_aside
 
 log = logging.getLogger("srepa_ds")
 T = TypeVar("T")
@@ -150,9 +151,7 @@ def _keep_until(path: Path, step: int) -> None:
         except (ValueError, TypeError, KeyError):
             # The last line of a killed run may be torn.
             continue
-    aside = path.with_suffix(".jsonl.new")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)
+    write_aside(path, lambda aside: aside.write_text("".join(kept), encoding="utf-8"))
 
 
 def steps_shown(steps: Iterable[T], *, total: int, what: str, is_main: bool) -> Iterator[T]:

@@ -22,7 +22,9 @@ def _mlp(width_in: int, hidden_width: int, width_out: int) -> nn.Sequential:
 def _linear(width_in: int, width_out: int) -> nn.Linear:
     # An ordinary construction would draw from the process's generator.
     device = torch.get_default_device()
-    return nn.utils.skip_init(nn.Linear, width_in, width_out, device=device)
+    linear = nn.utils.skip_init(nn.Linear, width_in, width_out, device=device)
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 PROJECTORS = {"mlp": _mlp}

@@ -11,7 +11,6 @@ from jaxtyping import UInt8
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from srepa_ds.data.files import PARTIAL, make_folder, remove_empty, sha256_of, write_aside
 from srepa_ds.data.shard_index import (
     FORMAT,
     INDEX_NAME,
@@ -23,6 +22,7 @@ from srepa_ds.data.shard_index import (
 )
 from srepa_ds.data.shards import shard_header
 from srepa_ds.errors import OutputError
+from srepa_ds.files import PARTIAL, make_folder, remove_empty, sha256_of, write_aside
 from srepa_ds.schema import to_tree
 
 MARKER_NAME = "preparing.json"

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from srepa_ds.data.batch import Batch
-from srepa_ds.data.files import sha256_of
 from srepa_ds.data.shard_index import FORMAT, VERSION, ShardEntry, ShardIndex, read_index
 from srepa_ds.errors import DataError
+from srepa_ds.files import sha256_of
 
 _HEADER_KEY = "srepa_ds"
 _AGAIN = "delete the folder and prepare it again with `srepa-ds prepare CONFIG`"

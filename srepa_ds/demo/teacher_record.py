@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from srepa_ds import __version__
-from srepa_ds.data.files import PARTIAL, make_folder, remove_empty, sha256_of, write_aside
 from srepa_ds.errors import OutputError
+from srepa_ds.files import PARTIAL, make_folder, remove_empty, sha256_of, write_aside
 
 WEIGHTS_NAME = "model.safetensors"
 REPORT_NAME = "teacher.json"

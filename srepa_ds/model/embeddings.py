@@ -86,7 +86,10 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, num_classes: int, hidden_size: int):
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        # The ordinary constructor draws at random, on "meta" by way of a module that takes seconds
+        # to import.
+        unset = torch.empty(num_classes + 1, hidden_size)
+        self.embedding_table = nn.Embedding.from_pretrained(unset, freeze=False)
 
     def forward(self, labels: Int64[Tensor, "batch"]) -> Float[Tensor, "batch hidden"]:
         """Returns the rows of `labels`."""

@@ -1,6 +1,5 @@
 """An exported model on disk: `model.safetensors` and `config.json` in one folder."""
 
-import hashlib
 import json
 import shutil
 import stat
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from srepa_ds.errors import CheckpointError, ConfigError, OutputError
+from srepa_ds.files import sha256_of
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.schema import validated
@@ -119,8 +119,7 @@ def read_model(folder: Path) -> ExportedModel:
     """
     try:
         document = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
-        with (folder / WEIGHTS).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = sha256_of(folder / WEIGHTS)
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(

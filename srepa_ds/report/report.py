@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from srepa_ds import distributed
 from srepa_ds.config import Config
-from srepa_ds.data.files import write_aside
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import OutputError, SRepaError
+from srepa_ds.files import write_aside
 from srepa_ds.model.weights import ExportedModel, read_model
 from srepa_ds.report import record, tables
 from srepa_ds.report.comparison import compare, probe

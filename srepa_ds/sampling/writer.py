@@ -1,10 +1,7 @@
 """A folder of samples that survives kills: chunks as part files, then one ADM `samples.npz`."""
 
 import json
-import os
-import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from srepa_ds.errors import OutputError
+from srepa_ds.files import make_folder, remove_empty, write_aside
 from srepa_ds.sampling.generate import Chunk, ImageBatch
 from srepa_ds.sampling.npz import NpzMember, write_npz
 from srepa_ds.sampling.provenance import Provenance, differences
@@ -41,15 +39,15 @@ class ChunkWriter:
         self.folder = folder
         self.provenance = provenance
         self._digest = provenance.digest()
-        existed = _deepest_existing(folder)
+        made: list[Path] = []
         try:
             self._refuse_foreign()
-            folder.mkdir(parents=True, exist_ok=True)
+            made = make_folder(folder)
             # Before the parts: ranks open the folder at once, and parts alone count as foreign.
-            _write_atomically(folder / PROVENANCE, provenance.text().encode())
+            _write(folder / PROVENANCE, provenance.text().encode())
             (folder / PARTS).mkdir(exist_ok=True)
         except OSError as error:
-            _remove_empty_folders(folder / PARTS, above=existed)
+            remove_empty(made)
             raise _unwritable(folder, error) from error
 
     def is_complete(self) -> bool:
@@ -70,7 +68,7 @@ class ChunkWriter:
             metadata={"provenance": self._digest},
         )
         try:
-            _write_atomically(self._part(batch.chunk), content)
+            _write(self._part(batch.chunk), content)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
@@ -113,11 +111,16 @@ class ChunkWriter:
             NpzMember("arr_0", shape, np.dtype(np.uint8), image_blocks()),
             NpzMember("arr_1", (len(labels),), np.dtype(np.int64), iter([labels.numpy()])),
         )
-        with _aside(target) as temporary:
+
+        def write_both(temporary: Path) -> None:
             write_npz(temporary, members)
             # The sheet comes before the rename: a set that counts as complete has one.
-            with _aside(self.folder / CONTACT_SHEET) as picture:
-                sheet.image().save(picture, format="PNG")
+            write_aside(
+                self.folder / CONTACT_SHEET,
+                lambda picture: sheet.image().save(picture, format="PNG"),
+            )
+
+        write_aside(target, write_both)
 
     def _part(self, chunk: Chunk) -> Path:
         return self.folder / PARTS / f"chunk-{chunk.index:06d}.safetensors"
@@ -172,34 +175,5 @@ def _unwritable(folder: Path, error: OSError) -> OutputError:
     )
 
 
-@contextmanager
-def _aside(target: Path) -> Iterator[Path]:
-    """Yields a path beside `target` whose file replaces it on success and goes on failure."""
-    temporary = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_atomically(target: Path, content: bytes) -> None:
-    with _aside(target) as temporary:
-        temporary.write_bytes(content)
-
-
-def _deepest_existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-
-
-def _remove_empty_folders(folder: Path, *, above: Path) -> None:
-    """Removes `folder` and its parents below `above` as far as they are there and empty."""
-    for path in (folder, *folder.absolute().parents):
-        if path.absolute() == above.absolute():
-            return
-        try:
-            path.rmdir()
-        except OSError:
-            continue
+def _write(target: Path, content: bytes) -> None:
+    write_aside(target, lambda temporary: temporary.write_bytes(content), concurrent=True)

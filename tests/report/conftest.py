@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from srepa_ds.config import Config, load_config
-from srepa_ds.data.files import sha256_of
+from srepa_ds.files import sha256_of
 from srepa_ds.model.weights import WEIGHTS, write_model
 from srepa_ds.objective import Objective, official_name
 from srepa_ds.sampling.sheet import SheetBuilder

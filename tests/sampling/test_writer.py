@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     for chunk in CHUNKS[:3]:
         writer.write(drawn(chunk))
     # A kill in the middle of a write, and a part a bad disk cut short.
-    (tmp_path / "parts" / ".chunk-000003.safetensors.host-1.tmp").write_bytes(b"half")
+    (tmp_path / "parts" / "chunk-000003.safetensors.host-1.partial").write_bytes(b"half")
     damaged = tmp_path / "parts" / "chunk-000001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-7])
 
@@ -158,7 +158,7 @@ def test_a_failed_assembly_leaves_no_half_archive(tmp_path):
     with pytest.raises(OutputError, match="cannot be written to"):
         writer.assemble(CHUNKS)
     assert not (tmp_path / "samples.npz").exists()
-    assert not [name for name in files_in(tmp_path) if name.endswith(".tmp")]
+    assert not [name for name in files_in(tmp_path) if name.endswith(".partial")]
     assert writer.missing(CHUNKS) == ()
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,15 @@ from pathlib import Path
 PARTIAL = ".partial"
 
 
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+def write_aside(path: Path, write: Callable[[Path], object], *, concurrent: bool = False) -> None:
     """Returns when `path` holds what `write` put into the file it was given, all of it.
 
     The work happens in `<path>.partial`, which is flushed to disk and renamed; it is removed if
-    `write` raises. Raises what `write` raises, and OSError.
+    `write` raises. With `concurrent` several processes may write the same file at once. Raises what
+    `write` raises, and OSError.
     """
-    aside = path.with_name(path.name + PARTIAL)
+    process = f".{socket.gethostname()}-{os.getpid()}" if concurrent else ""
+    aside = path.with_name(path.name + process + PARTIAL)
     try:
         aside.touch()
         # safetensors makes its files private; a data set has the permissions of its neighbours.
