@@ -17,6 +17,7 @@ from srepa_ds.ema import EmaConfig
 from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.latent_codec import CodecConfig
 from srepa_ds.model.variants import SiTConfig
+from srepa_ds.model.weights import exported_step
 from srepa_ds.objective import ObjectiveConfig
 from srepa_ds.optim import OptimizerConfig
 from srepa_ds.sampling.solvers import SamplerConfig
@@ -87,14 +88,14 @@ class SampleConfig(SamplerConfig):
     """Folder of an exported model; without it `<run.folder>/export`."""
 
     folder: Path | None = None
-    """Where the images go; without it `<run.folder>/samples`."""
+    """Where the images go; without it `<run.folder>/samples/step-0050000`."""
 
 
 class EvaluateConfig(Section):
     """What `srepa-ds evaluate` compares."""
 
     samples: Path | None = None
-    """Folder of a finished sample set; without it `<run.folder>/samples`."""
+    """Folder of a finished sample set; without it where `sample` writes."""
 
     reference: Path
     """Shards of the real images, best a part that was not trained on."""
@@ -174,8 +175,12 @@ class Config(Section):
 
     @property
     def samples_folder(self) -> Path:
-        """Where `sample` writes."""
-        return self.sample.folder or self.run.folder / "samples"
+        """Where `sample` writes: a folder for each exported step, so that no two sets collide."""
+        if self.sample.folder is not None:
+            return self.sample.folder
+        step = exported_step(self.weights_folder)
+        samples = self.run.folder / "samples"
+        return samples if step is None else samples / f"step-{step:07d}"
 
 
 def _depth_within_model(
@@ -280,6 +285,11 @@ _SAFE_TO_CHANGE = (
 
 def unsafe_changes(stored: Tree, config: Config) -> list[str]:
     """Returns one line per changed setting that would make a resumed run another experiment."""
+    try:
+        # Through today's schema, so that a setting added since then counts with its default.
+        stored = to_tree(validated(Config, stored, source="the stored configuration"))
+    except ConfigError:
+        pass
     old, new = dict(_leaves(stored)), dict(_leaves(to_tree(config)))
     return [
         f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"

@@ -134,10 +134,11 @@ def averaged(tensor: Tensor) -> Tensor:
     return summed(tensor) / world_size()
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
+def any_rank(flag: bool) -> bool:
     """Returns whether `flag` is true on at least one rank."""
     if world_size() == 1:
         return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     tensor = torch.tensor([int(flag)], device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return bool(tensor.item())

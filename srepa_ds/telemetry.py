@@ -125,6 +125,12 @@ class Telemetry:
         else:
             log.info("step %d/%d  %s", step, self._total_steps, text)
 
+    def __enter__(self) -> "Telemetry":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Flushes and closes what is open."""
         if self._is_main:

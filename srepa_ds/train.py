@@ -4,8 +4,9 @@ import json
 import logging
 import math
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -31,6 +32,7 @@ log = logging.getLogger("srepa_ds")
 
 # Asking all ranks costs a collective and, on a GPU, a wait for the device.
 _STOP_CHECK_STEPS = 5
+_SAME_SIGNAL_SECONDS = 3.0
 
 
 def train(config: Config, *, allow_config_change: bool = False) -> bool:
@@ -47,33 +49,34 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
     source = distributed.broadcast(
         distributed.together(lambda: _open_run(config, ranks, allow_config_change))
     )
-    engine = _build_engine(config, teachers, ranks)
-    if source is not None:
-        reader = CheckpointReader(source)
-        distributed.together(lambda: engine.check(reader))
-        engine.restore(reader)
-        log.info("resuming from %s", source)
-    with stop_requested() as stop, _loader(config, dataset, engine, ranks) as batches:
-        inputs = _inputs(config, batches, codec, teachers, ranks)
-        finished = _run(config, engine, inputs, stop, ranks)
-    engine.close()
-    return finished
+    with closing(_build_engine(config, teachers, ranks)) as engine:
+        if source is not None:
+            _resume(engine, source)
+        distributed.together(lambda: _describe_run(config, ranks) if ranks.is_main else None)
+        with (
+            stop_requested() as stop,
+            _loader(config, dataset, engine, ranks) as batches,
+            _telemetry(config, engine, ranks) as telemetry,
+        ):
+            inputs = _inputs(config, batches, codec, teachers, ranks)
+            return _run(config, engine, inputs, telemetry, stop)
+
+
+def _resume(engine: Engine, source: Path) -> None:
+    reader = distributed.together(lambda: CheckpointReader(source))
+    distributed.together(lambda: engine.check(reader))
+    engine.restore(reader)
+    log.info("resuming from %s", source)
 
 
 def _run(
     config: Config,
     engine: Engine,
     inputs: Iterator[TrainingInputs],
+    telemetry: Telemetry,
     stop: list[int],
-    ranks: Ranks,
 ) -> bool:
     """Steps until the end or a stop; logs and saves on the way."""
-    telemetry = Telemetry(
-        config.run.folder,
-        first_step=engine.step_count,
-        total_steps=config.train.steps,
-        is_main=ranks.is_main,
-    )
     window = Window()
     saved_at = engine.step_count
     while engine.step_count < config.train.steps:
@@ -85,13 +88,12 @@ def _run(
         if step % config.train.log_every_steps == 0 or step == config.train.steps:
             telemetry.record(step, _derived(window.close(), config, rate))
         if step % config.checkpoint.every_steps == 0 or step == config.train.steps:
-            saved_at = _save(config, engine, ranks)
-        if step % _STOP_CHECK_STEPS == 0 and distributed.any_rank(bool(stop), ranks.device):
+            saved_at = _save(config, engine)
+        if step % _STOP_CHECK_STEPS == 0 and distributed.any_rank(bool(stop)):
             break
     finished = engine.step_count >= config.train.steps
     if saved_at != engine.step_count:
-        _save(config, engine, ranks)
-    telemetry.close()
+        _save(config, engine)
     if not finished:
         log.warning(
             "stopped by a signal at step %d; run the same command to go on", engine.step_count
@@ -116,15 +118,15 @@ def _derived(means: dict[str, float], config: Config, rate: float) -> dict[str, 
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
-def _save(config: Config, engine: Engine, ranks: Ranks) -> int:
+def _save(config: Config, engine: Engine) -> int:
     folder = checkpoint.save(
         config.checkpoints,
         step=engine.step_count,
         pieces=engine.pieces(),
         state={**engine.state(), "config": json.loads(config.model_dump_json())},
-        rank=ranks.rank,
+        rank=distributed.rank(),
     )
-    if ranks.is_main:
+    if distributed.rank() == 0:
         checkpoint.prune(config.checkpoints, config.checkpoint, newest=engine.step_count)
         log.info("saved %s", folder)
     return engine.step_count
@@ -151,6 +153,15 @@ def _inputs(
             seed=config.run.seed,
             null_label=config.model.null_label,
         )
+
+
+def _telemetry(config: Config, engine: Engine, ranks: Ranks) -> Telemetry:
+    return Telemetry(
+        config.run.folder,
+        first_step=engine.step_count,
+        total_steps=config.train.steps,
+        is_main=ranks.is_main,
+    )
 
 
 def _loader(config: Config, dataset: ShardDataset, engine: Engine, ranks: Ranks) -> BatchLoader:
@@ -218,15 +229,16 @@ def _load_teachers(config: Config, dataset: ShardDataset, ranks: Ranks) -> tuple
 def _open_run(config: Config, ranks: Ranks, allow_config_change: bool) -> Path | None:
     """Returns the checkpoint to resume from, chosen by the main rank for all.
 
-    Also writes the run's own description; raises OutputError if the folder cannot be written to,
-    and ConfigError if it holds a run of another configuration.
+    Raises OutputError if the folder cannot be made, CheckpointError if there are checkpoints and
+    none is valid, and ConfigError if they are of another configuration.
     """
-    source = None
-    if ranks.is_main:
-        source = checkpoint.newest_valid(config.checkpoints)
-        if source is not None and not allow_config_change:
-            _refuse_changes(config, source)
-        _describe_run(config, ranks)
+    if not ranks.is_main:
+        return None
+    with _writing(config.run.folder):
+        config.run.folder.mkdir(parents=True, exist_ok=True)
+    source = checkpoint.newest_valid(config.checkpoints)
+    if source is not None and not allow_config_change:
+        _refuse_changes(config, source)
     return source
 
 
@@ -244,16 +256,22 @@ def _refuse_changes(config: Config, source: Path) -> None:
 
 
 def _describe_run(config: Config, ranks: Ranks) -> None:
+    """Writes what the run is into its folder; raises OutputError if that cannot be written to."""
     folder = config.run.folder
     documents = {
         "config.yaml": to_yaml(config),
         "ds_config.json": json.dumps(deepspeed_config(config, ranks.world_size), indent=2),
         "environment.json": json.dumps(environment(), indent=2),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _writing(folder):
         for name, text in documents.items():
             (folder / name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OutputError(
             f"cannot write to the run's folder {folder}: {error.strerror}; choose another "
@@ -265,13 +283,20 @@ def _describe_run(config: Config, ranks: Ranks) -> None:
 def stop_requested() -> Iterator[list[int]]:
     """Yields a list that holds the signal once SIGINT or SIGTERM has come.
 
-    The first signal asks for a save at the next step; a second one ends the process at once.
+    The first signal asks for a save at one of the next steps. Another one some seconds later ends
+    the process at once; sooner, it is taken for the same request: a scheduler that signals every
+    process reaches a rank twice, directly and by way of its launcher.
     """
     received: list[int] = []
+    first_came: list[float] = []
 
     def note(number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if received and now - first_came[0] > _SAME_SIGNAL_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        first_came.append(now)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.signal(number, note) for number in numbers}

@@ -112,6 +112,15 @@ def _replace(folder: Path, aside: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def exported_step(folder: Path) -> int | None:
+    """Returns the training step of the exported model in `folder`, or None if there is none."""
+    try:
+        step = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))["provenance"]["step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None
+
+
 def read_model(folder: Path) -> ExportedModel:
     """Returns the exported model of `folder`, on the CPU, in evaluation mode.
 
