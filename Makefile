@@ -2,7 +2,9 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed-$(shell cat setup.cfg pyproject.toml | sha256sum | cut -c1-12)
+# Of what is installed and from where: another checkout on the same environment installs itself anew.
+KEY := $(shell (cat setup.cfg pyproject.toml; pwd) | sha256sum | cut -c1-12)
+INSTALLED := $(VENV)/.installed-$(KEY)
 
 .PHONY: demo test test-all check format clean
 

@@ -141,11 +141,12 @@ def demo(
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     ranks: Annotated[int, typer.Option(help="Processes to train and sample with.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
+    images: Annotated[int | None, typer.Option(help="Images to draw.")] = None,
 ) -> None:
     """Do all of it on handwritten digits: prepare, teach, train, sample, score, report."""
     from srepa_ds.demo.road import run_demo
 
-    raise typer.Exit(run_demo(mode=mode, steps=steps, ranks=ranks, seed=seed))
+    raise typer.Exit(run_demo(mode=mode, steps=steps, ranks=ranks, seed=seed, images=images))
 
 
 @app.command()

@@ -18,7 +18,9 @@ MODES = ("sit", "repa", "srepa-mse", "srepa-kl")
 TIMINGS = "timings.json"
 
 
-def run_demo(*, mode: str, steps: int | None, ranks: int, seed: int) -> int:
+def run_demo(
+    *, mode: str, steps: int | None, ranks: int, seed: int, images: int | None = None
+) -> int:
     """Returns 0 after every step went well, else the exit code of the step that did not.
 
     Prints each command line before it runs it. Running the demo again goes on where it stopped:
@@ -27,9 +29,13 @@ def run_demo(*, mode: str, steps: int | None, ranks: int, seed: int) -> int:
     if mode not in MODES:
         raise ConfigError("demo", [Fault("--mode", f"unknown '{mode}'; {nearest(mode, MODES)}")])
     folder = Path("runs") / (f"digits-{mode}" + (f"-seed{seed}" if seed else ""))
+    changes = [f"run.folder={folder}"]
+    changes += [f"train.steps={steps}"] if steps is not None else []
+    changes += [f"run.seed={seed}", f"sample.seed={seed}"] if seed else []
+    changes += [f"sample.num_samples={images}"] if images is not None else []
     timings: dict[str, float] = {}
     began = time.perf_counter()
-    for arguments in commands(mode=mode, steps=steps, ranks=ranks, seed=seed, folder=folder):
+    for arguments in commands(mode, changes, ranks=ranks):
         name = arguments[0]
         if name == "report":
             _write_timings(folder, timings)
@@ -44,14 +50,12 @@ def run_demo(*, mode: str, steps: int | None, ranks: int, seed: int) -> int:
     return 0
 
 
-def commands(
-    *, mode: str, steps: int | None, ranks: int, seed: int, folder: Path
-) -> list[list[str]]:
-    """Returns the command lines of the demo, without the program's name."""
+def commands(mode: str, changes: Sequence[str], *, ranks: int) -> list[list[str]]:
+    """Returns the command lines of the demo, without the program's name.
+
+    `changes` are the overrides that every command of the experiment gets.
+    """
     experiment = str(shipped(Path(f"configs/digits-{mode}.yaml")))
-    changes = [f"run.folder={folder}"]
-    changes += [f"train.steps={steps}"] if steps is not None else []
-    changes += [f"run.seed={seed}", f"sample.seed={seed}"] if seed else []
     on_ranks = ["--ranks", str(ranks)]
     return [
         ["prepare", str(shipped(Path("configs/digits-prepare.yaml")))],
