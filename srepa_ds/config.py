@@ -103,9 +103,6 @@ class EvaluateConfig(Section):
     extractor: TeacherConfig
     """The encoder whose feature space is compared in."""
 
-    neighbours: int = Field(default=3, ge=1)
-    """Neighbour whose distance is the radius of a ball, for precision and recall."""
-
     batch_size: int = Field(default=256, ge=1)
     """Images per pass through the extractor."""
 

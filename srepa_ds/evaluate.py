@@ -16,6 +16,7 @@ from srepa_ds.alignment.teachers import Teacher, load_teacher
 from srepa_ds.config import Config, EvaluateConfig
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import ConfigError, DataError, Fault, OutputError
+from srepa_ds.files import sha256_of, write_aside
 from srepa_ds.metrics.scores import Scores, score
 from srepa_ds.sampling.writer import PROVENANCE, SAMPLES
 from srepa_ds.schema import to_tree
@@ -56,7 +57,7 @@ def evaluate(config: Config) -> Scores:
     drawn = _features(extractor, _sample_batches(images, labels, settings.batch_size), device)
     real = _features(extractor, _reference_batches(reference, settings.batch_size), device)
     scores = score(drawn.pooled, real.pooled, class_accuracy=drawn.recognised)
-    _write(config, settings, folder, scores, real.recognised)
+    _write(config, settings, folder, scores, reference, real.recognised)
     for name, value in json.loads(scores.to_json()).items():
         log.info("%-18s %.4f", name, value)
     return scores
@@ -111,20 +112,26 @@ def _write(
     settings: EvaluateConfig,
     samples: Path,
     scores: Scores,
+    reference: ShardDataset,
     reference_accuracy: float | None,
 ) -> None:
     provenance: dict[str, Any] = {}
     if (samples / PROVENANCE).is_file():
         provenance = json.loads((samples / PROVENANCE).read_text(encoding="utf-8"))
+    weights = settings.extractor.weights
     document = {
         "scores": json.loads(scores.to_json()),
         "reference_class_accuracy": reference_accuracy,
         "settings": to_tree(settings),
+        # Scores compare only within one feature space and against one reference.
+        "extractor_sha256": sha256_of(weights) if weights else None,
+        "reference_id": reference.index.dataset_id,
         "samples": provenance,
     }
     path = config.run.folder / RESULTS
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(document, indent=2) + "\n"
+        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error

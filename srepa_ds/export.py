@@ -7,7 +7,7 @@ from srepa_ds import checkpoint
 from srepa_ds.checkpoint import CheckpointReader
 from srepa_ds.config import Config
 from srepa_ds.errors import CheckpointError
-from srepa_ds.model.sit import SiT
+from srepa_ds.model.embeddings import position_embedding
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.model.weights import write_model
 from srepa_ds.objective import official_name
@@ -28,7 +28,7 @@ def export(config: Config) -> Path:
     stored = reader.state["config"]
     # The position embedding is no trained weight: it is a function of the model's sizes.
     model = validated(SiTConfig, stored["model"], source=f"{reader.folder}: model")
-    tensors |= dict(SiT(model, None).named_buffers())
+    tensors["pos_embed"] = position_embedding(model.grid, model.shape.hidden_size)
     provenance = {
         "checkpoint": reader.fingerprint(),
         "step": reader.state["step"],

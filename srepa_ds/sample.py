@@ -28,14 +28,35 @@ def sample(config: Config) -> Path:
     """
     ranks = distributed.initialize()
     exported = distributed.together(lambda: read_model(config.weights_folder))
-    mine = distributed.together(lambda: _plan(config.sample, ranks))
+    everything = distributed.together(lambda: _all_chunks(config.sample, ranks))
     provenance = _provenance(config.sample, exported)
     writer = distributed.together(lambda: ChunkWriter(config.samples_folder, provenance))
-    if distributed.together(writer.is_complete):
-        log.info("%s is complete already", writer.folder)
-        return writer.folder
-    missing = writer.missing(mine)
-    _say_what_is_ahead(config.sample, len(mine), len(missing))
+    # One rank looks, and what is left is dealt anew: so all agree, and have as much to do.
+    missing = distributed.broadcast(
+        distributed.together(lambda: writer.missing(everything) if ranks.is_main else ())
+    )
+    _say_what_is_ahead(config.sample, len(everything), len(missing))
+    mine = missing[ranks.rank :: ranks.world_size]
+    distributed.together(lambda: _draw(config, exported, writer, mine, ranks))
+    distributed.together(lambda: writer.assemble(everything) if ranks.is_main else None)
+    log.info("%d images in %s", config.sample.num_samples, writer.folder)
+    return writer.folder
+
+
+def _all_chunks(config: SamplerConfig, ranks: Ranks) -> tuple[Chunk, ...]:
+    """Returns the chunks of the whole set; raises TopologyError for more ranks than images."""
+    plan_chunks(config, rank=ranks.rank, world_size=ranks.world_size)
+    return plan_chunks(config, rank=0, world_size=1)
+
+
+def _draw(
+    config: Config,
+    exported: ExportedModel,
+    writer: ChunkWriter,
+    chunks: tuple[Chunk, ...],
+    ranks: Ranks,
+) -> None:
+    """Draws and stores this rank's chunks."""
     # These sections alone: the others name files that may be absent where the model came to.
     source, tree = str(config.weights_folder), exported.config
     objective = validated(ObjectiveConfig, tree["objective"], source=source)
@@ -44,20 +65,11 @@ def sample(config: Config) -> Path:
         build_codec(validated(CodecConfig, tree["codec"], source=source)),
         INTERPOLANTS[objective.interpolant.path],
         config.sample,
-        chunks=missing,
+        chunks=chunks,
         device=ranks.device,
     )
-    for batch in steps_shown(batches, total=len(missing), what="chunk", is_main=ranks.is_main):
+    for batch in steps_shown(batches, total=len(chunks), what="chunk", is_main=ranks.is_main):
         writer.write(batch)
-    distributed.barrier()
-    everything = plan_chunks(config.sample, rank=0, world_size=1)
-    distributed.together(lambda: writer.assemble(everything) if ranks.is_main else None)
-    log.info("%d images in %s", config.sample.num_samples, writer.folder)
-    return writer.folder
-
-
-def _plan(config: SamplerConfig, ranks: Ranks) -> tuple[Chunk, ...]:
-    return plan_chunks(config, rank=ranks.rank, world_size=ranks.world_size)
 
 
 def _provenance(config: SampleConfig, exported: ExportedModel) -> Provenance:
@@ -76,6 +88,9 @@ def _provenance(config: SampleConfig, exported: ExportedModel) -> Provenance:
 
 
 def _say_what_is_ahead(config: SamplerConfig, num_chunks: int, num_missing: int) -> None:
+    if num_missing == 0:
+        log.info("all images are there already")
+        return
     evaluations = count_evaluations(config)
     log.info(
         "drawing %d images by %s, %d steps: %d model calls each, %d of them guided%s",

@@ -182,7 +182,7 @@ def _structural_loss(
         options["tile"] = tile
     if kind == "kl":
         options["temperatures"] = Temperatures(tau_student, tau_teacher)
-    dtype = _compute_dtype(student, teacher)
+    dtype = compute_dtype(student, teacher)
     loss = student.new_zeros((), dtype=torch.float64)
     gradient = student.new_empty(student.shape if with_gradient else (0,), dtype=dtype)
     with _full_precision(student.device.type):
@@ -199,7 +199,7 @@ def _structural_loss(
 
 @torch.library.register_fake(_OPERATOR)
 def _(student, teacher, kind, algorithm, tile, tau_student, tau_teacher, scale, with_gradient):
-    dtype = _compute_dtype(student, teacher)
+    dtype = compute_dtype(student, teacher)
     shape = student.shape if with_gradient else (0,)
     return student.new_empty((), dtype=dtype), student.new_empty(shape, dtype=dtype)
 
@@ -223,7 +223,8 @@ def _backward(ctx, loss_gradient, gradient_gradient):
 torch.library.register_autograd(_OPERATOR, _backward, setup_context=_remember)
 
 
-def _compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """Returns the dtype losses are computed in: the wider of the two, at least float32."""
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     return torch.promote_types(dtype, torch.float32)
 

@@ -10,8 +10,10 @@ from torch import Tensor
 from srepa_ds.alignment.gram import (
     ALGORITHMS,
     DEFAULT_TILE,
+    EPSILON,
     Reduction,
     check_token_grids,
+    compute_dtype,
     structural_kl,
     structural_mse,
 )
@@ -19,8 +21,6 @@ from srepa_ds.alignment.projector import ProjectorConfig
 from srepa_ds.alignment.teachers import TeacherConfig
 from srepa_ds.errors import nearest
 from srepa_ds.schema import Section
-
-EPSILON = 1e-12
 
 
 class PointwiseConfig(Section):
@@ -56,6 +56,10 @@ class StructuralConfig(Section):
 
     @model_validator(mode="after")
     def _algorithm_exists(self) -> "StructuralConfig":
+        kl_only = ("tau_student", "tau_teacher", "reduction")
+        defaults = {name: type(self).model_fields[name].default for name in kl_only}
+        if self.kind == "mse" and any(getattr(self, n) != d for n, d in defaults.items()):
+            raise ValueError(f"{', '.join(kl_only)} belong to kl; mse has neither")
         known = ["auto", *ALGORITHMS[self.kind]]
         if self.algorithm in known:
             return self
@@ -120,7 +124,7 @@ def alignment_losses(
     Both terms see the projected tokens (sREPA Algorithm 1). Raises ValueError for token counts
     that differ.
     """
-    absent = projected.new_zeros((), dtype=_wide(projected, teacher_patches))
+    absent = projected.new_zeros((), dtype=compute_dtype(projected, teacher_patches))
     pointwise, structural = config.pointwise, config.structural
     return AlignmentLosses(
         pointwise_cosine(projected, teacher_patches) if pointwise else absent,
@@ -161,14 +165,10 @@ def pointwise_cosine(
             f"the point-wise loss needs tokens of the teacher's width {teacher.shape[2]}, "
             f"got {student.shape[2]}"
         )
-    dtype = _wide(student, teacher)
+    dtype = compute_dtype(student, teacher)
     with torch.autocast(student.device.type, enabled=False):
         unit_student = torch.nn.functional.normalize(student.to(dtype), dim=-1, eps=EPSILON)
         unit_teacher = torch.nn.functional.normalize(
             teacher.detach().to(dtype), dim=-1, eps=EPSILON
         )
         return -(unit_student * unit_teacher).sum(-1).mean()
-
-
-def _wide(student: Tensor, teacher: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)

@@ -3,14 +3,30 @@
 from typing import Annotated
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from srepa_ds.schema import Section, known_in
 
 
-def _mlp(width_in: int, hidden_width: int, width_out: int) -> nn.Sequential:
-    return nn.Sequential(
+class Projector(nn.Sequential):
+    """Layers applied to every token; input is taken in the dtype of the weights.
+
+    The residual stream is float32 even where the weights are bf16.
+    """
+
+    def forward(
+        self, input: Float[Tensor, "batch tokens width_in"]
+    ) -> Float[Tensor, "batch tokens width_out"]:
+        """Returns the projected tokens, in the dtype of the weights."""
+        first = self[0]
+        assert isinstance(first, nn.Linear)
+        return super().forward(input.to(first.weight.dtype))
+
+
+def _mlp(width_in: int, hidden_width: int, width_out: int) -> Projector:
+    return Projector(
         _linear(width_in, hidden_width),
         nn.SiLU(),
         _linear(hidden_width, hidden_width),
@@ -42,7 +58,7 @@ class ProjectorConfig(Section):
 
 def build_projector(
     config: ProjectorConfig, width_in: int, width_out: int, generator: torch.Generator | None
-) -> nn.Sequential:
+) -> Projector:
     """Returns the projector (b, n, width_in) -> (b, n, width_out), filled from `generator`.
 
     Weights are Xavier-uniform and biases zero, drawn layer by layer in float32 on the CPU; without

@@ -13,6 +13,7 @@ from types import FrameType
 
 from srepa_ds.config import shipped
 from srepa_ds.errors import ConfigError, Fault, nearest
+from srepa_ds.files import write_aside
 
 MODES = ("sit", "repa", "srepa-mse", "srepa-kl")
 TIMINGS = "timings.json"
@@ -33,20 +34,22 @@ def run_demo(
     changes += [f"train.steps={steps}"] if steps is not None else []
     changes += [f"run.seed={seed}", f"sample.seed={seed}"] if seed else []
     changes += [f"sample.num_samples={images}"] if images is not None else []
+    spent = _read_timings(folder)
     timings: dict[str, float] = {}
-    began = time.perf_counter()
     for arguments in commands(mode, changes, ranks=ranks):
         name = arguments[0]
-        if name == "report":
-            _write_timings(folder, timings)
         print(f"\n$ {shlex.join(['srepa-ds', *arguments])}", flush=True)
         step_began = time.perf_counter()
         code = _run(arguments)
+        timings[name] = time.perf_counter() - step_began
+        _write_timings(
+            folder, {n: spent.get(n, 0) + timings.get(n, 0) for n in {**spent, **timings}}
+        )
         if code != 0:
             print(f"\n{name} ended with code {code}; the same demo command goes on from here")
             return code
-        timings[name] = time.perf_counter() - step_began
-    _summarise(folder, timings, time.perf_counter() - began)
+    print("\n" + "  ".join(f"{name} {seconds:.0f} s" for name, seconds in timings.items()))
+    print(f"all of it {sum(timings.values()):.0f} s; look at {folder / 'report.html'}")
     return 0
 
 
@@ -91,10 +94,15 @@ def _run(arguments: Sequence[str]) -> int:
     return 128 - code if code < 0 else code
 
 
+def _read_timings(folder: Path) -> dict[str, float]:
+    """Returns the seconds each step has taken so far, over all times the demo was run here."""
+    try:
+        return json.loads((folder / TIMINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def _write_timings(folder: Path, timings: dict[str, float]) -> None:
-    (folder / TIMINGS).write_text(json.dumps(timings, indent=2) + "\n", encoding="utf-8")
-
-
-def _summarise(folder: Path, timings: dict[str, float], total: float) -> None:
-    print("\n" + "  ".join(f"{name} {seconds:.0f} s" for name, seconds in timings.items()))
-    print(f"all of it {total:.0f} s; look at {folder / 'report.html'}")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(timings, indent=2) + "\n"
+    write_aside(folder / TIMINGS, lambda aside: aside.write_text(text, encoding="utf-8"))
