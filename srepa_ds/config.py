@@ -161,6 +161,31 @@ class Config(Section):
         return self.run.folder / "checkpoints"
 
     @property
+    def record(self) -> Path:
+        """Where training writes its losses, line by line."""
+        return self.run.folder / "metrics.jsonl"
+
+    @property
+    def environment(self) -> Path:
+        """Where training says what it ran on."""
+        return self.run.folder / "environment.json"
+
+    @property
+    def results(self) -> Path:
+        """Where the scores lie."""
+        return self.run.folder / "results.json"
+
+    @property
+    def timings(self) -> Path:
+        """Where the demo says how long each command took."""
+        return self.run.folder / "timings.json"
+
+    @property
+    def report(self) -> Path:
+        """Where the report lies."""
+        return self.run.folder / "report.html"
+
+    @property
     def export_folder(self) -> Path:
         """Where the exported model lies."""
         return self.export.folder or self.run.folder / "export"
