@@ -36,7 +36,7 @@ Overrides = Annotated[
 ]
 RankCount = Annotated[
     int,
-    typer.Option("--ranks", help="Processes on this machine; leave out under torchrun or Slurm."),
+    typer.Option("--ranks", help="Processes on this machine; leave out under torchrun."),
 ]
 
 

@@ -1,18 +1,16 @@
 """The whole experiment in one tree: the sections of every module and what must hold across them."""
 
-import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-import srepa_ds
 from srepa_ds.alignment.losses import AlignmentConfig
 from srepa_ds.alignment.teachers import TeacherConfig
 from srepa_ds.checkpoint import CheckpointConfig
 from srepa_ds.data.loader import DataConfig
+from srepa_ds.deepspeed_json import load_deepspeed_json
 from srepa_ds.ema import EmaConfig
 from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.latent_codec import CodecConfig
@@ -27,7 +25,6 @@ from srepa_ds.schema import (
     Tree,
     apply_overrides,
     load_tree,
-    to_tree,
     validated,
 )
 
@@ -239,19 +236,6 @@ CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {
     ("engine",): (_deepspeed_json_is_sound,),
 }
 
-OWNED_BY_YAML = {
-    "train_batch_size": "train.batch_size",
-    "train_micro_batch_size_per_gpu": "train.batch_size",
-    "gradient_accumulation_steps": "train.accumulation_steps",
-    "gradient_clipping": "optimizer.gradient_clipping",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer",
-    "bf16": "engine.precision",
-    "fp16": "engine.precision",
-    "torch_autocast": "engine.precision",
-    "data_types": "engine.precision",
-}
-
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     """Returns the experiment of a YAML file with overrides; raises ConfigError with all faults."""
@@ -261,70 +245,3 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
 def config_from(tree: Tree, *, source: str) -> Config:
     """Returns the experiment of a tree; raises ConfigError with all faults."""
     return validated(Config, tree, source=source, cross_checks=CROSS_CHECKS)
-
-
-def load_deepspeed_json(path: Path) -> dict[str, Any]:
-    """Returns DeepSpeed's own configuration.
-
-    Raises ConfigError unless it is a JSON object with a known ZeRO stage and nothing of the YAML's.
-    """
-    try:
-        document = json.loads(shipped(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or f"is not JSON: {error}"
-        raise ConfigError(str(path), [Fault("", reason)]) from error
-    faults = list(_deepspeed_faults(document))
-    if faults:
-        raise ConfigError(str(path), faults)
-    return document
-
-
-def _deepspeed_faults(document: Any) -> Iterator[Fault]:
-    if not isinstance(document, dict):
-        yield Fault("", "must be a JSON object")
-        return
-    for key in sorted(OWNED_BY_YAML.keys() & document.keys()):
-        yield Fault(key, f"belongs to the YAML ({OWNED_BY_YAML[key]}); remove it here")
-    zero = document.get("zero_optimization", {})
-    if not (isinstance(zero, dict) and zero.get("stage", 0) in range(4)):
-        yield Fault("zero_optimization", 'must be an object with a "stage" of 0 to 3')
-
-
-def shipped(path: Path) -> Path:
-    """Returns `path` if it exists, else the file of that name shipped with the package."""
-    roots = (Path(srepa_ds.__file__).parents[1], Path(sys.prefix) / "share" / "srepa_ds")
-    candidates = [root / path for root in roots if not path.is_absolute()]
-    return next((place for place in (path, *candidates) if place.exists()), path)
-
-
-# Changing these in the middle of a run changes neither the model nor what it has learnt so far.
-_SAFE_TO_CHANGE = (
-    *("run.folder", "engine", "checkpoint", "export", "sample", "evaluate"),
-    *("data.num_workers", "data.prefetch_batches"),
-    *("train.steps", "train.log_every_steps", "train.accumulation_steps"),
-)
-
-
-def unsafe_changes(stored: Tree, config: Config) -> list[str]:
-    """Returns one line per changed setting that would make a resumed run another experiment."""
-    try:
-        # Through today's schema, so that a setting added since then counts with its default.
-        stored = to_tree(validated(Config, stored, source="the stored configuration"))
-    except ConfigError:
-        pass
-    old, new = dict(_leaves(stored)), dict(_leaves(to_tree(config)))
-    return [
-        f"{key}: was {old.get(key)!r}, is {new.get(key)!r}"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key)
-        and not any(key == safe or key.startswith(safe + ".") for safe in _SAFE_TO_CHANGE)
-    ]
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict | list) and node:
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        for key, value in items:
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, node

@@ -63,6 +63,11 @@ def _from_launcher() -> dict[str, Any]:
 
 
 def _alone() -> dict[str, Any]:
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        raise TopologyError(
+            "srun starts several tasks, but none knows of the others; start one task per node and "
+            "torchrun inside it"
+        )
     return {"init_method": f"tcp://127.0.0.1:{free_port()}", "rank": 0, "world_size": 1}
 
 
@@ -162,6 +167,15 @@ def together(action: Callable[[], T]) -> T:
         shared.on_all_ranks = True
         raise shared
     return result  # type: ignore[return-value]
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Returns on every rank what `action` returns on the main one, the only one that runs it.
+
+    Raises on every rank the user error it met there.
+    """
+    result = together(lambda: action() if rank() == 0 else None)
+    return broadcast(result)  # type: ignore[return-value]
 
 
 def close() -> None:

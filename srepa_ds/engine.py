@@ -16,10 +16,11 @@ from torch import Tensor
 
 from srepa_ds import zero
 from srepa_ds.checkpoint import CheckpointReader, Piece
-from srepa_ds.config import Config, load_deepspeed_json
+from srepa_ds.config import Config
+from srepa_ds.deepspeed_json import load_deepspeed_json
 from srepa_ds.distributed import Ranks
 from srepa_ds.ema import ShardedEma
-from srepa_ds.errors import CheckpointError, TopologyError
+from srepa_ds.errors import CheckpointError, ConfigError, TopologyError
 from srepa_ds.objective import Losses, Objective, TrainingInputs
 from srepa_ds.optim import build_optimizer
 
@@ -35,7 +36,7 @@ class StepReport:
     """Global norm before clipping; infinite when the step was skipped for it."""
 
     applied: bool
-    """False when non-finite gradients made DeepSpeed skip the step, on all ranks alike."""
+    """False when gradients that are not finite made all ranks skip the step."""
 
 
 def micro_batch_size(batch_size: int, accumulation_steps: int, world_size: int) -> int:
@@ -50,8 +51,14 @@ def micro_batch_size(batch_size: int, accumulation_steps: int, world_size: int) 
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """Returns DeepSpeed's configuration: the JSON named by the config plus what the YAML owns."""
+    """Returns DeepSpeed's configuration: the JSON named by the config plus what the YAML owns.
+
+    Raises ConfigError for settings of ZeRO that DeepSpeed does not know.
+    """
     document = load_deepspeed_json(config.engine.deepspeed)
+    faults = list(zero.faults_in(document.get("zero_optimization", {})))
+    if faults:
+        raise ConfigError(str(config.engine.deepspeed), faults)
     stage = document.get("zero_optimization", {}).get("stage", 0)
     document |= {
         "train_micro_batch_size_per_gpu": micro_batch_size(
@@ -88,25 +95,31 @@ class Engine:
         if config.engine.precision == "bf16":
             # DeepSpeed casts the module before it clones the masters; give them back their bits.
             zero.set_masters(self._deepspeed, lambda f: _run_of(initial[f.name], f))
+            # Building the bf16 optimizer of stage 0 takes a step with zero gradients.
+            zero.set_adam_step(self._deepspeed, 0)
         self._shapes = {name: tuple(value.shape) for name, value in initial.items()}
         self.ema = ShardedEma(config.ema, self._masters())
         self.step_count = 0
+        self.samples_seen = 0
+        self._batch_size = config.train.batch_size
 
     def step(self, micro_batches: Iterable[TrainingInputs], *, learning_rate: float) -> StepReport:
         """Returns the report of one optimizer step over `micro_batches` (one per accumulation)."""
         self._deepspeed.train()
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        reports, norm = [], None
+        reports, norm, finite = [], None, True
         for inputs in micro_batches:
             losses = self._deepspeed(*inputs)
             self._deepspeed.backward(losses.total)
             if self._deepspeed.is_gradient_accumulation_boundary():
                 norm = zero.gradient_norm(self._deepspeed)
+                finite = zero.drop_unless_finite(self._deepspeed, norm)
             self._deepspeed.step()
             reports.append(torch.stack([value.detach() for value in losses]))
         self.step_count += 1
-        applied = self._deepspeed.was_step_applied()
+        self.samples_seen += self._batch_size
+        applied = finite and self._deepspeed.was_step_applied()
         if applied:
             self.ema.update(self._masters(), step=self.step_count)
         norm = self._deepspeed.get_global_grad_norm() if norm is None else norm
@@ -125,7 +138,11 @@ class Engine:
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint holds besides the fragments, as JSON."""
-        return {"step": self.step_count, "adam_step": zero.adam_step(self._deepspeed)}
+        return {
+            "step": self.step_count,
+            "samples_seen": self.samples_seen,
+            "adam_step": zero.adam_step(self._deepspeed),
+        }
 
     def check(self, reader: CheckpointReader) -> None:
         """Raises CheckpointError, naming the weights, if a checkpoint is of another model."""
@@ -147,6 +164,7 @@ class Engine:
         ):
             average.copy_(_stored(reader, "ema", fragment))
         self.step_count = reader.state["step"]
+        self.samples_seen = reader.state["samples_seen"]
 
     def close(self) -> None:
         """Releases DeepSpeed's hooks and buffers."""

@@ -24,6 +24,10 @@ class TopologyError(SRepaError):
     """A number of ranks, a batch or a ZeRO stage that do not fit together."""
 
 
+class DivergedError(SRepaError):
+    """A training whose losses or gradients are no longer finite."""
+
+
 class OutputError(SRepaError):
     """A place that cannot be written to."""
 

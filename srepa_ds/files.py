@@ -4,8 +4,11 @@ import hashlib
 import os
 import socket
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import srepa_ds
 
 PARTIAL = ".partial"
 
@@ -30,6 +33,13 @@ def write_aside(path: Path, write: Callable[[Path], object], *, concurrent: bool
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def shipped(path: Path) -> Path:
+    """Returns `path` if it exists, else the file of that name shipped with the package."""
+    roots = (Path(srepa_ds.__file__).parents[1], Path(sys.prefix) / "share" / "srepa_ds")
+    candidates = [root / path for root in roots if not path.is_absolute()]
+    return next((place for place in (path, *candidates) if place.exists()), path)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Ranks on this machine: start them, pass signals on, and end together."""
 
+import ctypes
 import os
 import signal
 import socket
@@ -7,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
 from srepa_ds.errors import TopologyError
@@ -15,6 +17,11 @@ from srepa_ds.errors import TopologyError
 _LEAVE_SECONDS = 3.0
 _KILL_SECONDS = 60.0
 _POLL_SECONDS = 0.1
+_SAME_SIGNAL_SECONDS = 3.0
+_PR_SET_PDEATHSIG = 1
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a run to stop: Ctrl-C, a scheduler, a closed terminal."""
 
 
 def launched() -> bool:
@@ -32,7 +39,7 @@ def free_port() -> int:
 def run_ranks(arguments: Sequence[str], num_ranks: int, *, port: int) -> int:
     """Returns the exit code of `srepa-ds ARGUMENTS` run as `num_ranks` local processes.
 
-    SIGINT and SIGTERM reach every rank once, so that they can save; a rank that fails ends the
+    Stop signals reach every rank once, so that they can save; a rank that fails ends the
     others. The code is that of the first rank that failed, else 0. Raises TopologyError for fewer
     than one rank.
     """
@@ -42,15 +49,13 @@ def run_ranks(arguments: Sequence[str], num_ranks: int, *, port: int) -> int:
     ranks: list[subprocess.Popen[bytes]] = []
     previous = {
         number: signal.signal(number, _forwarding(ranks))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in STOP_SIGNALS
         if threading.current_thread() is threading.main_thread()
     }
     try:
         for rank in range(num_ranks):
             environment = _environment(rank, num_ranks, port)
-            # A session of its own: a terminal's Ctrl-C reaches only this process, which passes
-            # it on.
-            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
+            ranks.append(start_child(command, environment))
         return _wait(ranks)
     finally:
         for number, handler in previous.items():
@@ -61,8 +66,25 @@ def run_ranks(arguments: Sequence[str], num_ranks: int, *, port: int) -> int:
                 process.wait()
 
 
+def start_child(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Returns a process that gets this one's signals only by way of this one.
+
+    It has a session of its own, so that a terminal's Ctrl-C does not reach it twice, and on Linux
+    it is asked to stop when this process dies, so that it is never left behind.
+    """
+    return subprocess.Popen(
+        command, env=environment, start_new_session=True, preexec_fn=_stop_with_parent
+    )
+
+
+def _stop_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
 def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
+    # The cores this process may use: a container's share, not the whole machine.
+    threads = str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
     return {
         "OMP_NUM_THREADS": threads,
         **os.environ,
@@ -73,6 +95,33 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+@contextmanager
+def stop_requested() -> Iterator[list[int]]:
+    """Yields a list that holds the signal once one of `STOP_SIGNALS` has come.
+
+    The first signal asks for a stop at the next good moment. Another one some seconds later ends
+    the process at once; sooner, it is taken for the same request: a scheduler that signals every
+    process reaches a rank twice, directly and by way of its launcher.
+    """
+    received: list[int] = []
+    first_came: list[float] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if received and now - first_came[0] > _SAME_SIGNAL_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        received.append(number)
+        first_came.append(now)
+
+    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _forwarding(

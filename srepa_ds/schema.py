@@ -41,7 +41,19 @@ def known_in(kind: str, table: Mapping[str, Any]) -> AfterValidator:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with plain scalars as in version 1.2: `1e-4` is a number, `2026-01-31` is text."""
+    """YAML with plain scalars as in version 1.2: `1e-4` is a number, `2026-01-31` is text.
+
+    A key that stands twice in one mapping is an error; PyYAML would drop the first without a word.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Returns the mapping of `node`; raises yaml.YAMLError if a key stands twice."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                place = f"line {node.value[number][0].start_mark.line + 1}"
+                raise yaml.YAMLError(f"the key '{name}' stands twice, the second time in {place}")
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):

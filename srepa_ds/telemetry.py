@@ -10,6 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,29 +61,51 @@ class Window:
     """Means of device scalars over the steps since the last log point, without a host sync."""
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None
         self._names: tuple[str, ...] = ()
-        self._count = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._sums: Tensor | None = None
+        self._unapplied: Tensor | None = None
+        self._applied = 0
+        self._skipped = 0
         self._began = time.perf_counter()
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Adds one step's scalars; every step gives the same names."""
+    def add(self, values: Mapping[str, Tensor], *, applied: bool = True) -> None:
+        """Adds one step's scalars; every step gives the same names.
+
+        Steps that were not applied are counted, and enter the means only if no other is there.
+        """
         stacked = torch.stack([value.detach().float() for value in values.values()])
-        self._sums = stacked if self._sums is None else self._sums + stacked
         self._names = tuple(values)
-        self._count += 1
+        if not applied:
+            self._unapplied = stacked
+            self._skipped += 1
+            return
+        self._sums = stacked if self._sums is None else self._sums + stacked
+        self._applied += 1
 
     def close(self) -> dict[str, float]:
-        """Returns the means over the window and all ranks, and `step_seconds`; begins a new window.
+        """Returns the means over the window and all ranks, and begins a new window.
 
-        Collective, and the one host sync of the window.
+        With them `skipped`, the number of steps not applied, and `step_seconds`. Collective, and
+        the one host sync of the window.
         """
-        assert self._sums is not None
-        means = distributed.averaged(self._sums / self._count).tolist()
-        seconds = (time.perf_counter() - self._began) / self._count
-        names = self._names
-        self._sums, self._count, self._began = None, 0, time.perf_counter()
-        return {**dict(zip(names, means, strict=True)), "step_seconds": seconds}
+        sums = self._unapplied if self._sums is None else self._sums
+        assert sums is not None, "a window without steps has no means"
+        means = distributed.averaged(sums / max(1, self._applied)).tolist()
+        seconds = (time.perf_counter() - self._began) / (self._applied + self._skipped)
+        line = dict(zip(self._names, means, strict=True))
+        line |= {"skipped": self._skipped, "step_seconds": seconds}
+        self._begin()
+        return line
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time of the block out of `step_seconds`."""
+        paused_at = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - paused_at
 
 
 class Telemetry:
@@ -115,8 +138,12 @@ class Telemetry:
         """Appends one line of the record and shows the progress."""
         if not self._is_main:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            # The run is worth more than its record; the next checkpoint says it more clearly.
+            log.warning("cannot write the record: %s", error.strerror)
         for name, value in values.items():
             self._board.add_scalar(f"train/{name}", value, step)
         text = _line(values)

@@ -1,38 +1,35 @@
 """`srepa-ds train`: from shards to checkpoints; the same command resumes."""
 
-import json
 import logging
 import math
-import signal
-import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
-from types import FrameType
 
 import torch
 
-from srepa_ds import checkpoint, distributed
+from srepa_ds import checkpoint, distributed, run_folder
 from srepa_ds.alignment.teachers import Teacher, load_teacher
 from srepa_ds.checkpoint import CheckpointReader
-from srepa_ds.config import Config, unsafe_changes
+from srepa_ds.config import Config
 from srepa_ds.data.batch import Batch
 from srepa_ds.data.loader import BatchLoader
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import Ranks
 from srepa_ds.engine import Engine, StepReport, deepspeed_config, micro_batch_size
-from srepa_ds.errors import ConfigError, DataError, Fault, OutputError
+from srepa_ds.errors import ConfigError, DataError, DivergedError, Fault
+from srepa_ds.files import sha256_of
 from srepa_ds.latent_codec import LatentCodec, build_codec
+from srepa_ds.launcher import stop_requested
 from srepa_ds.objective import Objective, TrainingInputs, draw_inputs
 from srepa_ds.optim import learning_rate
-from srepa_ds.schema import to_yaml
-from srepa_ds.telemetry import Telemetry, Window, environment
+from srepa_ds.schema import to_tree
+from srepa_ds.telemetry import Telemetry, Window
 
 log = logging.getLogger("srepa_ds")
 
 # Asking all ranks costs a collective and, on a GPU, a wait for the device.
 _STOP_CHECK_STEPS = 5
-_SAME_SIGNAL_SECONDS = 3.0
 
 
 def train(config: Config, *, allow_config_change: bool = False) -> bool:
@@ -46,20 +43,26 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
     codec = build_codec(config.codec)
     distributed.together(lambda: _check_data(config, dataset, codec, ranks))
     teachers = distributed.together(lambda: _load_teachers(config, dataset, ranks))
-    source = distributed.broadcast(
-        distributed.together(lambda: _open_run(config, ranks, allow_config_change))
-    )
-    with closing(_build_engine(config, teachers, ranks)) as engine:
+    identity = _identity(config, dataset)
+    with ExitStack() as stack:
+        claim = run_folder.claimed(config.run.folder, is_main=ranks.is_main)
+        distributed.together(lambda: stack.enter_context(claim))
+        source = distributed.on_main(
+            lambda: run_folder.checkpoint_to_resume(
+                config, identity, allow_change=allow_config_change
+            )
+        )
+        engine = stack.enter_context(closing(_build_engine(config, teachers, ranks)))
         if source is not None:
             _resume(engine, source)
-        distributed.together(lambda: _describe_run(config, ranks) if ranks.is_main else None)
-        with (
-            stop_requested() as stop,
-            _loader(config, dataset, engine, ranks) as batches,
-            _telemetry(config, engine, ranks) as telemetry,
-        ):
-            inputs = _inputs(config, batches, codec, teachers, ranks)
-            return _run(config, engine, inputs, telemetry, stop)
+        arrangement = deepspeed_config(config, ranks.world_size)
+        distributed.on_main(lambda: run_folder.describe(config, arrangement))
+        telemetry = distributed.together(lambda: _telemetry(config, engine, ranks))
+        stack.enter_context(telemetry)
+        stop = stack.enter_context(stop_requested())
+        batches = stack.enter_context(_loader(config, dataset, engine, ranks))
+        inputs = _inputs(config, batches, codec, teachers, ranks)
+        return _run(config, engine, inputs, telemetry, stop, identity)
 
 
 def _resume(engine: Engine, source: Path) -> None:
@@ -69,14 +72,29 @@ def _resume(engine: Engine, source: Path) -> None:
     log.info("resuming from %s", source)
 
 
+def _identity(config: Config, dataset: ShardDataset) -> dict[str, str | None]:
+    """Returns what lies behind the configuration's paths, so that a run resumes on the same."""
+    weights = [alignment.teacher.weights for alignment in config.alignments]
+    return {
+        "data": dataset.index.dataset_id,
+        **{
+            f"alignments.{number}.teacher": sha256_of(path) if path else None
+            for number, path in enumerate(weights)
+        },
+    }
+
+
 def _run(
     config: Config,
     engine: Engine,
     inputs: Iterator[TrainingInputs],
     telemetry: Telemetry,
     stop: list[int],
+    identity: dict[str, str | None],
 ) -> bool:
     """Steps until the end or a stop; logs and saves on the way."""
+    if engine.step_count >= config.train.steps:
+        log.info("already trained to step %d, nothing to do", engine.step_count)
     window = Window()
     saved_at = engine.step_count
     while engine.step_count < config.train.steps:
@@ -84,16 +102,17 @@ def _run(
         micro_batches = (next(inputs) for _ in range(config.train.accumulation_steps))
         report = engine.step(micro_batches, learning_rate=rate)
         step = engine.step_count
-        window.add(_scalars(report))
+        window.add(_scalars(report), applied=report.applied)
         if step % config.train.log_every_steps == 0 or step == config.train.steps:
-            telemetry.record(step, _derived(window.close(), config, rate))
+            telemetry.record(step, _derived(_checked(window.close(), step), config, rate))
         if step % config.checkpoint.every_steps == 0 or step == config.train.steps:
-            saved_at = _save(config, engine)
+            with window.paused():
+                saved_at = _save(config, engine, identity)
         if step % _STOP_CHECK_STEPS == 0 and distributed.any_rank(bool(stop)):
             break
     finished = engine.step_count >= config.train.steps
     if saved_at != engine.step_count:
-        _save(config, engine)
+        _save(config, engine, identity)
     if not finished:
         log.warning(
             "stopped by a signal at step %d; run the same command to go on", engine.step_count
@@ -103,27 +122,39 @@ def _run(
 
 def _scalars(report: StepReport) -> dict[str, torch.Tensor]:
     device = report.losses.total.device
-    norm = report.gradient_norm.to(device)
     return {
         **{f"loss_{name}": value for name, value in report.losses._asdict().items()},
-        "gradient_norm": norm,
-        "skipped": torch.full_like(report.losses.total, float(not report.applied)),
+        "gradient_norm": report.gradient_norm.to(device),
     }
 
 
-def _derived(means: dict[str, float], config: Config, rate: float) -> dict[str, float]:
-    """Returns one line of the record; JSON has no infinities, so a skipped norm is left out."""
-    images_per_second = config.train.batch_size / means["step_seconds"]
-    values = {**means, "learning_rate": rate, "images_per_second": images_per_second}
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+def _checked(line: dict[str, float], step: int) -> dict[str, float]:
+    """Returns `line`, saying how many steps were skipped; raises DivergedError if nothing is left.
+
+    Skipped steps change no weight, so the last checkpoint is good; but to go on makes no sense.
+    """
+    if line["skipped"]:
+        log.warning("step %d: %d steps were skipped, not finite", step, line["skipped"])
+    bad = [name for name, value in line.items() if not math.isfinite(value)]
+    if bad:
+        raise DivergedError(
+            f"{', '.join(bad)} not finite up to step {step}; the checkpoints are good, resume with "
+            "a smaller optimizer.learning_rate or engine.precision=fp32"
+        )
+    return line
 
 
-def _save(config: Config, engine: Engine) -> int:
+def _derived(line: dict[str, float], config: Config, rate: float) -> dict[str, float]:
+    images_per_second = config.train.batch_size / line["step_seconds"]
+    return {**line, "learning_rate": rate, "images_per_second": images_per_second}
+
+
+def _save(config: Config, engine: Engine, identity: dict[str, str | None]) -> int:
     folder = checkpoint.save(
         config.checkpoints,
         step=engine.step_count,
         pieces=engine.pieces(),
-        state={**engine.state(), "config": json.loads(config.model_dump_json())},
+        state={**engine.state(), "identity": identity, "config": to_tree(config)},
         rank=distributed.rank(),
     )
     if distributed.rank() == 0:
@@ -174,8 +205,7 @@ def _loader(config: Config, dataset: ShardDataset, engine: Engine, ranks: Ranks)
         rank=ranks.rank,
         world_size=ranks.world_size,
         accumulation=accumulation,
-        # The position in the data is a function of the step: every step takes one global batch.
-        start_position=engine.step_count * config.train.batch_size,
+        start_position=engine.samples_seen,
     )
 
 
@@ -199,10 +229,18 @@ def _check_data(config: Config, dataset: ShardDataset, codec: LatentCodec, ranks
             f"{config.data.folder} gives latents of shape {latent_shape}, but the model takes "
             f"{config.model.latent_shape}; set model.in_channels and model.input_size to match"
         )
-    if dataset.num_classes != config.model.num_classes:
+    classes = config.model.num_classes
+    if dataset.num_classes != classes:
         raise DataError(
             f"{config.data.folder} has {dataset.num_classes} classes, but model.num_classes is "
-            f"{config.model.num_classes}"
+            f"{classes}"
+        )
+    wrong = ((dataset.labels < 0) | (dataset.labels >= classes)).nonzero()[:, 0]
+    if len(wrong):
+        # The null label is a row of the model's table, so it would train without a word.
+        raise DataError(
+            f"{config.data.folder}: sample {int(wrong[0])} and {len(wrong) - 1} others have labels "
+            f"outside 0 to {classes - 1}; prepare the data again"
         )
 
 
@@ -224,84 +262,3 @@ def _load_teachers(config: Config, dataset: ShardDataset, ranks: Ranks) -> tuple
     if faults:
         raise ConfigError("configuration", faults)
     return teachers
-
-
-def _open_run(config: Config, ranks: Ranks, allow_config_change: bool) -> Path | None:
-    """Returns the checkpoint to resume from, chosen by the main rank for all.
-
-    Raises OutputError if the folder cannot be made, CheckpointError if there are checkpoints and
-    none is valid, and ConfigError if they are of another configuration.
-    """
-    if not ranks.is_main:
-        return None
-    with _writing(config.run.folder):
-        config.run.folder.mkdir(parents=True, exist_ok=True)
-    source = checkpoint.newest_valid(config.checkpoints)
-    if source is not None and not allow_config_change:
-        _refuse_changes(config, source)
-    return source
-
-
-def _refuse_changes(config: Config, source: Path) -> None:
-    stored = json.loads((source / "state.json").read_text())["config"]
-    changes = unsafe_changes(stored, config)
-    if changes:
-        raise ConfigError(
-            f"{config.run.folder} holds a run of another configuration",
-            [
-                *(Fault(*change.split(": ", 1)) for change in changes),
-                Fault("run.folder", "choose another, or pass --allow-config-change to go on"),
-            ],
-        )
-
-
-def _describe_run(config: Config, ranks: Ranks) -> None:
-    """Writes what the run is into its folder; raises OutputError if that cannot be written to."""
-    folder = config.run.folder
-    documents = {
-        "config.yaml": to_yaml(config),
-        "ds_config.json": json.dumps(deepspeed_config(config, ranks.world_size), indent=2),
-        "environment.json": json.dumps(environment(), indent=2),
-    }
-    with _writing(folder):
-        for name, text in documents.items():
-            (folder / name).write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to the run's folder {folder}: {error.strerror}; choose another "
-            "run.folder or mend its permissions"
-        ) from error
-
-
-@contextmanager
-def stop_requested() -> Iterator[list[int]]:
-    """Yields a list that holds the signal once SIGINT or SIGTERM has come.
-
-    The first signal asks for a save at one of the next steps. Another one some seconds later ends
-    the process at once; sooner, it is taken for the same request: a scheduler that signals every
-    process reaches a rank twice, directly and by way of its launcher.
-    """
-    received: list[int] = []
-    first_came: list[float] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if received and now - first_came[0] > _SAME_SIGNAL_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        received.append(number)
-        first_came.append(now)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

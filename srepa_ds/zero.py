@@ -6,17 +6,21 @@ fragments. This module alone knows DeepSpeed's inside; 0.19.8 is what it was rea
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from jaxtyping import Float
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import Parameter
+
+from srepa_ds.errors import Fault
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -190,3 +194,31 @@ def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor | None:
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
     return None
+
+
+def drop_unless_finite(engine: deepspeed.DeepSpeedEngine, norm: Tensor | None) -> bool:
+    """Returns whether the gradients of plain stage 0 are finite, and drops them if they are not.
+
+    Every other optimizer of DeepSpeed looks itself, and skips the step on all ranks. Without
+    gradients Adam's step changes nothing. `norm` is that of `gradient_norm`, equal on all ranks.
+    """
+    if norm is None or torch.isfinite(norm):
+        return True
+
+    # Not before: DeepSpeed's clipping fails where no weight has a gradient.
+    def drop(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        optimizer.zero_grad()
+        hook.remove()
+
+    hook = engine.optimizer.register_step_pre_hook(drop)
+    return False
+
+
+def faults_in(section: Mapping[str, Any]) -> Iterator[Fault]:
+    """Yields a fault for each setting of `zero_optimization` that DeepSpeed refuses."""
+    try:
+        DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        for detail in error.errors():
+            place = ".".join(["zero_optimization", *map(str, detail["loc"])])
+            yield Fault(place, detail["msg"])

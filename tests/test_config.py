@@ -1,28 +1,18 @@
-"""The experiment's configuration: shipped files, cross-checks, DeepSpeed's part, resuming."""
+"""The experiment's configuration: shipped files, cross-checks, folders."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from srepa_ds.cli import run
-from srepa_ds.config import (
-    OWNED_BY_YAML,
-    Config,
-    config_from,
-    load_config,
-    load_deepspeed_json,
-    shipped,
-    unsafe_changes,
-)
+from srepa_ds.config import Config, config_from, load_config
 from srepa_ds.demo.teacher import TeacherTrainingConfig
 from srepa_ds.errors import ConfigError
 from srepa_ds.prepare import PrepareConfig
-from srepa_ds.schema import load_tree, parse_yaml, to_tree, validated
+from srepa_ds.schema import load_tree, parse_yaml, validated
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
-DEEPSPEED = sorted(ROOT.glob("ds_configs/*.json"))
 KINDS = {"prepare": PrepareConfig, "teacher": TeacherTrainingConfig, "experiment": Config}
 TEACHER = {"name": "dinov2-vit-b", "weights": "dinov2.safetensors"}
 ALIGNMENT = {"teacher": TEACHER, "depth": 4, "structural": {"kind": "mse", "weight": 2.0}}
@@ -132,51 +122,6 @@ def test_a_broken_model_does_not_hide_the_other_sections():
     assert found == ["model", "train.steps"]
 
 
-@pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.name)
-def test_every_shipped_deepspeed_json_is_accepted(path):
-    assert load_deepspeed_json(path)["zero_optimization"]["stage"] in range(4)
-    built(engine={"deepspeed": str(path)})
-
-
-@pytest.mark.parametrize("key", OWNED_BY_YAML)
-def test_a_deepspeed_json_that_repeats_the_yaml_is_refused(tmp_path, key):
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, key: 1}))
-    with pytest.raises(ConfigError) as caught:
-        built(engine={"deepspeed": str(path)})
-    (fault,) = caught.value.faults
-    assert fault.path == "engine.deepspeed"
-    assert f"{key} belongs to the YAML ({OWNED_BY_YAML[key]})" in fault.message
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("{", "is not JSON"),
-        ("[]", "must be a JSON object"),
-        ('{"zero_optimization": 2}', '"stage" of 0 to 3'),
-        ('{"zero_optimization": {"stage": 4}}', '"stage" of 0 to 3'),
-        ('{"zero_optimization": {"stage": "2"}}', '"stage" of 0 to 3'),
-    ],
-)
-def test_a_deepspeed_json_that_is_none_is_refused(tmp_path, text, words):
-    path = tmp_path / "ds.json"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=words):
-        load_deepspeed_json(path)
-
-
-def test_shipped_files_are_found_from_anywhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert shipped(Path("ds_configs/zero2.json")) == ROOT / "ds_configs/zero2.json"
-    assert built().engine.deepspeed == Path("ds_configs/zero2.json")
-    assert shipped(Path("ds_configs/none.json")) == Path("ds_configs/none.json")
-    own = tmp_path / "ds_configs" / "zero2.json"
-    own.parent.mkdir()
-    own.write_text("{}")
-    assert shipped(Path("ds_configs/zero2.json")).resolve() == own
-
-
 def test_folders_follow_the_run_unless_given():
     config = built()
     assert config.checkpoints == Path("runs/test/checkpoints")
@@ -186,39 +131,6 @@ def test_folders_follow_the_run_unless_given():
     folders = (config.export_folder, config.weights_folder, config.samples_folder)
     assert folders == (Path("e"), Path("w"), Path("s"))
     assert built(export={"folder": "e"}).weights_folder == Path("e")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"run": {"folder": "elsewhere"}},
-        {"train": {"steps": 99, "batch_size": 8, "log_every_steps": 1, "accumulation_steps": 2}},
-        {"engine": {"deepspeed": "ds_configs/zero3.json", "precision": "fp32"}},
-        {"data": {"folder": "data/test", "num_workers": 3, "prefetch_batches": 2}},
-        {"checkpoint": {"every_steps": 1}, "sample": {"num_steps": 3}, "export": {"step": 5}},
-    ],
-)
-def test_changes_that_keep_the_experiment_are_safe(changes):
-    assert unsafe_changes(to_tree(built()), built(**changes)) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "lines"),
-    [
-        ({"train": {"steps": 10, "batch_size": 16}}, ["train.batch_size: was 8, is 16"]),
-        ({"ema": {"decay": 0.5}}, ["ema.decay: was 0.9999, is 0.5"]),
-        ({"run": {"folder": "runs/test", "seed": 1}}, ["run.seed: was 0, is 1"]),
-        ({"alignments": [{**ALIGNMENT, "depth": 5}]}, ["alignments.0.depth: was 4, is 5"]),
-    ],
-)
-def test_changes_that_make_another_experiment_are_listed(changes, lines):
-    assert unsafe_changes(to_tree(built()), built(**changes)) == lines
-
-
-def test_a_dropped_alignment_is_listed():
-    lines = unsafe_changes(to_tree(built()), built(alignments=[]))
-    assert "alignments.0.teacher.name: was 'dinov2-vit-b', is None" in lines
 
 
 def test_an_unknown_kind_names_the_known_ones(tmp_path, capsys):

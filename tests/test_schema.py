@@ -275,6 +275,7 @@ def test_merged_leaves_its_arguments_alone():
         ({"main": "base: nowhere.yaml"}, "nowhere.yaml: 1 fault\n.*No such file"),
         ({"main": "a: [1"}, "not valid YAML"),
         ({"main": "a: 1\na: {b"}, "not valid YAML"),
+        ({"main": "a: {x: 1}\nb: 2\na: {y: 3}"}, "key 'a' stands twice.* line 3"),
         ({"main": "[1, 2]"}, "must be a mapping"),
         ({"main": ""}, "must be a mapping"),
         ({}, "No such file"),

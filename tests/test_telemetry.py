@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -67,7 +69,7 @@ def test_a_window_is_the_mean_since_the_last(tmp_path):
     for value in (1.0, 2.0, 6.0):
         window.add({"a": torch.tensor(value), "b": torch.tensor(-value, dtype=torch.bfloat16)})
     means = window.close()
-    assert list(means) == ["a", "b", "step_seconds"]
+    assert list(means) == ["a", "b", "skipped", "step_seconds"]
     assert means["a"] == pytest.approx(3.0)
     assert means["b"] == pytest.approx(-3.0)
     assert means["step_seconds"] > 0
@@ -125,3 +127,23 @@ def test_a_long_iteration_speaks_now_and_then(capsys):
     assert len(said) == 10
     assert "chunk 40/40" in said[-1]
     assert not sys.stderr.isatty()
+
+
+def test_skipped_steps_are_counted_and_leave_the_means_alone():
+    window = Window()
+    for value, applied in ((1.0, True), (float("nan"), False), (3.0, True)):
+        window.add({"loss": torch.tensor(value)}, applied=applied)
+    line = window.close()
+    assert (line["loss"], line["skipped"]) == (2.0, 1)
+    window.add({"loss": torch.tensor(float("nan"))}, applied=False)
+    line = window.close()
+    assert math.isnan(line["loss"])
+    assert line["skipped"] == 1
+
+
+def test_a_pause_is_no_time_of_steps():
+    window = Window()
+    window.add({"loss": torch.tensor(1.0)})
+    with window.paused():
+        time.sleep(0.3)
+    assert window.close()["step_seconds"] < 0.2

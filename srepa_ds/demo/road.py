@@ -4,16 +4,15 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from srepa_ds.config import shipped
 from srepa_ds.errors import ConfigError, Fault, nearest
-from srepa_ds.files import write_aside
+from srepa_ds.files import shipped, write_aside
+from srepa_ds.launcher import STOP_SIGNALS, start_child
 
 MODES = ("sit", "repa", "srepa-mse", "srepa-kl")
 TIMINGS = "timings.json"
@@ -72,20 +71,15 @@ def commands(mode: str, changes: Sequence[str], *, ranks: int) -> list[list[str]
 
 
 def _run(arguments: Sequence[str]) -> int:
-    """Runs one command; SIGINT and SIGTERM are passed on once, and waited for."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "srepa_ds", *arguments],
-        # Its own session, so that a terminal's Ctrl-C does not reach it twice.
-        start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
+    """Runs one command; stop signals are passed on once, and waited for."""
+    command = [sys.executable, "-m", "srepa_ds", *arguments]
+    child = start_child(command, {**os.environ, "PYTHONUNBUFFERED": "1"})
 
     def forward(number: int, _frame: FrameType | None) -> None:
         if child.poll() is None:
             child.send_signal(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, forward) for number in numbers}
+    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
         code = child.wait()
     finally:

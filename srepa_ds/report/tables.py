@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from srepa_ds.config import Config, unsafe_changes
+from srepa_ds.config import Config
 from srepa_ds.report.markup import Markup, details, element, joined, note, section, table
-from srepa_ds.report.record import CONFIG, Line, training_seconds
+from srepa_ds.report.record import CONFIG, Line, part, training_seconds
+from srepa_ds.run_folder import unsafe_changes
 from srepa_ds.schema import to_tree, to_yaml
 
 SCORES = {
@@ -18,13 +19,15 @@ SCORES = {
     "class_accuracy": ("class accuracy", "share of the samples recognised as the class asked for"),
 }
 _MOST_FILES = 300
+_DIGEST = 12
+"""Digits of a hash that tell one file from another."""
 
 
 def score_table(results: Mapping[str, Any]) -> Markup:
     """Returns the scores, one row each."""
     real = results.get("reference_class_accuracy")
     rows = []
-    for name, value in dict(results.get("scores") or {}).items():
+    for name, value in part(results, "scores").items():
         title, meaning = SCORES.get(name, (name.replace("_", " "), ""))
         if name == "class_accuracy" and real is not None:
             meaning += f"; of the real images it is {number(real)}"
@@ -34,22 +37,28 @@ def score_table(results: Mapping[str, Any]) -> Markup:
 
 def scores_section(results: Mapping[str, Any]) -> Markup:
     """Returns what the scores of the headline were measured on, and how."""
-    settings = dict(results.get("settings") or {})
-    extractor = dict(settings.get("extractor") or {})
-    spec = dict(extractor.get("spec") or {})
-    samples = dict(results.get("samples") or {})
+    settings, samples = part(results, "settings"), part(results, "samples")
+    extractor = part(settings, "extractor")
+    architecture = part(extractor, "spec").get("architecture")
     rows = [
-        ("real images", str(settings.get("reference"))),
-        ("feature space", str(extractor.get("name") or spec.get("architecture"))),
-        ("its weights", str(extractor.get("weights") or "timm's")),
+        ("real images", str(settings.get("reference")) + _short(results.get("reference_id"))),
+        ("feature space", str(extractor.get("name") or architecture)),
+        (
+            "its weights",
+            str(extractor.get("weights") or "timm's") + _short(results.get("extractor_sha256")),
+        ),
         *((name.replace("_", " "), number(v)) for name, v in _sampler(samples)),
     ]
     return section("scores", "What was scored", table(rows))
 
 
+def _short(digest: Any) -> str:
+    return f" ({digest[:_DIGEST]}…)" if isinstance(digest, str) else ""
+
+
 def _sampler(samples: Mapping[str, Any]) -> list[tuple[str, Any]]:
     weights = [("weights", samples["ema"])] if "ema" in samples else []
-    return [*weights, *dict(samples.get("sampler") or {}).items()]
+    return [*weights, *part(samples, "sampler").items()]
 
 
 def facts(trained: Config, lines: Sequence[Line], *, parameters: int | None) -> Markup:
@@ -75,7 +84,8 @@ def facts(trained: Config, lines: Sequence[Line], *, parameters: int | None) -> 
 
 def config_section(trained: Config, given: Config) -> Markup:
     """Returns the configuration the run was trained with, and where `given` departs from it."""
-    changes = unsafe_changes(to_tree(trained), given)
+    faults = unsafe_changes(to_tree(trained), given)
+    changes = [f"{fault.path}: {fault.message}" for fault in faults]
     notes = [
         note(f"The report was asked for with other settings than the run's: {'; '.join(changes)}")
     ]

@@ -1,0 +1,132 @@
+"""A run's folder: who may train in it, what it resumes from, and what it says of itself."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from srepa_ds import checkpoint
+from srepa_ds.config import Config
+from srepa_ds.errors import ConfigError, Fault, OutputError
+from srepa_ds.files import write_aside
+from srepa_ds.schema import Tree, to_tree, to_yaml, validated
+from srepa_ds.telemetry import environment
+
+# Changing these in the middle of a run changes neither the model nor what it has learnt so far.
+# What lies behind a path is compared by its hash instead, see `identity` below.
+_SAFE_TO_CHANGE = (
+    *("run.folder", "engine", "checkpoint", "export", "sample", "evaluate"),
+    *("data.folder", "data.num_workers", "data.prefetch_batches"),
+    *("train.steps", "train.log_every_steps", "train.accumulation_steps"),
+)
+_SAFE_ANYWHERE = (".teacher.weights",)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Makes an OutputError of an OSError met in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to the run's folder {folder}: {error.strerror}; choose another "
+            "run.folder or mend its permissions"
+        ) from error
+
+
+@contextmanager
+def claimed(folder: Path, *, is_main: bool) -> Iterator[None]:
+    """Keeps other trainings out of `folder` while the block runs, on the main rank.
+
+    Raises OutputError if another process trains there, or the folder cannot be written to.
+    """
+    if not is_main:
+        yield
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            # The folder itself is the lock: no file to leave behind, gone with the process.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another process is training in {folder}; wait for it or end it, or choose "
+                "another run.folder"
+            ) from error
+        except OSError:
+            # Some network file systems know no locks; then nothing is lost but this protection.
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def checkpoint_to_resume(
+    config: Config, identity: Mapping[str, Any], *, allow_change: bool
+) -> Path | None:
+    """Returns the newest valid checkpoint of the run, or None to begin anew.
+
+    `identity` names what lies behind the configuration's paths. Raises CheckpointError if there
+    are checkpoints and none is valid, and ConfigError if they are of another experiment.
+    """
+    source = checkpoint.newest_valid(config.checkpoints)
+    if source is None or allow_change:
+        return source
+    state = json.loads((source / "state.json").read_text(encoding="utf-8"))
+    stored = state.get("identity", {})
+    faults = list(unsafe_changes(state["config"], config))
+    faults += [
+        Fault(key, f"was {stored[key]!r}, is {value!r}")
+        for key, value in identity.items()
+        if stored.get(key, value) != value
+    ]
+    if faults:
+        advice = Fault("run.folder", "choose another, or pass --allow-config-change to go on")
+        where = f"{config.run.folder} holds a run of another configuration"
+        raise ConfigError(where, [*faults, advice])
+    return source
+
+
+def unsafe_changes(stored: Tree, config: Config) -> Iterator[Fault]:
+    """Yields a fault per changed setting that would make a resumed run another experiment."""
+    try:
+        # Through today's schema, so that a setting added since then counts with its default.
+        stored = to_tree(validated(Config, stored, source="the stored configuration"))
+    except ConfigError:
+        pass
+    old, new = dict(_leaves(stored)), dict(_leaves(to_tree(config)))
+    for key in {**old, **new}:
+        if old.get(key) != new.get(key) and not _is_safe(key):
+            yield Fault(key, f"was {old.get(key)!r}, is {new.get(key)!r}")
+
+
+def _is_safe(key: str) -> bool:
+    below = any(key == safe or key.startswith(safe + ".") for safe in _SAFE_TO_CHANGE)
+    return below or key.endswith(_SAFE_ANYWHERE)
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict | list) and node:
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, value in items:
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
+
+
+def describe(config: Config, deepspeed: Mapping[str, Any]) -> None:
+    """Writes the run's configuration, DeepSpeed's, and the environment; raises OutputError."""
+    documents = {
+        "config.yaml": to_yaml(config),
+        "ds_config.json": json.dumps(deepspeed, indent=2),
+        "environment.json": json.dumps(environment(), indent=2),
+    }
+    with writing(config.run.folder):
+        for name, text in documents.items():
+            path = config.run.folder / name
+            write_aside(path, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))

@@ -1,0 +1,239 @@
+"""What the engine does, whatever the ZeRO stage, the precision and the number of ranks.
+
+`workers/engine_facts.py` runs the engines and writes down what they did; here it is judged.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from ranks import run_worker
+from safetensors.torch import load_file
+from torch import Tensor
+
+from srepa_ds.engine import micro_batch_size
+from srepa_ds.errors import TopologyError
+
+KINDS = ("master", "ema", "exp_avg", "exp_avg_sq")
+STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
+# Stage 2 first: its checkpoint is what the others restore.
+QUICK = ["2-fp32", "0-fp32"]
+SLOW = ["2-bf16", "0-bf16", "1-fp32", "1-bf16", "3-fp32", "3-bf16"]
+SAVED_STEP, LAST_STEP = 3, 4
+EMA_DECAY = 0.7
+# The masters' change in bf16 against fp32's, whose gradients they follow to some percent.
+BF16_CHANGE = 0.1
+# bf16 sums of differently many samples differ in their last bits.
+BF16_SPLIT_CHANGE, BF16_SPLIT_NORM = 0.02, 5e-3
+
+Facts = dict[str, Tensor]
+Lookup = Callable[[int, int, str], Facts]
+
+
+def cases(*, ranks: tuple[int, ...] = (2, 1), precisions: tuple[str, ...] = PRECISIONS):
+    """All topologies as parameters; slow but for what two ranks show in fp32 at stages 0 and 2."""
+    return [
+        pytest.param(
+            world_size,
+            stage,
+            precision,
+            id=f"{world_size}ranks-zero{stage}-{precision}",
+            marks=[] if world_size == 2 and f"{stage}-{precision}" in QUICK else [pytest.mark.slow],
+        )
+        for world_size in ranks
+        for precision in precisions
+        for stage in STAGES
+    ]
+
+
+@pytest.fixture(scope="module")
+def lookup(tmp_path_factory: pytest.TempPathFactory) -> Lookup:
+    """Gives the facts of a topology; runs its worker when first asked for one of them."""
+    folder = tmp_path_factory.mktemp("facts")
+
+    @cache
+    def quick() -> None:
+        run_worker("engine_facts", 2, folder, *QUICK)
+
+    @cache
+    def slow() -> None:
+        quick()
+        run_worker("engine_facts", 2, folder, *SLOW)
+
+    @cache
+    def alone() -> None:
+        slow()
+        run_worker("engine_facts", 1, folder, *QUICK, *SLOW)
+
+    @cache
+    def find(world_size: int, stage: int, precision: str) -> Facts:
+        case = f"{stage}-{precision}"
+        run = alone if world_size == 1 else quick if case in QUICK else slow
+        run()
+        return load_file(folder / f"{world_size}-{case}.safetensors")
+
+    return find
+
+
+def change(found: Tensor, expected: Tensor, start: Tensor) -> float:
+    """How far two ways from `start` differ, relative to the second's length."""
+    return ((found - expected).norm() / (expected - start).norm()).item()
+
+
+each_case = pytest.mark.parametrize(("world_size", "stage", "precision"), cases())
+
+
+@each_case
+def test_it_starts_from_the_initial_weights_to_the_bit(lookup, world_size, stage, precision):
+    facts = lookup(world_size, stage, precision)
+    initial = facts["plain.0.master"]
+    assert not torch.equal(initial, initial.bfloat16().float())
+    assert torch.equal(facts["0.master"], initial)
+    assert torch.equal(facts["0.ema"], initial)
+    assert facts["adam_step_at_build"] == 0
+    assert facts["0.counts"].tolist() == [0, 0]
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert not facts[f"0.{moment}"].any()
+
+
+@each_case
+def test_all_ranks_fragments_are_every_weight_once(lookup, world_size, stage, precision):
+    facts = lookup(world_size, stage, precision)
+    for moment in ("0", "1", "bad", f"{LAST_STEP}", "split.2", "restored", "restored.next"):
+        for kind in KINDS:
+            assert (facts[f"{moment}.{kind}.times"] == 1).all(), (moment, kind)
+
+
+@each_case
+def test_each_rank_keeps_its_share_of_the_average(lookup, world_size, stage, precision):
+    facts = lookup(world_size, stage, precision)
+    total = facts["0.ema"].numel() * 4
+    shares = facts["ema_bytes"].tolist()
+    assert len(shares) == world_size
+    assert sum(shares) == total
+    assert max(shares) <= total / world_size * 1.05
+
+
+@each_case
+def test_the_average_is_the_unsharded_recursion(lookup, world_size, stage, precision):
+    facts = lookup(world_size, stage, precision)
+    average = facts["plain.0.master"].clone()
+    for step in (1, 2, 3, LAST_STEP):
+        average = EMA_DECAY * average + (1 - EMA_DECAY) * facts[f"{step}.master"]
+        torch.testing.assert_close(facts[f"{step}.ema"], average, rtol=0, atol=1e-7)
+        assert change(facts[f"{step}.ema"], facts[f"{step}.master"], facts["0.ema"]) > 0.1
+
+
+@pytest.mark.parametrize(("world_size", "stage", "precision"), cases(precisions=("fp32",)))
+def test_fp32_is_the_plain_loop(lookup, world_size, stage, precision):
+    facts = lookup(world_size, stage, precision)
+    start = facts["plain.0.master"]
+    for step in range(1, LAST_STEP + 1):
+        plain = {key: facts[f"plain.{step}.{key}"] for key in ("losses", "norm", "master")}
+        torch.testing.assert_close(facts[f"{step}.losses"], plain["losses"], rtol=1e-5, atol=1e-6)
+        norms = facts[f"{step}.norms"]
+        # Above the 0.5 it is clipped to: clipping is part of what is compared.
+        assert plain["norm"] > 1
+        torch.testing.assert_close(norms, plain["norm"].expand_as(norms), rtol=1e-5, atol=0)
+        torch.testing.assert_close(facts[f"{step}.master"], plain["master"], rtol=1e-5, atol=1e-6)
+        assert change(facts[f"{step}.master"], plain["master"], start) < 1e-5
+
+
+@pytest.mark.parametrize(("world_size", "stage", "precision"), cases(precisions=("bf16",)))
+def test_bf16_follows_the_plain_loop(lookup, world_size, stage, precision):
+    facts = lookup(world_size, stage, precision)
+    start = facts["plain.0.master"]
+    for step in (1, 2):
+        plain = {key: facts[f"plain.{step}.{key}"] for key in ("losses", "norm", "master")}
+        torch.testing.assert_close(facts[f"{step}.losses"], plain["losses"], rtol=0.02, atol=0.02)
+        norms = facts[f"{step}.norms"]
+        torch.testing.assert_close(norms, plain["norm"].expand_as(norms), rtol=0.05, atol=0)
+        assert change(facts[f"{step}.master"], plain["master"], start) < BF16_CHANGE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("world_size", [2, 1])
+def test_the_stages_agree(lookup, world_size, precision):
+    two = lookup(world_size, 2, precision)
+    for stage in (0, 1, 3):
+        facts = lookup(world_size, stage, precision)
+        for step in range(1, LAST_STEP + 1):
+            for key in (f"{step}.losses", f"{step}.norms"):
+                torch.testing.assert_close(facts[key], two[key], rtol=1e-5, atol=1e-6)
+            found, expected = facts[f"{step}.master"], two[f"{step}.master"]
+            assert change(found, expected, two["0.master"]) < 1e-5
+        assert facts[f"{LAST_STEP}.counts"].tolist() == two[f"{LAST_STEP}.counts"].tolist()
+
+
+@each_case
+def test_accumulation_does_not_change_training(lookup, world_size, stage, precision):
+    facts = lookup(world_size, stage, precision)
+    losses, norm, weights = 1e-5, 1e-5, 1e-5
+    if precision == "bf16":
+        losses, norm, weights = 5e-3, BF16_SPLIT_NORM, BF16_SPLIT_CHANGE
+    for step in (1, 2):
+        found, expected = facts[f"split.{step}.losses"], facts[f"{step}.losses"]
+        torch.testing.assert_close(found, expected, rtol=losses, atol=1e-6)
+        found, expected = facts[f"split.{step}.norms"], facts[f"{step}.norms"]
+        torch.testing.assert_close(found, expected, rtol=norm, atol=0)
+    assert change(facts["split.2.master"], facts["2.master"], facts["0.master"]) < weights
+    assert facts["split.2.counts"].tolist() == [2, 2]
+
+
+@each_case
+@pytest.mark.parametrize("prefix", ["", "split."])
+def test_one_ranks_bad_loss_skips_the_step_on_all(lookup, world_size, stage, precision, prefix):
+    facts = lookup(world_size, stage, precision)
+    before, after = (SAVED_STEP, LAST_STEP) if not prefix else (2, 3)
+    assert not facts[f"{prefix}bad.applied"].any()
+    assert len(facts[f"{prefix}bad.applied"]) == world_size
+    assert not facts[f"{prefix}bad.norms"].isfinite().any()
+    for kind in KINDS:
+        assert torch.equal(facts[f"{prefix}bad.{kind}"], facts[f"{prefix}{before}.{kind}"]), kind
+    # The step is counted, Adam has not taken it.
+    assert facts[f"{prefix}bad.counts"].tolist() == [before + 1, before]
+    assert facts[f"{prefix}{after}.applied"].all()
+    assert facts[f"{prefix}{after}.norms"].isfinite().all()
+    assert facts[f"{prefix}{after}.counts"].tolist() == [after + 1, after]
+    if precision == "fp32":
+        plain, start = facts[f"plain.{after}.master"], facts["plain.0.master"]
+        assert change(facts[f"{prefix}{after}.master"], plain, start) < 1e-5
+
+
+@each_case
+def test_every_rank_computes_with_the_masters(lookup, world_size, stage, precision):
+    facts = lookup(world_size, stage, precision)
+    if stage == 3:
+        assert "0.copies" not in facts
+        return
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    for moment in ("0", "bad", f"{LAST_STEP}", "restored"):
+        copies = facts[f"{moment}.copies"]
+        assert len(copies) == world_size
+        masters = facts[f"{moment}.master"].to(dtype).float()
+        assert all(torch.equal(copy, masters) for copy in copies), moment
+
+
+@each_case
+def test_a_checkpoint_of_two_ranks_stage_2_continues(lookup, world_size, stage, precision):
+    facts, saved = lookup(world_size, stage, precision), lookup(2, 2, precision)
+    for kind in KINDS:
+        assert torch.equal(facts[f"restored.{kind}"], saved[f"{SAVED_STEP}.{kind}"]), kind
+    assert facts["restored.counts"].tolist() == [SAVED_STEP, SAVED_STEP]
+    assert not torch.equal(saved[f"{SAVED_STEP}.master"], saved["0.master"])
+    found, expected = facts["restored.next.losses"], saved[f"{LAST_STEP}.losses"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    found, expected = facts["restored.next.master"], saved[f"{LAST_STEP}.master"]
+    # On one rank bf16 sums the whole batch at once.
+    bound = 1e-5 if precision == "fp32" or world_size == 2 else BF16_SPLIT_CHANGE
+    assert change(found, expected, saved["0.master"]) < bound
+    assert facts["restored.next.applied"].all()
+
+
+def test_the_batch_is_shared_in_whole_samples():
+    assert micro_batch_size(256, 2, 8) == 16
+    assert micro_batch_size(3, 1, 3) == 1
+    with pytest.raises(TopologyError, match=r"10 cannot be split over 2 ranks .* of 4"):
+        micro_batch_size(10, 2, 2)

@@ -1,0 +1,36 @@
+"""Files that are whole or not there, and files that ship with the package."""
+
+from pathlib import Path
+
+import pytest
+
+from srepa_ds.files import shipped, write_aside
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, concurrent):
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def fail(aside: Path) -> None:
+        aside.write_text("half")
+        raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError):
+        write_aside(path, fail, concurrent=concurrent)
+    assert path.read_text() == "before"
+    write_aside(path, lambda aside: aside.write_text("after"), concurrent=concurrent)
+    assert path.read_text() == "after"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_shipped_files_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shipped(Path("ds_configs/zero2.json")) == ROOT / "ds_configs/zero2.json"
+    assert shipped(Path("ds_configs/none.json")) == Path("ds_configs/none.json")
+    own = tmp_path / "ds_configs" / "zero2.json"
+    own.parent.mkdir()
+    own.write_text("{}")
+    assert shipped(Path("ds_configs/zero2.json")).resolve() == own
