@@ -203,8 +203,6 @@ class Case:
 
     words: tuple[str, ...]
 
-    """Files that may differ afterwards."""
-
     def __str__(self) -> str:
         return self.name.replace(" ", "-")
 
