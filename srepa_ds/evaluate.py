@@ -2,8 +2,7 @@
 
 import json
 import logging
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,17 +12,15 @@ from torch import Tensor
 
 from srepa_ds import distributed
 from srepa_ds.alignment.teachers import Teacher, load_teacher
-from srepa_ds.config import Config, EvaluateConfig
+from srepa_ds.config import Config
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import ConfigError, DataError, Fault, OutputError
 from srepa_ds.files import sha256_of, write_aside
 from srepa_ds.metrics.scores import Scores, score
-from srepa_ds.sampling.writer import PROVENANCE, SAMPLES
+from srepa_ds.sampling.sample_set import read_provenance, read_samples
 from srepa_ds.schema import to_tree
 
 log = logging.getLogger("srepa_ds")
-
-RESULTS = "results.json"
 
 
 class Features(NamedTuple):
@@ -46,7 +43,8 @@ def evaluate(config: Config) -> Scores:
     settings = config.evaluate
     device = distributed.local_device()
     folder = settings.samples or config.samples_folder
-    images, labels = _read_samples(folder)
+    images, labels = read_samples(folder)
+    provenance = read_provenance(folder)
     reference = ShardDataset(settings.reference)
     if images.shape[1:3] != reference.image_shape[1:]:
         raise DataError(
@@ -57,23 +55,21 @@ def evaluate(config: Config) -> Scores:
     drawn = _features(extractor, _sample_batches(images, labels, settings.batch_size), device)
     real = _features(extractor, _reference_batches(reference, settings.batch_size), device)
     scores = score(drawn.pooled, real.pooled, class_accuracy=drawn.recognised)
-    _write(config, settings, folder, scores, reference, real.recognised)
-    for name, value in json.loads(scores.to_json()).items():
+    measured = json.loads(scores.to_json())
+    weights = settings.extractor.weights
+    document = {
+        "scores": measured,
+        "reference_class_accuracy": real.recognised,
+        "settings": to_tree(settings),
+        # Scores compare only within one feature space and against one reference.
+        "extractor_sha256": sha256_of(weights) if weights else None,
+        "reference_id": reference.index.dataset_id,
+        "samples": provenance,
+    }
+    _write(config.results, document)
+    for name, value in measured.items():
         log.info("%-18s %.4f", name, value)
     return scores
-
-
-def _read_samples(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    path = folder / SAMPLES
-    try:
-        # Opened here, because numpy leaves a file open that is no archive.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            labels = archive["arr_1"] if "arr_1" in archive.files else None
-            return archive["arr_0"], labels
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path} is no finished sample set ({error}); draw one with `srepa-ds sample CONFIG`"
-        ) from error
 
 
 def _sample_batches(
@@ -107,31 +103,13 @@ def _features(
     return Features(torch.cat(pooled), hits / asked if asked else None)
 
 
-def _write(
-    config: Config,
-    settings: EvaluateConfig,
-    samples: Path,
-    scores: Scores,
-    reference: ShardDataset,
-    reference_accuracy: float | None,
-) -> None:
-    provenance: dict[str, Any] = {}
-    if (samples / PROVENANCE).is_file():
-        provenance = json.loads((samples / PROVENANCE).read_text(encoding="utf-8"))
-    weights = settings.extractor.weights
-    document = {
-        "scores": json.loads(scores.to_json()),
-        "reference_class_accuracy": reference_accuracy,
-        "settings": to_tree(settings),
-        # Scores compare only within one feature space and against one reference.
-        "extractor_sha256": sha256_of(weights) if weights else None,
-        "reference_id": reference.index.dataset_id,
-        "samples": provenance,
-    }
-    path = config.run.folder / RESULTS
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    text = json.dumps(document, indent=2) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(document, indent=2) + "\n"
         write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}; choose another run.folder or mend its "
+            "permissions"
+        ) from error

@@ -15,7 +15,7 @@ from srepa_ds import noise
 from srepa_ds.alignment.losses import AlignmentConfig
 from srepa_ds.alignment.projector import build_projector
 from srepa_ds.alignment.teachers import Teacher, TeacherConfig, load_teacher
-from srepa_ds.config import Config, config_from
+from srepa_ds.config import Config
 from srepa_ds.data.batch import Batch
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import CheckpointError, DataError
@@ -24,6 +24,7 @@ from srepa_ds.latent_codec import LatentCodec, build_codec
 from srepa_ds.model.weights import WEIGHTS, ExportedModel
 from srepa_ds.noise import Stream
 from srepa_ds.report.similarity import gram_correlation, similarity_to, spread_queries
+from srepa_ds.schema import validated
 
 NUM_IMAGES = 32
 NUM_SHOWN = 3
@@ -87,7 +88,7 @@ def probe(
 
     Raises DataError if they are none of those the model was made for.
     """
-    experiment = config_from(dict(exported.config), source=str(config.weights_folder))
+    experiment = _experiment(config, exported)
     codec = build_codec(experiment.codec)
     _check_fit(experiment, codec, real)
     batch = real.read(_spread_over_classes(real.labels, NUM_IMAGES)).to(device)
@@ -103,6 +104,11 @@ def probe(
     x_t = path.noised(clean, gaussian, torch.full((len(batch),), t, device=device)).x_t
     shown = _spread(len(batch), min(NUM_SHOWN, len(batch)))
     return Probe(batch, x_t, t, codec.decode(x_t), shown)
+
+
+def _experiment(config: Config, exported: ExportedModel) -> Config:
+    # Without what must hold across sections: training may have named files that are not here.
+    return validated(Config, exported.config, source=str(config.weights_folder))
 
 
 def _check_fit(experiment: Config, codec: LatentCodec, real: ShardDataset) -> None:
@@ -132,7 +138,7 @@ def compare(config: Config, exported: ExportedModel, seen: Probe) -> tuple[Compa
     A model that had none is held, at its middle block, against the extractor of `evaluate`. Raises
     ConfigError or DataError for a teacher that cannot be loaded or has another grid of tokens.
     """
-    experiment = config_from(dict(exported.config), source=str(config.weights_folder))
+    experiment = _experiment(config, exported)
     pairings = _pairings(experiment, config)
     model = exported.model.to(seen.x_t.device)
     times = torch.full((len(seen.batch),), seen.t, device=seen.x_t.device)

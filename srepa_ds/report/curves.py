@@ -20,7 +20,7 @@ TITLES = {
     "gradient_norm": "gradient norm before clipping",
     "images_per_second": "images per second",
     "learning_rate": "learning rate",
-    "skipped": "share of steps skipped",
+    "skipped": "steps skipped",
 }
 # A range this wide is easier to read on a logarithmic axis.
 _LOG_RATIO = 4.0

@@ -3,9 +3,14 @@
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 
 from PIL import Image
+
+from srepa_ds.errors import SRepaError
+
+log = logging.getLogger("srepa_ds")
 
 _VOID = frozenset({"img", "meta", "source"})
 
@@ -43,6 +48,15 @@ def section(name: str, title: str, *children: str) -> Markup:
 def note(text: str) -> Markup:
     """Returns one line that says what is missing or deserves doubt."""
     return element("p", " ".join(text.split()), class_="note")
+
+
+def or_note(name: str, build: Callable[[], Markup]) -> Markup:
+    """Returns the markup that `build` makes, or the line that says why it cannot."""
+    try:
+        return build()
+    except SRepaError as error:
+        log.warning("the report has no %s: %s", name, error)
+        return note(f"No {name}: {error}")
 
 
 def details(summary: str, text: str) -> Markup:

@@ -69,6 +69,7 @@ img { display: block; max-width: 100%; }
 .panels img { width: 100%; }
 .sheets { grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
 .sheets img { width: 100%; margin-bottom: .5rem; border-radius: .25rem; }
+.sheets .note { align-self: start; margin: 0; }
 .cards { grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); }
 .card { background: var(--panel); border-radius: .5rem; padding: .9rem; }
 .before { display: flex; gap: .75rem; align-items: center; margin-bottom: .9rem; }

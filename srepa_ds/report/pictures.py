@@ -1,68 +1,70 @@
 """The section of images: the contact sheet of the samples beside one of real images."""
 
-import io
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Int64
+from numpy import ndarray
 from PIL import Image
 from torch import Tensor
 
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import DataError
-from srepa_ds.report.markup import Markup, element, image, png_of, section
+from srepa_ds.report.markup import Markup, element, image, or_note, png_of, section
+from srepa_ds.sampling.sample_set import read_contact_sheet, read_labels
 from srepa_ds.sampling.sheet import SheetBuilder
-from srepa_ds.sampling.writer import CONTACT_SHEET, SAMPLES
 
 _LARGEST_SIDE = 1600
 _READ_AT_ONCE = 256
-# What a sheet can show of a class: ten columns, or all of it if there is one class.
-_SHOWN_OF_EACH, _SHOWN_OF_ONE = 10, 100
 
 
-def samples_section(samples: Path, real: ShardDataset | None) -> Markup:
+def samples_section(samples: Path, open_real: Callable[[], ShardDataset]) -> Markup:
     """Returns the sheet of the samples, and one of real images with the same rows beside it.
 
-    Raises DataError without a finished sample set.
+    A note stands in for real images that cannot be shown. Raises DataError without a finished
+    sample set.
     """
-    drawn, labels = _drawn(samples)
-    sheets = [_sheet(drawn, f"The first of {len(labels):,} images drawn.")]
-    if real is not None:
-        sheets.append(_sheet(real_sheet(real, labels), f"Real images, from {real.folder}."))
-    return section("samples", "Samples", element("div", *sheets, class_="sheets"))
+    labels = read_labels(samples)
+    drawn = read_contact_sheet(samples)
+    count = "images" if labels is None else f"{len(labels):,} images"
+    real = or_note("real images", lambda: _real(open_real(), samples, labels))
+    sheets = element("div", _sheet(drawn, f"The first of {count} drawn."), real, class_="sheets")
+    return section("samples", "Samples", sheets)
+
+
+def _real(real: ShardDataset, samples: Path, drawn_labels: ndarray | None) -> Markup:
+    if drawn_labels is None:
+        raise DataError(
+            f"{samples} does not say of which classes its samples are; draw them with "
+            "`srepa-ds sample CONFIG`"
+        )
+    sheet = real_sheet(real, torch.from_numpy(drawn_labels))
+    return _sheet(sheet, f"Real images, from {real.folder}.")
 
 
 def real_sheet(real: ShardDataset, drawn_labels: Int64[Tensor, "samples"]) -> Image.Image:
     """Returns a contact sheet of real images with the rows of a sample set of `drawn_labels`.
 
-    Raises DataError if `real` holds none of these classes.
+    Raises DataError if `real` holds none of the classes shown, or no pixels.
     """
-    labels = real.labels
-    classes = drawn_labels.unique()
-    wanted = _SHOWN_OF_EACH if len(classes) > 1 else _SHOWN_OF_ONE
-    chosen = torch.cat([(labels == label).nonzero()[:wanted, 0] for label in classes])
-    if len(chosen) == 0:
-        raise DataError(f"{real.folder} holds no image of the classes that were drawn")
     sheet = SheetBuilder(drawn_labels)
+    labels = real.labels
+    places = [(labels == label).nonzero()[:count, 0] for label, count in sheet.wanted.items()]
+    chosen = torch.cat(places)
+    if len(chosen) == 0:
+        raise DataError(
+            f"{real.folder} holds no image of the classes that were drawn; set evaluate.reference "
+            "to data that do"
+        )
     for indices in chosen.split(_READ_AT_ONCE):
         batch = real.read(indices)
         if batch.images is None:
-            raise DataError(f"{real.folder} holds no pixels to show")
+            raise DataError(
+                f"{real.folder} holds no pixels to show; set evaluate.reference to data that do"
+            )
         sheet.add(batch.images.permute(0, 2, 3, 1).contiguous(), batch.labels)
     return sheet.image()
-
-
-def _drawn(samples: Path) -> tuple[Image.Image, Tensor]:
-    try:
-        picture = Image.open(io.BytesIO((samples / CONTACT_SHEET).read_bytes()))
-        with np.load(samples / SAMPLES, allow_pickle=False) as archive:
-            labels = torch.from_numpy(archive["arr_1"])
-    except (OSError, KeyError, ValueError) as error:
-        raise DataError(
-            f"{samples} is no finished sample set ({error}); draw one with `srepa-ds sample CONFIG`"
-        ) from error
-    return picture.convert("RGB"), labels
 
 
 def _sheet(picture: Image.Image, caption: str) -> Markup:

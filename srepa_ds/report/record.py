@@ -7,24 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from srepa_ds.alignment.losses import AlignmentConfig
-from srepa_ds.config import Config, load_config
+from srepa_ds.config import Config
 from srepa_ds.errors import DataError
+from srepa_ds.schema import load_tree, validated
 
-METRICS = "metrics.jsonl"
-RESULTS = "results.json"
-ENVIRONMENT = "environment.json"
-TIMINGS = "timings.json"
 CONFIG = "config.yaml"
 
 Line = Mapping[str, float]
 
 
-def read_metrics(folder: Path) -> tuple[Line, ...]:
-    """Returns the lines of the run's record, in order; torn ones are left out.
+def read_metrics(path: Path) -> tuple[Line, ...]:
+    """Returns the lines of a run's record, in order; torn ones are left out.
 
     Raises DataError if there is none.
     """
-    path = folder / METRICS
     hint = "train first: `srepa-ds train CONFIG`"
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -60,10 +56,17 @@ def read_document(path: Path, *, hint: str = "") -> dict[str, Any]:
     return document
 
 
+def part(document: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns the object `name` of a document, empty if there is none."""
+    found = document.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def trained_config(config: Config) -> Config:
     """Returns the configuration the run was trained with, or `config` if none was kept."""
     path = config.run.folder / CONFIG
-    return load_config(path) if path.is_file() else config
+    # Without what must hold across sections: other files it names may be absent by now, or here.
+    return validated(Config, load_tree(path), source=str(path)) if path.is_file() else config
 
 
 def training_seconds(lines: Sequence[Line]) -> float:

@@ -2,29 +2,28 @@
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from srepa_ds import distributed
-from srepa_ds.config import Config
+from srepa_ds.config import Config, EvaluateConfig
 from srepa_ds.data.shards import ShardDataset
-from srepa_ds.errors import OutputError, SRepaError
-from srepa_ds.files import write_aside
+from srepa_ds.errors import DataError, OutputError, SRepaError
+from srepa_ds.files import sha256_of, write_aside
 from srepa_ds.model.weights import ExportedModel, read_model
 from srepa_ds.report import record, tables
 from srepa_ds.report.comparison import compare, probe
-from srepa_ds.report.markup import Markup, element, joined, note, section
+from srepa_ds.report.markup import Markup, element, joined, note, or_note, section
 from srepa_ds.report.page import page
 from srepa_ds.report.pictures import samples_section
 from srepa_ds.report.record import Line
-from srepa_ds.sampling.writer import PROVENANCE
+from srepa_ds.sampling.sample_set import read_provenance
 
 log = logging.getLogger("srepa_ds")
 T = TypeVar("T")
 
-REPORT = "report.html"
 SIMILARITY_TIME = 0.3
 """How noised the images are on which the student's tokens are compared with the teacher's."""
 
@@ -41,7 +40,6 @@ class _Run:
     exported: ExportedModel | None
     real: ShardDataset | None
     results: dict[str, Any] | None
-    provenance: dict[str, Any] | None
 
     @property
     def folder(self) -> Path:
@@ -58,7 +56,7 @@ def report(config: Config) -> Path:
     run = _read(config)
     title = f"{run.folder.name}: {record.mode_of(run.trained.alignments)}"
     text = page(title, header=_header(run), sections=_sections(run))
-    path = run.folder / REPORT
+    path = config.report
     try:
         write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     except OSError as error:
@@ -76,8 +74,7 @@ def _require_matplotlib() -> None:
 
 
 def _read(config: Config) -> _Run:
-    folder, samples = config.run.folder, config.samples_folder
-    lines = record.read_metrics(folder)
+    lines = record.read_metrics(config.record)
     trained = record.trained_config(config)
     return _Run(
         given=config,
@@ -85,8 +82,7 @@ def _read(config: Config) -> _Run:
         lines=lines,
         exported=_there(lambda: read_model(config.weights_folder)),
         real=_there(lambda: _open_real(config, trained)),
-        results=_there(lambda: record.read_document(folder / record.RESULTS)),
-        provenance=_there(lambda: record.read_document(samples / PROVENANCE)),
+        results=_there(lambda: record.read_document(config.results)),
     )
 
 
@@ -100,6 +96,10 @@ def _there(read: Callable[[], T]) -> T | None:
 
 def _open_real(config: Config, trained: Config) -> ShardDataset:
     return ShardDataset(config.evaluate.reference if config.evaluate else trained.data.folder)
+
+
+def _real(run: _Run) -> ShardDataset:
+    return run.real or _open_real(run.given, run.trained)
 
 
 def _header(run: _Run) -> Markup:
@@ -124,48 +124,60 @@ def _doubts(run: _Run) -> Iterator[str]:
             f"The exported model is of step {run.exported.provenance.get('step')}, the record of "
             f"training goes to step {last}: export again."
         )
-    drawn_by = (run.provenance or {}).get("checkpoint_sha256")
-    if run.exported and run.provenance and drawn_by != run.exported.sha256:
-        yield "The samples were drawn by other weights than the exported ones: sample again."
-    if run.results and run.results.get("samples") != (run.provenance or {}):
-        yield "The scores are those of another sample set than the one shown: evaluate again."
+    try:
+        provenance = read_provenance(run.given.samples_folder)
+    except DataError as error:
+        yield str(error)
+    else:
+        drawn_by = provenance.get("checkpoint_sha256")
+        if run.exported and provenance and drawn_by != run.exported.sha256:
+            yield "The samples were drawn by other weights than the exported ones: sample again."
+        if run.results and run.results.get("samples") != provenance:
+            yield ("The scores are those of another sample set than the one shown: evaluate again.")
+    if run.results and run.given.evaluate:
+        yield from _doubts_of_scores(run.results, run.given.evaluate, run.real)
+
+
+def _doubts_of_scores(
+    results: Mapping[str, Any], settings: EvaluateConfig, reference: ShardDataset | None
+) -> Iterator[str]:
+    """Yields what the scores were measured with and is not there any more."""
+    measured_by, weights = results.get("extractor_sha256"), settings.extractor.weights
+    found = _hash(weights) if weights else None
+    if measured_by and found and found != measured_by:
+        yield f"The scores were measured by other weights than those in {weights}: evaluate again."
+    measured_against = results.get("reference_id")
+    if measured_against and reference and reference.index.dataset_id != measured_against:
+        yield (
+            f"The scores were measured against other images than those in {reference.folder}: "
+            "evaluate again."
+        )
+
+
+def _hash(path: Path) -> str | None:
+    """Returns the sha256 of a file, or None where it is not there to be read."""
+    try:
+        return sha256_of(path)
+    except OSError:
+        return None
 
 
 def _sections(run: _Run) -> Iterator[Markup]:
-    folder = run.folder
+    given = run.given
     yield _curves(run)
-    yield _or_note("samples", lambda: samples_section(run.given.samples_folder, run.real))
-    if run.real is None:
-        yield _or_note("real images", lambda: _real_images(run))
-    yield _or_note("token similarities", lambda: _similarities(run))
-    for name, file, hint, build in (
-        ("scores", record.RESULTS, _NOT_EVALUATED, tables.scores_section),
-        ("environment", record.ENVIRONMENT, "training writes it", tables.environment_section),
-        ("timings", record.TIMINGS, "`srepa-ds demo` writes it", tables.timings_section),
+    yield or_note("samples", lambda: samples_section(given.samples_folder, lambda: _real(run)))
+    yield or_note("token similarities", lambda: _similarities(run))
+    for name, path, hint, build in (
+        ("scores", given.results, _NOT_EVALUATED, tables.scores_section),
+        ("environment", given.environment, "training writes it", tables.environment_section),
+        ("timings", given.timings, "`srepa-ds demo` writes it", tables.timings_section),
     ):
-        yield _or_note(
+        yield or_note(
             name,
-            lambda file=file, hint=hint, build=build: build(
-                record.read_document(folder / file, hint=hint)
-            ),
+            lambda path=path, hint=hint, build=build: build(record.read_document(path, hint=hint)),
         )
-    yield tables.config_section(run.trained, run.given)
-    yield tables.files_section(folder, without=folder / REPORT)
-
-
-def _or_note(name: str, build: Callable[[], Markup]) -> Markup:
-    """Returns the section, or the line that says why it is not there."""
-    try:
-        return build()
-    except SRepaError as error:
-        log.warning("the report has no %s: %s", name, error)
-        return note(f"No {name}: {error}")
-
-
-def _real_images(run: _Run) -> Markup:
-    """Returns nothing to show; raises DataError saying why there are no real images."""
-    _open_real(run.given, run.trained)
-    return Markup()
+    yield tables.config_section(run.trained, given)
+    yield tables.files_section(run.folder, without=given.report)
 
 
 def _curves(run: _Run) -> Markup:
@@ -182,7 +194,7 @@ def _similarities(run: _Run) -> Markup:
     from srepa_ds.report.heatmaps import similarity_section
 
     exported = run.exported or read_model(run.given.weights_folder)
-    real = run.real or _open_real(run.given, run.trained)
+    real = _real(run)
     device = distributed.local_device()
     seen = probe(run.given, exported, real, t=SIMILARITY_TIME, device=device)
     weights = str(exported.provenance.get("weights", "exported"))

@@ -24,6 +24,11 @@ class SheetBuilder:
         self._wanted = columns if len(classes) > 1 else rows * columns
         self._tiles: dict[int, list[np.ndarray]] = {classes[index]: [] for index in chosen}
 
+    @property
+    def wanted(self) -> dict[int, int]:
+        """How many images of each class the sheet still has room for."""
+        return {label: self._wanted - len(tiles) for label, tiles in self._tiles.items()}
+
     def add(
         self, images: UInt8[Tensor, "batch height width 3"], labels: Int64[Tensor, "batch"]
     ) -> None:

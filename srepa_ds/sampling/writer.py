@@ -1,6 +1,5 @@
 """A folder of samples that survives kills: chunks as part files, then one ADM `samples.npz`."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,11 +14,9 @@ from srepa_ds.files import make_folder, remove_empty, write_aside
 from srepa_ds.sampling.generate import Chunk, ImageBatch
 from srepa_ds.sampling.npz import NpzMember, write_npz
 from srepa_ds.sampling.provenance import Provenance, differences
+from srepa_ds.sampling.sample_set import CONTACT_SHEET, PROVENANCE, SAMPLES, read_provenance
 from srepa_ds.sampling.sheet import SheetBuilder
 
-SAMPLES = "samples.npz"
-PROVENANCE = "provenance.json"
-CONTACT_SHEET = "contact_sheet.png"
 PARTS = "parts"
 
 
@@ -34,7 +31,7 @@ class ChunkWriter:
         """Creates the folder and marks it with `provenance`.
 
         Raises OutputError, leaving nothing behind, if it cannot be written to, or if it holds
-        samples of another provenance.
+        samples of another provenance, DataError if their provenance cannot be read.
         """
         self.folder = folder
         self.provenance = provenance
@@ -148,11 +145,7 @@ class ChunkWriter:
                     "unknown; give another output folder or remove them"
                 )
             return
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise OutputError(f"{path}: is no JSON; give another output folder") from error
-        lines = differences(stored, self.provenance.facts)
+        lines = differences(read_provenance(self.folder), self.provenance.facts)
         if lines:
             raise OutputError(
                 "\n  ".join([f"{self.folder}: holds samples made otherwise:", *lines])

@@ -28,9 +28,14 @@ PLAIN = TeacherSpec(
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+# An architecture's name ends with the tag of its published weights, if there are any.
+PUBLISHED = [name for name, spec in TEACHERS.items() if "." in spec.architecture]
+
+
 def reduced(name):
     """A row of the table with two narrow blocks, everything else as it is."""
-    return TEACHERS[name].model_copy(update={"arguments": SMALL, "width": 24})
+    spec = TEACHERS[name]
+    return spec.model_copy(update={"arguments": {**spec.arguments, **SMALL}, "width": 24})
 
 
 def scrambled(encoder, seed=0):
@@ -64,12 +69,19 @@ def loaded(spec, path, *, resolution=16, dtype="fp32"):
     return load_teacher(config, resolution=resolution, device="cpu")
 
 
-def published(name, grid=37):
-    """A narrow encoder in the layout of the published weights, for 518 px inputs."""
-    spec = reduced(name)
-    return scrambled(
-        timm.create_model(spec.architecture, img_size=14 * grid, num_classes=0, **SMALL)
+def plain_encoder(spec, side):
+    """timm's own model of a row, for a grid of `side` by `side` patches."""
+    return timm.create_model(
+        spec.architecture,
+        img_size=spec.patch_size * side,
+        num_classes=spec.num_classes,
+        **spec.arguments,
     )
+
+
+def published(name, grid=37):
+    """A narrow encoder in the layout of the published weights, for inputs of `grid` patches."""
+    return scrambled(plain_encoder(reduced(name), grid))
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -78,30 +90,34 @@ def test_every_row_gives_the_tokens_of_its_encoder(name, resolution, tmp_path):
     source = published(name, grid=9)
     spec = reduced(name)
     teacher = loaded(spec, saved(source, tmp_path), resolution=resolution)
-    side = resolution // 16
+    size = spec.input_size or spec.input_size_per_256 * resolution // 256
+    side = size // spec.patch_size
     tokens = teacher.tokens(images(resolution))
     assert teacher.grid == (side, side)
     assert tokens.patches.shape == (2, side * side, teacher.width)
-    assert tokens.cls.shape == (2, teacher.width)
 
-    plain = timm.create_model(spec.architecture, img_size=14 * side, num_classes=0, **SMALL).eval()
-    prefix = 0 if "reg" in name else 1
+    plain = plain_encoder(spec, side).eval()
     state = source.state_dict()
+    # Some encoders add positions to the patches alone, others to class token and registers too.
+    prefix = state["pos_embed"].shape[1] - 9 * 9
     state["pos_embed"] = resample_abs_pos_embed(
         state["pos_embed"], new_size=[side, side], num_prefix_tokens=prefix
     )
     plain.load_state_dict(state)
     unit = images(resolution).float() / 255
-    unit = (unit - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[
-        :, None, None
-    ]
+    unit = (unit - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[:, None, None]
     inputs = torch.nn.functional.interpolate(
-        unit, (14 * side, 14 * side), mode="bicubic", align_corners=False
+        unit, (size, size), mode=spec.resize, align_corners=False, antialias=spec.antialias
     )
+    seen = []
+    if not spec.final_norm:
+        plain.norm.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     with torch.no_grad():
-        expected = plain.forward_features(inputs)
-    assert torch.allclose(tokens.patches, expected[:, plain.num_prefix_tokens :], atol=1e-5)
-    assert torch.allclose(tokens.cls, expected[:, 0], atol=1e-5)
+        seen.append(plain.forward_features(inputs))
+    assert torch.allclose(tokens.patches, seen[0][:, plain.num_prefix_tokens :], atol=1e-5)
+    assert (tokens.cls is not None) is spec.has_cls
+    if tokens.cls is not None:
+        assert torch.allclose(tokens.cls, seen[0][:, 0], atol=1e-5)
     again = teacher.tokens(images(resolution))
     assert torch.equal(again.patches, tokens.patches)
 
@@ -110,14 +126,28 @@ def test_every_row_gives_the_tokens_of_its_encoder(name, resolution, tmp_path):
 def test_every_row_describes_the_real_model(name):
     spec = TEACHERS[name]
     with torch.device("meta"):
-        encoder = timm.create_model(spec.architecture, img_size=224, num_classes=0)
+        encoder = plain_encoder(spec, 16)
     assert encoder.embed_dim == spec.width
     assert encoder.patch_embed.patch_size == (spec.patch_size, spec.patch_size)
     assert encoder.num_prefix_tokens == spec.num_prefix_tokens
-    assert tuple(encoder.pretrained_cfg["mean"]) == spec.mean
-    assert tuple(encoder.pretrained_cfg["std"]) == spec.std
-    assert spec.input_size_at(256) == 224
-    assert spec.input_size_at(512) == 448
+    assert (encoder.cls_token is not None) is spec.has_cls
+    assert encoder.num_classes == spec.num_classes
+    for resolution in (128, 256, 512):
+        assert spec.input_size_at(resolution) % spec.patch_size == 0
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_rows_of_published_weights_preprocess_as_published(name):
+    spec = TEACHERS[name]
+    with torch.device("meta"):
+        published = timm.create_model(spec.architecture).pretrained_cfg
+    assert tuple(published["mean"]) == spec.mean
+    assert tuple(published["std"]) == spec.std
+
+
+@pytest.mark.parametrize("name", [name for name in TEACHERS if name.startswith("dinov2")])
+def test_dinov2_sees_14_pixels_for_every_16(name):
+    assert [TEACHERS[name].input_size_at(size) for size in (256, 512)] == [224, 448]
 
 
 def test_position_embedding_is_resampled_with_antialiasing(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from srepa_ds.config import Config, load_config
+from srepa_ds.data.shards import ShardDataset
 from srepa_ds.files import sha256_of
 from srepa_ds.model.weights import WEIGHTS, write_model
 from srepa_ds.objective import Objective, official_name
@@ -76,6 +77,8 @@ class SmallRun:
             "scores": {"frechet_distance": 12.3456, "precision": 0.625, "class_accuracy": 0.875},
             "reference_class_accuracy": 0.96875,
             "settings": to_tree(self.config.evaluate),
+            "extractor_sha256": sha256_of(self.config.evaluate.extractor.weights),
+            "reference_id": ShardDataset(self.config.evaluate.reference).index.dataset_id,
             "samples": provenance,
         }
         (self.folder / "results.json").write_text(json.dumps(document))

@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,8 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from srepa_ds.data.shard_index import DatasetDescription
+from srepa_ds.data.shard_writer import ShardWriter
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import DataError, OutputError, SRepaError
+from srepa_ds.report.pictures import real_sheet
 from srepa_ds.report.report import report
 
 SECTIONS = [
@@ -80,6 +84,10 @@ def test_a_whole_run(whole):
     assert "flow matching + 1 · point-wise + 2 · structural MSE at block 2" in page.text
     for expected in ("12.35", "0.625", "0.875", "0.9688", "heun", "1 min 30 s", "7.2 s", "15.0 s"):
         assert expected in page.text
+    for name in ("extractor_sha256", "reference_id"):
+        digest = json.loads((run.folder / "results.json").read_text())[name]
+        assert f" ({digest[:12]}…)" in page.text
+        assert digest not in page.text
     parameters = sum(weight.numel() for weight in run.objective.sit.parameters())
     assert f"{parameters:,} parameters" in page.text
     assert "export/model.safetensors" in page.text
@@ -192,6 +200,89 @@ def test_samples_are_shown_even_without_real_images(small_run):
     assert any(text.startswith("No real images: nowhere") for text in page.notes)
 
 
+def test_classes_without_real_images_do_not_hide_the_samples(small_run, tmp_path):
+    description = DatasetDescription(
+        source={"kind": "test"}, image_shape=(3, 16, 16), class_names=tuple("0123456789")
+    )
+    folder = tmp_path / "nines"
+    with ShardWriter(folder, description=description, samples_per_shard=1) as writer:
+        writer.add(np.zeros((16, 16, 3), np.uint8), 9)
+    run = small_run(f"evaluate.reference={folder}")
+    run.write_metrics()
+    run.write_samples(checkpoint="")
+    page = Page(report(run.config))
+    assert "samples" in page.sections
+    assert len([alt for alt in page.pictures if alt.startswith("contact sheet")]) == 1
+    assert any("holds no image of the classes that were drawn" in text for text in page.notes)
+
+
+def test_classes_the_sheet_leaves_out_need_no_real_images(small_world):
+    real = ShardDataset(small_world.folder / "shards")
+    # Ten rows for 0, 2, ... of these; the shards hold 0 to 9.
+    sheet = np.asarray(real_sheet(real, torch.arange(20)))
+    assert sheet.shape[0] == 10 * 50 + 2
+    assert (sheet[5 * 50 + 2 :] == 255).all()
+    assert all((sheet[row * 50 + 2 :][:48] < 255).any() for row in range(5))
+    # The class 9 is there, but of the twelve classes it is one of the two without a row.
+    labels = torch.tensor([-3, -2, -1, 9, *range(20, 28)])
+    with pytest.raises(DataError, match="no image of the classes"):
+        real_sheet(real, labels)
+
+
+def test_a_set_without_labels_is_shown_alone(small_run):
+    run = small_run()
+    run.write_metrics()
+    run.write_samples(checkpoint="")
+    images = np.load(run.config.samples_folder / "samples.npz")["arr_0"]
+    np.savez(run.config.samples_folder / "samples.npz", images)
+    page = Page(report(run.config))
+    assert len([alt for alt in page.pictures if alt.startswith("contact sheet")]) == 1
+    assert any(text.startswith("No real images:") for text in page.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"),
+    [
+        ("samples.npz", lambda content: b""),
+        ("samples.npz", lambda content: content[:-50]),
+        ("samples.npz", lambda content: b"somebody's"),
+        ("contact_sheet.png", lambda content: content[: len(content) // 2]),
+        ("contact_sheet.png", lambda content: content[:20]),
+        ("contact_sheet.png", lambda content: content[:8] + b"x" * len(content[8:])),
+    ],
+)
+def test_damaged_samples_are_named(small_run, name, damaged):
+    run = small_run()
+    run.write_metrics()
+    run.write_samples(checkpoint="")
+    path = run.config.samples_folder / name
+    path.write_bytes(damaged(path.read_bytes()))
+    page = Page(report(run.config))
+    assert "samples" not in page.sections
+    (text,) = [text for text in page.notes if text.startswith("No samples:")]
+    assert f"{path} is no finished sample set" in text
+    assert "`srepa-ds sample CONFIG`" in text
+
+
+def test_samples_of_unknown_origin_are_shown_with_a_note(small_run):
+    run = small_run()
+    run.write_everything()
+    path = run.config.samples_folder / "provenance.json"
+    path.write_text("[]")
+    page = Page(report(run.config))
+    assert page.sections == SECTIONS
+    (text,) = page.notes
+    assert text.startswith(f"{path}: is no JSON object")
+
+
+def test_results_of_another_form_break_nothing(small_run):
+    run = small_run()
+    run.write_metrics()
+    document = {"scores": 3, "settings": [], "samples": "", "extractor_sha256": 1}
+    (run.folder / "results.json").write_text(json.dumps(document))
+    assert "scores" in Page(report(run.config)).sections
+
+
 def test_damaged_documents_are_named(small_run):
     run = small_run()
     run.write_metrics()
@@ -216,6 +307,39 @@ def test_parts_that_do_not_belong_together_are_named(small_run):
         " sample again.",
         " evaluate again.",
     ]
+
+
+def test_scores_of_another_feature_space_or_reference_are_named(small_run, small_world, tmp_path):
+    weights = tmp_path / "teacher.safetensors"
+    shutil.copy(small_world.folder / "teacher.safetensors", weights)
+    extractor = small_run().config.evaluate.extractor.model_copy(update={"weights": weights})
+    run = small_run(f"evaluate.extractor={extractor.model_dump_json()}")
+    run.write_everything()
+    assert Page(report(run.config)).notes == []
+    results = json.loads((run.folder / "results.json").read_text())
+    results["reference_id"] = "another"
+    (run.folder / "results.json").write_text(json.dumps(results))
+    weights.write_bytes(b"another")
+    by, against = Page(report(run.config)).notes
+    assert by == (
+        f"The scores were measured by other weights than those in {weights}: evaluate again."
+    )
+    assert against.startswith("The scores were measured against other images than those in ")
+    weights.unlink()
+    assert Page(report(run.config)).notes == [against]
+
+
+def test_a_run_trained_elsewhere(small_run):
+    """The DeepSpeed JSON of the training machine is of no interest to a report."""
+    run = small_run()
+    run.write_everything()
+    for path in (run.folder / "config.yaml", run.config.export_folder / "config.json"):
+        text = path.read_text()
+        assert "ds_configs/zero2.json" in text
+        path.write_text(text.replace("ds_configs/zero2.json", "nowhere/zero2.json"))
+    page = Page(report(run.config))
+    assert page.sections == SECTIONS
+    assert page.notes == []
 
 
 def test_the_run_is_described_as_it_was_trained(small_run):

@@ -1,0 +1,122 @@
+"""A finished sample set, read back: its images, their sheet, and where they come from."""
+
+import io
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+from numpy import ndarray
+from numpy.lib.npyio import NpzFile
+from PIL import Image
+
+from srepa_ds.errors import DataError
+
+SAMPLES = "samples.npz"
+PROVENANCE = "provenance.json"
+CONTACT_SHEET = "contact_sheet.png"
+
+_IMAGES, _LABELS = "arr_0", "arr_1"
+# What numpy and its zip reader raise for files cut short, overwritten or of another kind.
+_DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+
+
+def read_samples(
+    folder: Path,
+) -> tuple[UInt8[ndarray, "samples height width 3"], Int64[ndarray, "samples"] | None]:
+    """Returns the images of an ADM archive, and their labels if it holds any.
+
+    Raises DataError if the archive is missing, damaged or empty, or holds something else.
+    """
+    path = folder / SAMPLES
+    arrays = _read(path, (_IMAGES, _LABELS))
+    images, labels = arrays.get(_IMAGES), _labels(arrays, path)
+    if images is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise _unfinished(path, "it holds no RGB images of 0..255")
+    if len(images) == 0:
+        raise _unfinished(path, "it is empty")
+    if labels is not None and len(labels) != len(images):
+        raise _unfinished(path, f"it holds {len(labels)} labels for {len(images)} images")
+    return images, labels
+
+
+def read_labels(folder: Path) -> Int64[ndarray, "samples"] | None:
+    """Returns the labels of a sample set, if it holds any, without reading its images.
+
+    Raises DataError if the archive is missing or damaged.
+    """
+    path = folder / SAMPLES
+    return _labels(_read(path, (_LABELS,)), path)
+
+
+def read_contact_sheet(folder: Path) -> Image.Image:
+    """Returns the picture of a few samples of each class; raises DataError unless it is whole."""
+    path = folder / CONTACT_SHEET
+    try:
+        return Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
+    # A PNG whose chunks are damaged is a SyntaxError to the decoder.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unfinished(path, _reason(error)) from error
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Returns what a sample set was made with, nothing if it does not say.
+
+    Raises DataError if what it says is damaged.
+    """
+    path = folder / PROVENANCE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise DataError(f"{path}: {_reason(error)}; mend its permissions") from error
+    except ValueError as error:
+        raise _of_unknown_origin(path, f"is no JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise _of_unknown_origin(path, "is no JSON object")
+    return document
+
+
+def _read(path: Path, names: tuple[str, ...]) -> dict[str, ndarray]:
+    try:
+        # Opened here, because numpy leaves a file open that is no archive.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, NpzFile):
+                raise ValueError("it holds a single array")
+            with archive:
+                members = {name: archive[name] for name in names if name in archive.files}
+    except _DAMAGE as error:
+        raise _unfinished(path, _reason(error)) from error
+    # A member that is no array comes as bytes.
+    return {name: array for name, array in members.items() if isinstance(array, ndarray)}
+
+
+def _labels(arrays: dict[str, ndarray], path: Path) -> ndarray | None:
+    labels = arrays.get(_LABELS)
+    if labels is None:
+        return None
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise _unfinished(path, "its labels are no list of integers")
+    return labels.astype(np.int64)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _unfinished(path: Path, reason: str) -> DataError:
+    return DataError(
+        f"{path} is no finished sample set ({reason}); draw one with `srepa-ds sample CONFIG`"
+    )
+
+
+def _of_unknown_origin(path: Path, reason: str) -> DataError:
+    return DataError(
+        f"{path}: {reason}, so what the samples are is unknown; give another folder, or remove "
+        "this one to draw them anew"
+    )

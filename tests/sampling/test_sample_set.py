@@ -1,0 +1,134 @@
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from srepa_ds.errors import DataError
+from srepa_ds.sampling.provenance import Provenance
+from srepa_ds.sampling.sample_set import (
+    read_contact_sheet,
+    read_labels,
+    read_provenance,
+    read_samples,
+)
+from srepa_ds.sampling.writer import ChunkWriter
+
+IMAGES = np.arange(5 * 4 * 2 * 3, dtype=np.uint8).reshape(5, 4, 2, 3)
+LABELS = np.array([3, 0, 1, 1, 2])
+
+
+def test_images_and_labels_are_as_written(tmp_path):
+    np.savez(tmp_path / "samples.npz", IMAGES, LABELS.astype(np.int32))
+    images, labels = read_samples(tmp_path)
+    np.testing.assert_array_equal(images, IMAGES)
+    np.testing.assert_array_equal(labels, LABELS)
+    np.testing.assert_array_equal(read_labels(tmp_path), LABELS)
+    assert labels.dtype == np.int64
+
+
+def test_a_set_of_others_may_have_no_labels(tmp_path):
+    np.savez_compressed(tmp_path / "samples.npz", IMAGES)
+    images, labels = read_samples(tmp_path)
+    np.testing.assert_array_equal(images, IMAGES)
+    assert labels is None
+    assert read_labels(tmp_path) is None
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 3
+    return content[:middle] + bytes(255 - byte for byte in content[middle : middle + 40]) + (
+        content[middle + 40 :]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda content: b"",
+        lambda content: b"PK",
+        lambda content: b"somebody's text",
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-30],
+        flipped,
+    ],
+)
+def test_damage_is_named(tmp_path, save, damaged):
+    path = tmp_path / "samples.npz"
+    save(path, IMAGES, LABELS)
+    path.write_bytes(damaged(path.read_bytes()))
+    with pytest.raises(
+        DataError, match=r"samples\.npz is no finished sample set .*srepa-ds sample"
+    ):
+        read_samples(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ((IMAGES[:0], LABELS[:0]), "is empty"),
+        ((IMAGES.astype(np.float32), LABELS), "no RGB images"),
+        ((IMAGES[..., 0], LABELS), "no RGB images"),
+        ((IMAGES.transpose(0, 3, 1, 2), LABELS), "no RGB images"),
+        ((IMAGES, LABELS[:4]), "4 labels for 5 images"),
+        ((IMAGES, LABELS.astype(float)), "no list of integers"),
+        ((IMAGES, LABELS[:, None]), "no list of integers"),
+        ((IMAGES.astype(object), LABELS), "allow_pickle"),
+    ],
+)
+def test_another_content_is_named(tmp_path, arrays, message):
+    np.savez(tmp_path / "samples.npz", *arrays)
+    with pytest.raises(DataError, match=f"no finished sample set .*{message}"):
+        read_samples(tmp_path)
+
+
+def test_files_that_are_no_archive_of_arrays_are_named(tmp_path):
+    path = tmp_path / "samples.npz"
+    with pytest.raises(DataError, match=r"\(No such file or directory\)"):
+        read_samples(tmp_path)
+    with path.open("wb") as file:
+        np.save(file, IMAGES)
+    with pytest.raises(DataError, match="a single array"):
+        read_samples(tmp_path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", "text")
+    with pytest.raises(DataError, match="no RGB images"):
+        read_samples(tmp_path)
+
+
+def test_contact_sheets_are_whole_or_named(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8))
+    path = tmp_path / "contact_sheet.png"
+    picture.save(path)
+    np.testing.assert_array_equal(np.asarray(read_contact_sheet(tmp_path)), np.asarray(picture))
+    whole = path.read_bytes()
+    for content in (b"", whole[:30], whole[:2000], b"text", flipped(whole)):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"contact_sheet\.png is no finished sample set"):
+            read_contact_sheet(tmp_path)
+
+
+def test_provenance_is_an_object_or_nothing(tmp_path):
+    assert read_provenance(tmp_path) == {}
+    path = tmp_path / "provenance.json"
+    path.write_text('{"ema": "0.9"}')
+    assert read_provenance(tmp_path) == {"ema": "0.9"}
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match=r"provenance\.json: Is a directory"):
+        read_provenance(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", json.dumps("x").encode()])
+def test_a_damaged_provenance_is_named_by_reader_and_writer(tmp_path, content):
+    path = tmp_path / "provenance.json"
+    path.write_bytes(content)
+    for use in (
+        lambda: read_provenance(tmp_path),
+        lambda: ChunkWriter(tmp_path, Provenance({"ema": "0.9"})),
+    ):
+        with pytest.raises(DataError, match=r"provenance\.json: is no JSON.*give another folder"):
+            use()
+    assert path.read_bytes() == content
