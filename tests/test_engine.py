@@ -118,10 +118,11 @@ def test_each_rank_keeps_its_share_of_the_average(lookup, world_size, stage, pre
 @each_case
 def test_the_average_is_the_unsharded_recursion(lookup, world_size, stage, precision):
     facts = lookup(world_size, stage, precision)
-    average = facts["plain.0.master"].clone()
+    # In float64: of the 1e-7 (weights reach 0.9), rounding twice would take the larger part.
+    average = facts["plain.0.master"].double()
     for step in (1, 2, 3, LAST_STEP):
-        average = EMA_DECAY * average + (1 - EMA_DECAY) * facts[f"{step}.master"]
-        torch.testing.assert_close(facts[f"{step}.ema"], average, rtol=0, atol=1e-7)
+        average = EMA_DECAY * average + (1 - EMA_DECAY) * facts[f"{step}.master"].double()
+        torch.testing.assert_close(facts[f"{step}.ema"].double(), average, rtol=0, atol=1e-7)
         assert change(facts[f"{step}.ema"], facts[f"{step}.master"], facts["0.ema"]) > 0.1
 
 
@@ -170,12 +171,13 @@ def test_the_stages_agree(lookup, world_size, precision):
 @each_case
 def test_accumulation_does_not_change_training(lookup, world_size, stage, precision):
     facts = lookup(world_size, stage, precision)
-    losses, norm, weights = 1e-5, 1e-5, 1e-5
+    losses, small, norm, weights = 1e-5, 1e-6, 1e-5, 1e-5
     if precision == "bf16":
-        losses, norm, weights = 5e-3, BF16_SPLIT_NORM, BF16_SPLIT_CHANGE
+        # The point-wise term is a mean of cosines of both signs, near zero.
+        losses, small, norm, weights = 5e-3, 1e-3, BF16_SPLIT_NORM, BF16_SPLIT_CHANGE
     for step in (1, 2):
         found, expected = facts[f"split.{step}.losses"], facts[f"{step}.losses"]
-        torch.testing.assert_close(found, expected, rtol=losses, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=losses, atol=small)
         found, expected = facts[f"split.{step}.norms"], facts[f"{step}.norms"]
         torch.testing.assert_close(found, expected, rtol=norm, atol=0)
     assert change(facts["split.2.master"], facts["2.master"], facts["0.master"]) < weights
