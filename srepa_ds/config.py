@@ -27,6 +27,7 @@ from srepa_ds.schema import (
     load_tree,
     validated,
 )
+from srepa_ds.telemetry import RECORD
 
 
 class RunConfig(Section):
@@ -160,7 +161,12 @@ class Config(Section):
     @property
     def record(self) -> Path:
         """Where training writes its losses, line by line."""
-        return self.run.folder / "metrics.jsonl"
+        return self.run.folder / RECORD
+
+    @property
+    def resolved(self) -> Path:
+        """Where training keeps the configuration it ran with."""
+        return self.run.folder / "config.yaml"
 
     @property
     def environment(self) -> Path:

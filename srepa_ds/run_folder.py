@@ -122,11 +122,10 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def describe(config: Config, deepspeed: Mapping[str, Any]) -> None:
     """Writes the run's configuration, DeepSpeed's, and the environment; raises OutputError."""
     documents = {
-        "config.yaml": to_yaml(config),
-        "ds_config.json": json.dumps(deepspeed, indent=2),
-        "environment.json": json.dumps(environment(), indent=2),
+        config.resolved: to_yaml(config),
+        config.run.folder / "ds_config.json": json.dumps(deepspeed, indent=2),
+        config.environment: json.dumps(environment(), indent=2),
     }
     with writing(config.run.folder):
-        for name, text in documents.items():
-            path = config.run.folder / name
+        for path, text in documents.items():
             write_aside(path, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))

@@ -4,7 +4,6 @@ Every module owns its `Section`; `config.py` composes them. One validator, one e
 faults at once, whether a value came from a file or from the command line.
 """
 
-import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -122,7 +121,7 @@ def apply_overrides(tree: Tree, overrides: Iterable[str]) -> Tree:
     List items are addressed by number (`alignments.0.depth=4`). Raises ConfigError naming every
     override that is malformed or addresses no place.
     """
-    result = copy.deepcopy(tree)
+    result = _unshared(tree)
     faults = []
     for override in overrides:
         path, equals, text = override.partition("=")
@@ -138,6 +137,13 @@ def apply_overrides(tree: Tree, overrides: Iterable[str]) -> Tree:
     if faults:
         raise ConfigError("command line", faults)
     return result
+
+
+def _unshared(node: Any) -> Any:
+    """Returns a copy in which a YAML anchor and its aliases are separate values."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    return [_unshared(value) for value in node] if isinstance(node, list) else node
 
 
 def _assign(node: Any, keys: list[str], value: Any) -> None:

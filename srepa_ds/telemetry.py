@@ -26,6 +26,7 @@ from srepa_ds.files import write_aside
 
 log = logging.getLogger("srepa_ds")
 T = TypeVar("T")
+RECORD = "metrics.jsonl"
 _PACKAGES = ("torch", "deepspeed", "timm", "numpy", "safetensors", "torchdata")
 
 
@@ -117,7 +118,7 @@ class Telemetry:
         self._progress: Progress | None = None
         if not is_main:
             return
-        path = folder / "metrics.jsonl"
+        path = folder / RECORD
         _keep_until(path, first_step)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)

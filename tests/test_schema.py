@@ -319,3 +319,8 @@ def test_documentation_stands_above_every_field():
     assert lines[:2] == ["# A number.", "rate: 2.0"]
     assert "  # Its side, in pixels." in lines
     assert sum("Its side" in line for line in lines) == 2
+
+
+def test_an_override_changes_one_place_even_of_aliased_ones():
+    tree = parse_yaml("a: &shared {w: 1}\nb: *shared\n")
+    assert apply_overrides(tree, ["b.w=2"]) == {"a": {"w": 1}, "b": {"w": 2}}

@@ -11,8 +11,6 @@ from srepa_ds.config import Config
 from srepa_ds.errors import DataError
 from srepa_ds.schema import load_tree, validated
 
-CONFIG = "config.yaml"
-
 Line = Mapping[str, float]
 
 
@@ -64,7 +62,7 @@ def part(document: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def trained_config(config: Config) -> Config:
     """Returns the configuration the run was trained with, or `config` if none was kept."""
-    path = config.run.folder / CONFIG
+    path = config.resolved
     # Without what must hold across sections: other files it names may be absent by now, or here.
     return validated(Config, load_tree(path), source=str(path)) if path.is_file() else config
 

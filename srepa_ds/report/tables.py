@@ -8,7 +8,7 @@ from typing import Any
 
 from srepa_ds.config import Config
 from srepa_ds.report.markup import Markup, details, element, joined, note, section, table
-from srepa_ds.report.record import CONFIG, Line, part, training_seconds
+from srepa_ds.report.record import Line, part, training_seconds
 from srepa_ds.run_folder import unsafe_changes
 from srepa_ds.schema import to_tree, to_yaml
 
@@ -89,7 +89,7 @@ def config_section(trained: Config, given: Config) -> Markup:
     notes = [
         note(f"The report was asked for with other settings than the run's: {'; '.join(changes)}")
     ]
-    body = details(CONFIG, to_yaml(trained))
+    body = details(given.resolved.name, to_yaml(trained))
     return section("config", "Configuration", *(notes if changes else ()), body)
 
 
