@@ -125,7 +125,7 @@ class Telemetry:
         if sys.stderr.isatty():
             self._progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(),
+                BarColumn(bar_width=20),
                 TextColumn("{task.fields[text]}"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
@@ -147,11 +147,10 @@ class Telemetry:
             log.warning("cannot write the record: %s", error.strerror)
         for name, value in values.items():
             self._board.add_scalar(f"train/{name}", value, step)
-        text = _line(values)
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, text=text)
+            self._progress.update(self._task, completed=step, text=_short_line(values))
         else:
-            log.info("step %d/%d  %s", step, self._total_steps, text)
+            log.info("step %d/%d  %s", step, self._total_steps, _line(values))
 
     def __enter__(self) -> "Telemetry":
         return self
@@ -170,6 +169,13 @@ class Telemetry:
 
 def _line(values: Mapping[str, float]) -> str:
     shown = [f"{name} {value:.4g}" for name, value in values.items()]
+    return "  ".join(shown)
+
+
+def _short_line(values: Mapping[str, float]) -> str:
+    """Returns what fits beside a bar on a terminal of 80 columns."""
+    names = {"loss_total": "loss", "loss_flow": "flow", "images_per_second": "img/s"}
+    shown = [f"{short} {values[name]:.3g}" for name, short in names.items() if name in values]
     return "  ".join(shown)
 
 

@@ -114,9 +114,7 @@ def _run(
     if saved_at != engine.step_count:
         _save(config, engine, identity)
     if not finished:
-        log.warning(
-            "stopped by a signal at step %d; run the same command to go on", engine.step_count
-        )
+        log.info("stopped by a signal at step %d; run the same command to go on", engine.step_count)
     return finished
 
 
@@ -133,7 +131,7 @@ def _checked(line: dict[str, float], step: int) -> dict[str, float]:
 
     Skipped steps change no weight, so the last checkpoint is good; but to go on makes no sense.
     """
-    if line["skipped"]:
+    if line["skipped"] and distributed.rank() == 0:
         log.warning("step %d: %d steps were skipped, not finite", step, line["skipped"])
     bad = [name for name, value in line.items() if not math.isfinite(value)]
     if bad:
