@@ -1,8 +1,8 @@
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from golden_sit import GOLDEN, golden_sit
 from safetensors.torch import load_file
 
 from srepa_ds.errors import ConfigError
@@ -13,12 +13,9 @@ from srepa_ds.interpolant import (
     flow_loss,
     sample_time,
 )
-from srepa_ds.model.sit import SiT
-from srepa_ds.model.variants import SiTConfig
 from srepa_ds.noise import Stream
 from srepa_ds.schema import validated
 
-GOLDEN = Path(__file__).parent / "golden"
 each_path = pytest.mark.parametrize("path", list(INTERPOLANTS))
 
 
@@ -29,20 +26,7 @@ def randn(*shape, seed=0):
 
 @pytest.fixture(scope="module")
 def golden_model():
-    config = SiTConfig(
-        variant="SiT-B/2",
-        input_size=8,
-        in_channels=4,
-        num_classes=10,
-        depth=4,
-        hidden_size=64,
-        num_heads=4,
-    )
-    golden = load_file(GOLDEN / "sit_qknorm0.safetensors")
-    weights = {name[6:]: w for name, w in golden.items() if name.startswith("param.")}
-    model = SiT(config)
-    model.load_state_dict({n: w for n, w in weights.items() if not n.startswith("projectors.")})
-    return model
+    return golden_sit()
 
 
 @each_path

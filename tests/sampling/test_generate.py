@@ -1,8 +1,6 @@
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_sit import golden_sit
 
 from srepa_ds.errors import TopologyError
 from srepa_ds.interpolant import INTERPOLANTS
@@ -12,7 +10,6 @@ from srepa_ds.model.variants import SiTConfig
 from srepa_ds.sampling.generate import draw_labels, generate, plan_chunks
 from srepa_ds.sampling.solvers import SOLVERS, SamplerConfig
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIG = SamplerConfig(num_steps=3, num_samples=11, batch_size=4, cfg_scale=1.5, seed=7)
 
 
@@ -103,21 +100,7 @@ def test_guidance_and_path_reach_the_pixels(model):
 
 
 def test_bf16_is_near_fp32_and_not_equal():
-    sit = SiT(
-        SiTConfig(
-            variant="SiT-S/2",
-            input_size=8,
-            in_channels=4,
-            num_classes=10,
-            depth=4,
-            hidden_size=64,
-            num_heads=4,
-        )
-    )
-    saved = load_file(GOLDEN / "sit_qknorm0.safetensors")
-    sit.load_state_dict(
-        {k[6:]: v for k, v in saved.items() if k.startswith("param.") and "projectors." not in k}
-    )
+    sit = golden_sit()
 
     class LatentsAsImages(IdentityCodec):
         def decode(self, latents):

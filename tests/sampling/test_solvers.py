@@ -1,13 +1,10 @@
-from pathlib import Path
-
 import pytest
 import torch
+from golden_sit import GOLDEN, golden_sit
 from safetensors.torch import load_file
 
 from srepa_ds.errors import ConfigError
 from srepa_ds.interpolant import INTERPOLANTS
-from srepa_ds.model.sit import SiT
-from srepa_ds.model.variants import SiTConfig
 from srepa_ds.sampling.guidance import Guidance, GuidedModel
 from srepa_ds.sampling.solvers import (
     SOLVERS,
@@ -17,8 +14,6 @@ from srepa_ds.sampling.solvers import (
     integrate,
 )
 from srepa_ds.schema import validated
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def solve(model, x_start, labels, noise, *, solver, num_steps, guidance, path, dtype, null_label):
@@ -49,23 +44,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def model():
-    config = SiTConfig(
-        variant="SiT-S/2",
-        input_size=8,
-        in_channels=4,
-        num_classes=10,
-        depth=4,
-        hidden_size=64,
-        num_heads=4,
-    )
-    sit = SiT(config)
-    saved = load_file(GOLDEN / "sit_qknorm0.safetensors")
-    weights = {
-        name.removeprefix("param."): tensor
-        for name, tensor in saved.items()
-        if name.startswith("param.") and "projectors." not in name
-    }
-    sit.load_state_dict(weights)
+    sit = golden_sit()
     return lambda x_t, t, labels: sit(x_t, t, labels).velocity
 
 

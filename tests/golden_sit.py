@@ -1,0 +1,28 @@
+"""The reference implementation's tiny SiT, whose outputs are stored in `tests/golden`."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from srepa_ds.model.sit import SiT
+from srepa_ds.model.variants import SiTConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden_sit() -> SiT:
+    """Returns the model with its stored weights; the projector's are left out."""
+    config = SiTConfig(
+        variant="SiT-S/2",
+        input_size=8,
+        in_channels=4,
+        num_classes=10,
+        depth=4,
+        hidden_size=64,
+        num_heads=4,
+    )
+    stored = load_file(GOLDEN / "sit_qknorm0.safetensors")
+    weights = {k.removeprefix("param."): v for k, v in stored.items() if k.startswith("param.")}
+    sit = SiT(config)
+    sit.load_state_dict({k: v for k, v in weights.items() if not k.startswith("projectors.")})
+    return sit
