@@ -7,7 +7,7 @@ from srepa_ds import checkpoint
 from srepa_ds.checkpoint import CheckpointReader
 from srepa_ds.config import Config
 from srepa_ds.errors import CheckpointError
-from srepa_ds.model.embeddings import position_embedding
+from srepa_ds.model.sit import fixed_position_embedding
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.model.weights import write_model
 from srepa_ds.objective import official_name
@@ -26,9 +26,9 @@ def export(config: Config) -> Path:
     weights = config.export.weights
     tensors = {official_name(n): reader.tensor(weights, n) for n in reader.names(weights)}
     stored = reader.state["config"]
-    # The position embedding is no trained weight: it is a function of the model's sizes.
+    # No trained weight, so no checkpoint holds it.
     model = validated(SiTConfig, stored["model"], source=f"{reader.folder}: model")
-    tensors["pos_embed"] = position_embedding(model.grid, model.shape.hidden_size)
+    tensors["pos_embed"] = fixed_position_embedding(model)
     provenance = {
         "checkpoint": reader.fingerprint(),
         "step": reader.state["step"],

@@ -1,4 +1,4 @@
-"""The transformer block with adaptive layer norm, and the layer that leads back to latents.
+"""The transformer block with adaptive layer norm, and the layers at both ends of the stream.
 
 The residual stream is float32 (or wider) whatever the dtype of the weights: normalisation,
 modulation and the sum are done there, products in the dtype of the weights. So a bfloat16 model
@@ -89,20 +89,49 @@ class SiTBlock(nn.Module):
         return torch.addcmul(stream, gate_mlp, self.mlp(tokens))
 
 
-class FinalLayer(nn.Module):
-    """A modulated norm and the linear map from tokens to the pixels of their patches."""
+class StreamLayerNorm(nn.LayerNorm):
+    """A LayerNorm whose result may enter the residual stream: not rounded to the weights' dtype."""
 
-    def __init__(self, hidden_size: int, *, patch_size: int, out_channels: int):
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, eps=_LAYER_NORM_EPS)
+
+    def forward(self, input: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]:
+        """Returns the normalised vectors in the dtype of `input`."""
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        return layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class FinalLayer(nn.Module):
+    """A modulated norm and the linear map from tokens to the pixels of their patches.
+
+    With a `class_token_width` the first token has a linear map of its own.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        patch_size: int,
+        out_channels: int,
+        class_token_width: int | None = None,
+    ):
         super().__init__()
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.linear_cls = (
+            None if class_token_width is None else nn.Linear(hidden_size, class_token_width)
+        )
         self.adaLN_modulation = AdaLayerNormProjection(hidden_size, num_chunks=2)
 
     def forward(
         self,
         stream: Float[Tensor, "batch tokens hidden"],
         activated: Float[Tensor, "batch hidden"],
-    ) -> Float[Tensor, "batch tokens pixels"]:
-        """Returns each token's patch, pixel by pixel, channels last."""
+    ) -> tuple[
+        Float[Tensor, "batch patches pixels"], Float[Tensor, "batch class_token_width"] | None
+    ]:
+        """Returns each patch pixel by pixel, channels last, and the class token if there is one."""
         shift, scale = self.adaLN_modulation.chunks(activated, dtype=stream.dtype)
-        tokens = modulated_norm(stream, shift=shift, scale=scale)
-        return self.linear(tokens.to(activated.dtype))
+        tokens = modulated_norm(stream, shift=shift, scale=scale).to(activated.dtype)
+        if self.linear_cls is None:
+            return self.linear(tokens), None
+        return self.linear(tokens[:, 1:]), self.linear_cls(tokens[:, 0])

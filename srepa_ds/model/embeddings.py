@@ -11,8 +11,12 @@ SINUSOID_WIDTH = 256
 _MAX_PERIOD = 10000.0
 
 
-def position_embedding(grid: tuple[int, int], width: int) -> Float[Tensor, "1 tokens width"]:
+def position_embedding(
+    grid: tuple[int, int], width: int, *, num_prefix_tokens: int = 0
+) -> Float[Tensor, "1 tokens width"]:
     """Returns the fixed 2-D sine-cosine embedding of a (rows, columns) grid, in float32.
+
+    Prefix tokens have no position: zeros, in the first rows.
 
     The first half of the channels encodes the column, the second the row (the convention of MAE's
     code, which swaps what the names suggest); positions are whole numbers, whatever the grid.
@@ -22,7 +26,9 @@ def position_embedding(grid: tuple[int, int], width: int) -> Float[Tensor, "1 to
     rows, columns = grid
     column_part = _axis_embedding(columns, width // 2).repeat(rows, 1)
     row_part = _axis_embedding(rows, width // 2).repeat_interleave(columns, dim=0)
-    return torch.cat((column_part, row_part), dim=1)[None].to(torch.float32)
+    patches = torch.cat((column_part, row_part), dim=1)
+    prefix = patches.new_zeros(num_prefix_tokens, width)
+    return torch.cat((prefix, patches))[None].to(torch.float32)
 
 
 def _axis_embedding(length: int, width: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from srepa_ds.model.blocks import FinalLayer, SiTBlock
+from srepa_ds.model.blocks import FinalLayer, SiTBlock, StreamLayerNorm
 from srepa_ds.model.embeddings import (
     LabelEmbedding,
     PatchEmbedding,
@@ -25,11 +25,14 @@ from srepa_ds.model.variants import SiTConfig
 class SiTOutput(NamedTuple):
     """The predicted velocity (b, c, h, w) in float32 or wider, and the hidden states asked for.
 
-    Each hidden state (b, n, d) is the residual stream after a block, before any norm.
+    Each hidden state (b, n, d) is the residual stream after a block, before any norm. With a class
+    token it has n + 1 tokens, the class token first, whose velocity (b, class_token_width) is
+    `cls_velocity`.
     """
 
     velocity: Tensor
     hidden: tuple[Tensor, ...]
+    cls_velocity: Tensor | None = None
 
 
 def unpatchify(
@@ -43,8 +46,23 @@ def unpatchify(
     )
 
 
+def fixed_position_embedding(config: SiTConfig) -> Float[Tensor, "1 tokens hidden"]:
+    """Returns the `pos_embed` of a model in float32: no trained weight, a function of its sizes."""
+    return position_embedding(
+        config.grid, config.shape.hidden_size, num_prefix_tokens=config.num_prefix_tokens
+    )
+
+
+def _class_token(width: int | None) -> str:
+    return "no class token" if width is None else f"a class token of width {width}"
+
+
 class SiT(nn.Module):
-    """The diffusion transformer of Ma et al., "SiT" (2024), as the REPA code lays it out."""
+    """The diffusion transformer of Ma et al., "SiT" (2024), as the REPA code lays it out.
+
+    With `class_token_width` a teacher's noised class token goes through it beside the patches, as
+    in REG (Wu et al., "Representation entanglement for generation", 2025).
+    """
 
     pos_embed: Tensor
 
@@ -58,6 +76,7 @@ class SiT(nn.Module):
         # Plain values: torch.compile does not trace a configuration's properties.
         self.latent_shape, self.grid = config.latent_shape, config.grid
         self.patch_size = config.shape.patch_size
+        self.class_token_width = config.class_token_width
         depth, hidden_size, _, patch_size = config.shape
         device = torch.get_default_device()
         # torch fills new layers from its global generator; on "meta" it draws nothing.
@@ -67,11 +86,18 @@ class SiT(nn.Module):
             self.y_embedder = LabelEmbedding(config.num_classes, hidden_size)
             self.blocks = nn.ModuleList(SiTBlock(config) for _ in range(depth))
             self.final_layer = FinalLayer(
-                hidden_size, patch_size=patch_size, out_channels=config.in_channels
+                hidden_size,
+                patch_size=patch_size,
+                out_channels=config.in_channels,
+                class_token_width=config.class_token_width,
             )
+            # After the final layer, as in REG's state; None leaves no trace in a plain model's.
+            width = config.class_token_width
+            self.cls_projectors2 = None if width is None else nn.Linear(width, hidden_size)
+            self.wg_norm = None if width is None else StreamLayerNorm(hidden_size)
         self.to_empty(device=device)
         # A buffer, not a frozen parameter: those are rounded to bfloat16 by mixed precision.
-        self.register_buffer("pos_embed", position_embedding(config.grid, hidden_size))
+        self.register_buffer("pos_embed", fixed_position_embedding(config))
         initialise(self, generator)
 
     def forward(
@@ -80,33 +106,46 @@ class SiT(nn.Module):
         t: Float[Tensor, "batch"],
         labels: Int64[Tensor, "batch"],
         *,
+        cls_t: Float[Tensor, "batch class_token_width"] | None = None,
         depths: tuple[int, ...] = (),
     ) -> SiTOutput:
         """Returns the velocity, and the residual stream after each block of `depths` (from 1).
 
-        Inputs may be of any float dtype. Raises ValueError if `x_t` is not (batch, *latent_shape)
-        or a depth lies outside the model.
+        `cls_t` is the noised class token, for a model with a `class_token_width` and for no other.
+        Inputs may be of any float dtype. Raises ValueError if `x_t` is not (batch, *latent_shape),
+        `cls_t` is missing, superfluous or of another width, or a depth lies outside the model.
         """
-        self._check(x_t, depths)
+        self._check(x_t, cls_t, depths)
         weights = self.x_embedder.proj.weight.dtype
-        tokens = self.x_embedder(x_t)
         wide = torch.promote_types(weights, torch.float32)
-        stream = tokens.to(wide) + self.pos_embed.to(wide)
+        tokens = self.x_embedder(x_t).to(wide)
+        if cls_t is not None:
+            assert self.cls_projectors2 is not None
+            assert self.wg_norm is not None
+            cls_token = self.wg_norm(self.cls_projectors2(cls_t.to(weights)).to(wide))
+            tokens = torch.cat((cls_token[:, None], tokens), dim=1)
+        stream = tokens + self.pos_embed.to(wide)
         activated = conditioning(self.t_embedder(t), self.y_embedder(labels)).to(weights)
         taps: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks, start=1):
             stream = block(stream, activated)
             if number in depths:
                 taps[number] = stream
-        patches = self.final_layer(stream, activated).to(wide)
-        velocity = unpatchify(patches, grid=self.grid, patch_size=self.patch_size)
-        return SiTOutput(velocity, tuple(taps[number] for number in depths))
+        patches, cls_velocity = self.final_layer(stream, activated)
+        velocity = unpatchify(patches.to(wide), grid=self.grid, patch_size=self.patch_size)
+        hidden = tuple(taps[number] for number in depths)
+        return SiTOutput(velocity, hidden, None if cls_velocity is None else cls_velocity.to(wide))
 
-    def _check(self, x_t: Tensor, depths: tuple[int, ...]) -> None:
+    def _check(self, x_t: Tensor, cls_t: Tensor | None, depths: tuple[int, ...]) -> None:
         if tuple(x_t.shape[1:]) != self.latent_shape:
             raise ValueError(
                 f"the model takes latents of (channels, height, width) "
                 f"{self.latent_shape}, got {tuple(x_t.shape[1:])}"
+            )
+        width = None if cls_t is None else cls_t.shape[-1]
+        if width != self.class_token_width:
+            raise ValueError(
+                f"the model takes {_class_token(self.class_token_width)}, got {_class_token(width)}"
             )
         unknown = [depth for depth in depths if not 1 <= depth <= len(self.blocks)]
         if unknown:

@@ -58,6 +58,10 @@ class SiTConfig(Section):
     num_classes: Size
     """The number of classes; one more label stands for 'no class'."""
 
+    class_token_width: Size | None = None
+    """REG: width of the teacher's class token that goes through the model beside the image; null
+    for none."""
+
     qk_norm: bool = False
     """Whether queries and keys are normalised per head."""
 
@@ -91,15 +95,20 @@ class SiTConfig(Section):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Returns the rows and columns of tokens."""
+        """Returns the rows and columns of patch tokens."""
         _, height, width = self.latent_shape
         return height // self.shape.patch_size, width // self.shape.patch_size
 
     @property
     def num_tokens(self) -> int:
-        """Returns the number of tokens of one input."""
+        """Returns the number of patch tokens of one input; a class token is not counted."""
         rows, columns = self.grid
         return rows * columns
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Returns the number of tokens before the patches: 1 with a class token, else 0."""
+        return 0 if self.class_token_width is None else 1
 
     @property
     def head_dim(self) -> int:
