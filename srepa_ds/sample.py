@@ -6,6 +6,7 @@ from pathlib import Path
 from srepa_ds import distributed
 from srepa_ds.config import Config, SampleConfig
 from srepa_ds.distributed import Ranks
+from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.latent_codec import CodecConfig, build_codec
 from srepa_ds.model.weights import ExportedModel, read_model
@@ -27,7 +28,7 @@ def sample(config: Config) -> Path:
     same provenance is left alone. Raises SRepaError on all ranks alike.
     """
     ranks = distributed.initialize()
-    exported = distributed.together(lambda: read_model(config.weights_folder))
+    exported = distributed.together(lambda: _read_model(config))
     everything = distributed.together(lambda: _all_chunks(config.sample, ranks))
     provenance = _provenance(config.sample, exported)
     writer = distributed.together(lambda: ChunkWriter(config.samples_folder, provenance))
@@ -41,6 +42,15 @@ def sample(config: Config) -> Path:
     distributed.together(lambda: writer.assemble(everything) if ranks.is_main else None)
     log.info("%d images in %s", config.sample.num_samples, writer.folder)
     return writer.folder
+
+
+def _read_model(config: Config) -> ExportedModel:
+    """Returns the model to draw from; raises ConfigError for settings it has no use for."""
+    exported = read_model(config.weights_folder)
+    if config.sample.cls_cfg_scale and exported.model.config.class_token_width is None:
+        reason = f"guides a class token, and the model in {config.weights_folder} has none; set 0"
+        raise ConfigError("configuration", [Fault("sample.cls_cfg_scale", reason)])
+    return exported
 
 
 def _all_chunks(config: SamplerConfig, ranks: Ranks) -> tuple[Chunk, ...]:
@@ -83,6 +93,7 @@ def _provenance(config: SampleConfig, exported: ExportedModel) -> Provenance:
         ema=str(exported.provenance["weights"]),
         path=tree["objective"]["interpolant"]["path"],
         codec=tree["codec"]["kind"],
+        class_token=exported.model.config.class_token_width is not None,
         versions={name: versions[name] for name in ("srepa_ds", "torch")},
     )
 

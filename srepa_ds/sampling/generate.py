@@ -15,6 +15,11 @@ from srepa_ds.model.sit import SiT
 from srepa_ds.noise import Stream
 from srepa_ds.sampling.guidance import GuidedModel
 from srepa_ds.sampling.solvers import Dynamics, SamplerConfig, integrate
+from srepa_ds.sampling.state import StateLayout, state_velocity
+
+# Of the latents, and of the class token if the model has one.
+_START_STREAMS = (Stream.SAMPLE_START, Stream.SAMPLE_CLS_START)
+_STEP_STREAMS = (Stream.SAMPLE_STEP, Stream.SAMPLE_CLS_STEP)
 
 
 @dataclass(frozen=True)
@@ -96,21 +101,28 @@ def _generate_chunk(
     device: torch.device,
 ) -> ImageBatch:
     sample_ids = chunk.sample_ids(device)
-    shape = model.config.latent_shape
+    layout = StateLayout.of(model.config)
     labels = draw_labels(config, sample_ids, num_classes=model.config.num_classes)
-    x_start = noise.normal(config.seed, Stream.SAMPLE_START, sample_ids, shape)
+    start = layout.normal(config.seed, _START_STREAMS, sample_ids)
+    velocity = state_velocity(model)
 
-    def step_noise(step: int) -> Float[Tensor, "batch channels height width"]:
-        return noise.normal(
-            config.seed, Stream.SAMPLE_STEP, sample_ids, shape, draw=step, dtype=torch.float64
-        )
+    def step_noise(step: int) -> Float[Tensor, "batch elements"]:
+        return layout.normal(config.seed, _STEP_STREAMS, sample_ids, draw=step, dtype=torch.float64)
 
-    def velocity(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def in_precision(state: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            return model(x_t, t, labels).velocity
+            return velocity(state, t, labels)
 
-    guided = GuidedModel(velocity, labels, model.config.null_label, config.guidance)
+    guided = GuidedModel(
+        in_precision,
+        labels,
+        model.config.null_label,
+        config.guidance,
+        scales=layout.guidance_scales(config.guidance, device),
+    )
     dynamics = Dynamics(guided, interpolant.score, step_noise)
-    latents = integrate(dynamics, x_start, solver=config.solver, num_steps=config.num_steps)
+    state = integrate(dynamics, start, solver=config.solver, num_steps=config.num_steps)
+    # A class token has served its purpose: it steered the image.
+    latents, _ = layout.unpack(state)
     images = codec.decode(latents.float())
     return ImageBatch(images.cpu(), labels.cpu(), sample_ids.cpu(), chunk)

@@ -13,30 +13,41 @@ VelocityModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly velocities are guided, and during which times (t = 1 is noise)."""
+    """How strongly velocities are guided, and during which times (t = 1 is noise).
+
+    `scale` alone decides whether there is guidance. While there is, a class token (REG) is guided
+    by `cls_scale`; 0 leaves it unguided.
+    """
 
     scale: float = 1.0
     low: float = 0.0
     high: float = 1.0
+    cls_scale: float = 0.0
 
     def active(self, t: float) -> bool:
         """Returns whether time `t` is guided; both bounds belong to the interval."""
         return self.scale > 1 and self.low <= t <= self.high
 
+    @property
+    def cls_branch_scale(self) -> float:
+        """Returns the scale of a class token while guided: 1, the class's branch, for 0."""
+        return self.cls_scale or 1.0
+
 
 def guided_velocity(
     model: VelocityModel,
-    x_t: Float[Tensor, "batch channels height width"],
+    x_t: Float[Tensor, "batch *event"],
     t: Float[Tensor, "batch"],
     labels: Int[Tensor, "batch"],
     *,
     null_label: int,
-    scale: float,
-) -> Float[Tensor, "batch channels height width"]:
+    scale: float | Float[Tensor, "*event"],
+) -> Float[Tensor, "batch *event"]:
     """Returns v_null + scale * (v_class - v_null) in float64, both from one doubled batch.
 
-    Guides every channel. Source: Ho and Salimans, "Classifier-free diffusion guidance"; guiding
-    the velocity equals guiding the drift of the SDE, which is affine in it.
+    Guides every channel; a tensor gives each element its own scale. Source: Ho and Salimans,
+    "Classifier-free diffusion guidance"; guiding the velocity equals guiding the drift of the SDE,
+    which is affine in it.
     """
     nulls = torch.full_like(labels, null_label)
     doubled = model(torch.cat((x_t, x_t)), torch.cat((t, t)), torch.cat((labels, nulls)))
@@ -48,7 +59,8 @@ def guided_velocity(
 class GuidedModel:
     """A velocity model with its labels and guidance: what the solvers integrate.
 
-    The model sees states and times in `dtype`; velocities come back in float64.
+    The model sees states and times in `dtype`; velocities come back in float64. `scales` (*event),
+    if given, replaces the guidance's scale element by element.
     """
 
     model: VelocityModel
@@ -56,10 +68,11 @@ class GuidedModel:
     null_label: int
     guidance: Guidance
     dtype: torch.dtype = torch.float32
+    scales: Tensor | None = None
 
     def __call__(
-        self, x_t: Float[Tensor, "batch channels height width"], t: float, guidance_t: float
-    ) -> Float[Tensor, "batch channels height width"]:
+        self, x_t: Float[Tensor, "batch *event"], t: float, guidance_t: float
+    ) -> Float[Tensor, "batch *event"]:
         """Returns the float64 velocity at time `t`, guided if `guidance_t` is in the interval."""
         x_t = x_t.to(self.dtype)
         times = torch.full((len(x_t),), t, dtype=torch.float64, device=x_t.device).to(self.dtype)
@@ -71,5 +84,5 @@ class GuidedModel:
             times,
             self.labels,
             null_label=self.null_label,
-            scale=self.guidance.scale,
+            scale=self.guidance.scale if self.scales is None else self.scales,
         )

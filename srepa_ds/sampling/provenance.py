@@ -32,19 +32,24 @@ def describe(
     ema: str,
     path: str,
     codec: str,
+    class_token: bool,
     versions: Mapping[str, str],
 ) -> Provenance:
     """Returns the provenance of the set that `config` draws from a checkpoint.
 
     `ema` names the weights ("none" for the trained ones), `path` the interpolant, `versions` the
-    libraries whose arithmetic the pixels depend on.
+    libraries whose arithmetic the pixels depend on. The guidance of a class token is a fact only of
+    models that have one: `class_token`.
     """
+    sampler = to_tree(config)
+    if not class_token:
+        del sampler["cls_cfg_scale"]
     facts = {
         "checkpoint_sha256": checkpoint_sha256,
         "ema": ema,
         "path": path,
         "codec": codec,
-        "sampler": to_tree(config),
+        "sampler": sampler,
         "versions": dict(versions),
     }
     return Provenance(json.loads(json.dumps(facts)))

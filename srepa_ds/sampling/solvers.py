@@ -65,15 +65,15 @@ def diffusion_grid(num_steps: int) -> Float[Tensor, "nodes"]:
 
 
 def euler_step(
-    dynamics: Dynamics, x_t: Float[Tensor, "batch channels height width"], step: Step
-) -> Float[Tensor, "batch channels height width"]:
+    dynamics: Dynamics, x_t: Float[Tensor, "batch *event"], step: Step
+) -> Float[Tensor, "batch *event"]:
     """Returns the state at `step.next_t` after an Euler step of dx = v dt."""
     return x_t + (step.next_t - step.t) * dynamics.velocity(x_t, step.t, step.t)
 
 
 def heun_step(
-    dynamics: Dynamics, x_t: Float[Tensor, "batch channels height width"], step: Step
-) -> Float[Tensor, "batch channels height width"]:
+    dynamics: Dynamics, x_t: Float[Tensor, "batch *event"], step: Step
+) -> Float[Tensor, "batch *event"]:
     """Returns the state at `step.next_t` after a Heun step; the last step is Euler's.
 
     As in REPA, the step's start decides about guidance for both evaluations.
@@ -87,8 +87,8 @@ def heun_step(
 
 
 def euler_maruyama_step(
-    dynamics: Dynamics, x_t: Float[Tensor, "batch channels height width"], step: Step
-) -> Float[Tensor, "batch channels height width"]:
+    dynamics: Dynamics, x_t: Float[Tensor, "batch *event"], step: Step
+) -> Float[Tensor, "batch *event"]:
     """Returns the state at `step.next_t` of dx = (v - w s / 2) dt + sqrt(w) dW, w = 2 t.
 
     The diffusion is 2 t on every path; the last step has no noise. Source: SiT, Eq. 6, with the
@@ -114,11 +114,11 @@ SOLVERS = {
 
 def integrate(
     dynamics: Dynamics,
-    x_start: Float[Tensor, "batch channels height width"],
+    x_start: Float[Tensor, "batch *event"],
     *,
     solver: str,
     num_steps: int,
-) -> Float[Tensor, "batch channels height width"]:
+) -> Float[Tensor, "batch *event"]:
     """Returns the float64 state at t = 0 of the path that starts at `x_start` at t = 1."""
     row = SOLVERS[solver]
     x_t = x_start.double()
@@ -141,6 +141,9 @@ class SamplerConfig(Section):
 
     cfg_scale: Annotated[float, Field(ge=1)] = 1.0
     """Scale of classifier-free guidance; 1 is none."""
+
+    cls_cfg_scale: Annotated[float, Field(ge=0)] = 0.0
+    """REG: scale of the class token's guidance, wherever the image is guided; 0 is none."""
 
     guidance_low: Annotated[float, Field(ge=0, le=1)] = 0.0
     """First time (t = 1 is noise) that is guided, itself included."""
@@ -166,7 +169,7 @@ class SamplerConfig(Section):
     @property
     def guidance(self) -> Guidance:
         """Returns scale and interval of the guidance."""
-        return Guidance(self.cfg_scale, self.guidance_low, self.guidance_high)
+        return Guidance(self.cfg_scale, self.guidance_low, self.guidance_high, self.cls_cfg_scale)
 
     @model_validator(mode="after")
     def _interval_is_ordered(self) -> "SamplerConfig":
@@ -194,7 +197,7 @@ def count_evaluations(config: SamplerConfig) -> Evaluations:
         guided.append(config.guidance.active(guidance_t))
         return x_t
 
-    nothing = torch.zeros(0, 1, 1, 1, dtype=torch.float64)
+    nothing = torch.zeros(0, 1, dtype=torch.float64)
     dynamics = Dynamics(velocity, lambda velocity, x_t, t: x_t, lambda index: nothing)
     integrate(dynamics, nothing, solver=config.solver, num_steps=config.num_steps)
     return Evaluations(len(guided), sum(guided))

@@ -21,6 +21,7 @@ def provenance(config=CONFIG, **changes):
         "ema": "0.9999",
         "path": "linear",
         "codec": "identity",
+        "class_token": False,
         "versions": {"torch": "2.11"},
     }
     return describe(config, **{**facts, **changes})
