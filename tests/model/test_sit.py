@@ -6,52 +6,19 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+from plain_sit import plain_sit, tiny_config, tiny_inputs, tiny_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from srepa_ds.errors import ConfigError
 from srepa_ds.model.attention import ATTENTION_BACKENDS
-from srepa_ds.model.embeddings import position_embedding, timestep_sinusoid
+from srepa_ds.model.embeddings import position_embedding
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SIT_VARIANTS, SiTConfig
 from srepa_ds.schema import validated
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def tiny_config(**changes):
-    settings = {
-        "variant": "SiT-B/2",
-        "input_size": (6, 10),
-        "in_channels": 3,
-        "num_classes": 5,
-        "depth": 2,
-        "hidden_size": 36,
-        "num_heads": 3,
-    }
-    return SiTConfig(**(settings | changes))
-
-
-def tiny_model(seed=0, **changes):
-    """A model none of whose weights is zero, so that every path shows."""
-    model = SiT(tiny_config(**changes))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def tiny_inputs(batch=3, dtype=torch.float32, **changes):
-    config = tiny_config(**changes)
-    x_t = torch.arange(batch * math.prod(config.latent_shape)).mul(0.37).sin()
-    labels = torch.tensor([0, 5, 3, 1, 2])[:batch]
-    return (
-        x_t.reshape(batch, *config.latent_shape).to(dtype),
-        torch.linspace(0.1, 1, batch, dtype=dtype),
-        labels,
-    )
 
 
 def golden_projection(hidden, golden):
@@ -173,82 +140,6 @@ def test_state_dict_has_the_official_names_shapes_and_order(variant):
     assert num_trainable == SHAPES[variant]["params_without_projector_and_pos_embed"]
 
 
-def plain_attention(tokens, weights, name, heads):
-    batch, length, width = tokens.shape
-    qkv = tokens @ weights[f"{name}.qkv.weight"].T + weights[f"{name}.qkv.bias"]
-    outputs = []
-    for head in range(heads):
-        start, stop = head * width // heads, (head + 1) * width // heads
-        q, k, v = (qkv[..., part * width + start : part * width + stop] for part in range(3))
-        if f"{name}.q_norm.weight" in weights:
-            size = (stop - start,)
-            q, k = (
-                F.layer_norm(y, size, weights[f"{name}.{n}.weight"], weights[f"{name}.{n}.bias"])
-                for y, n in ((q, "q_norm"), (k, "k_norm"))
-            )
-        scores = torch.einsum("bid,bjd->bij", q, k) / math.sqrt(stop - start)
-        outputs.append(torch.einsum("bij,bjd->bid", scores.softmax(-1), v))
-    joined = torch.cat(outputs, dim=-1)
-    assert joined.shape == (batch, length, width)
-    return joined @ weights[f"{name}.proj.weight"].T + weights[f"{name}.proj.bias"]
-
-
-def plain_norm(tokens, shift, scale):
-    centred = tokens - tokens.mean(-1, keepdim=True)
-    normalised = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
-    return normalised * (1 + scale[:, None]) + shift[:, None]
-
-
-def plain_sit(weights, config, x_t, t, labels):
-    """The forward pass written out on the state_dict; returns velocity and every hidden state."""
-    depth, width, heads, patch = config.shape
-    rows, columns = config.grid
-
-    def linear(name, value):
-        return value @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-    tokens = torch.stack(
-        [
-            linear_patch(weights, x_t[:, :, r * patch :, c * patch :][:, :, :patch, :patch])
-            for r in range(rows)
-            for c in range(columns)
-        ],
-        dim=1,
-    )
-    tokens = tokens + weights["pos_embed"]
-    time = linear("t_embedder.mlp.0", timestep_sinusoid(t).to(t.dtype))
-    time = linear("t_embedder.mlp.2", time * time.sigmoid())
-    condition = time + weights["y_embedder.embedding_table.weight"][labels]
-    condition = condition * condition.sigmoid()
-    hidden = []
-    for index in range(depth):
-        name = f"blocks.{index}"
-        m = linear(f"{name}.adaLN_modulation.1", condition).split(width, dim=-1)
-        attended = plain_attention(plain_norm(tokens, m[0], m[1]), weights, f"{name}.attn", heads)
-        tokens = tokens + m[2][:, None] * attended
-        inner = linear(f"{name}.mlp.fc1", plain_norm(tokens, m[3], m[4]))
-        cubic = math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)
-        tokens = tokens + m[5][:, None] * linear(
-            f"{name}.mlp.fc2", 0.5 * inner * (1 + cubic.tanh())
-        )
-        hidden.append(tokens)
-    shift, scale = linear("final_layer.adaLN_modulation.1", condition).split(width, dim=-1)
-    pixels = linear("final_layer.linear", plain_norm(tokens, shift, scale))
-    velocity = torch.zeros_like(x_t)
-    for token in range(rows * columns):
-        for pixel in range(patch * patch):
-            y = token // columns * patch + pixel // patch
-            x = token % columns * patch + pixel % patch
-            start = pixel * config.in_channels
-            velocity[:, :, y, x] = pixels[:, token, start : start + config.in_channels]
-    return velocity, hidden
-
-
-def linear_patch(weights, patch):
-    kernel = weights["x_embedder.proj.weight"].flatten(1)
-    return patch.flatten(1) @ kernel.T + weights["x_embedder.proj.bias"]
-
-
 @pytest.mark.parametrize("attention", list(ATTENTION_BACKENDS))
 @pytest.mark.parametrize(
     "changes",
@@ -265,7 +156,7 @@ def test_values_and_gradients_are_those_of_the_written_out_model(changes, attent
     depths = tuple(range(model.config.shape.depth, 0, -1))
     out = model(x_t, t, labels, depths=depths)
     state = {n: w.detach().clone().requires_grad_() for n, w in model.state_dict().items()}
-    velocity, hidden = plain_sit(state, model.config, x_t, t, labels)
+    velocity, hidden, _ = plain_sit(state, model.config, x_t, t, labels)
     assert out.velocity.dtype == torch.float64
     torch.testing.assert_close(out.velocity, velocity, rtol=1e-10, atol=1e-10)
     for depth, tapped in zip(depths, out.hidden, strict=True):
