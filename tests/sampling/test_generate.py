@@ -7,20 +7,32 @@ from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.latent_codec import IdentityCodec
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
+from srepa_ds.noise import Stream, normal
 from srepa_ds.sampling.generate import draw_labels, generate, plan_chunks
-from srepa_ds.sampling.solvers import SOLVERS, SamplerConfig
+from srepa_ds.sampling.guidance import GuidedModel
+from srepa_ds.sampling.solvers import SOLVERS, Dynamics, SamplerConfig, integrate
 
 CONFIG = SamplerConfig(num_steps=3, num_samples=11, batch_size=4, cfg_scale=1.5, seed=7)
 
 
 @pytest.fixture(scope="module")
 def model():
+    return model_with(class_token_width=None)
+
+
+@pytest.fixture(scope="module")
+def reg_model():
+    return model_with(class_token_width=7)
+
+
+def model_with(*, class_token_width):
     sit = SiT(
         SiTConfig(
             variant="SiT-S/2",
             input_size=(6, 4),
             in_channels=3,
             num_classes=5,
+            class_token_width=class_token_width,
             depth=2,
             hidden_size=32,
             num_heads=2,
@@ -64,6 +76,58 @@ def test_any_number_of_ranks_draws_the_same_images(model, solver):
         for number, (image, label) in alone.items():
             assert torch.equal(image, shared[number][0])
             assert label == shared[number][1]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_any_number_of_ranks_draws_the_same_images_with_a_class_token(reg_model, solver):
+    config = CONFIG.model_copy(update={"solver": solver, "cls_cfg_scale": 1.3})
+    alone = images_of(reg_model, config)
+    assert 20 < torch.stack([image for image, _ in alone.values()]).float().std() < 120
+    shared = images_of(reg_model, config, world_size=2)
+    assert sorted(shared) == sorted(alone)
+    assert all(torch.equal(image, shared[number][0]) for number, (image, _) in alone.items())
+
+
+def test_one_chunk_or_two_draw_the_same_images_with_a_class_token(reg_model):
+    one, two = (CONFIG.model_copy(update={"batch_size": size}) for size in (12, 6))
+    together, apart = images_of(reg_model, one), images_of(reg_model, two)
+    for number, (image, label) in together.items():
+        assert label == apart[number][1]
+        # Another batch size may round otherwise.
+        assert (image.int() - apart[number][0].int()).abs().max() <= 1
+
+
+def test_the_class_tokens_guidance_reaches_the_pixels(reg_model):
+    plain = images_of(reg_model, CONFIG)[0][0]
+    guided = images_of(reg_model, CONFIG.model_copy(update={"cls_cfg_scale": 4.0}))[0][0]
+    assert not torch.equal(guided, plain)
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+@pytest.mark.parametrize("solver", SOLVERS)
+@torch.no_grad()
+def test_without_a_class_token_the_state_is_the_image_and_nothing_else(model, solver, cfg_scale):
+    config = CONFIG.model_copy(update={"solver": solver, "cfg_scale": cfg_scale})
+    ids = torch.arange(4)
+
+    def step_noise(step):
+        return normal(7, Stream.SAMPLE_STEP, ids, (3, 6, 4), draw=step, dtype=torch.float64)
+
+    guided = GuidedModel(
+        lambda x_t, t, labels: model(x_t, t, labels).velocity,
+        draw_labels(config, ids, num_classes=5),
+        null_label=5,
+        guidance=config.guidance,
+    )
+    latents = integrate(
+        Dynamics(guided, INTERPOLANTS["linear"].score, step_noise),
+        normal(7, Stream.SAMPLE_START, ids, (3, 6, 4)),
+        solver=solver,
+        num_steps=3,
+    )
+    expected = IdentityCodec().decode(latents.float())
+    found = images_of(model, config, chunks=plan_chunks(config, rank=0, world_size=1)[:1])
+    assert all(torch.equal(found[number][0], expected[number]) for number in range(4))
 
 
 def test_images_differ_from_each_other_and_between_seeds(model):

@@ -120,6 +120,17 @@ def test_a_finished_set_is_not_drawn_again(tmp_path):
     assert files_in(tmp_path) == ["contact_sheet.png", "provenance.json", "samples.npz"]
 
 
+@pytest.mark.parametrize("class_token", [False, True])
+def test_the_class_tokens_guidance_is_a_fact_of_models_that_have_one(class_token):
+    sampler = provenance(class_token=class_token).facts["sampler"]
+    assert ("cls_cfg_scale" in sampler) == class_token
+    # Of older sets, which must remain what they were.
+    assert {*sampler} - {"cls_cfg_scale"} == {
+        "solver", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "label_mode",
+        "num_samples", "batch_size", "seed", "precision",
+    }  # fmt: skip
+
+
 def test_another_provenance_is_refused_and_named(tmp_path):
     ChunkWriter(tmp_path, provenance()).write(drawn(CHUNKS[0]))
     before = files_in(tmp_path)
