@@ -13,6 +13,7 @@ from srepa_ds.config import Config, load_config
 from srepa_ds.errors import CheckpointError
 from srepa_ds.export import export
 from srepa_ds.model.embeddings import position_embedding
+from srepa_ds.model.sit import SiT
 from srepa_ds.model.weights import read_model
 from srepa_ds.objective import Objective
 from srepa_ds.schema import to_tree
@@ -95,6 +96,24 @@ def test_names_are_the_official_ones_projectors_included(configured):
     official = {name.replace("blocks.0.", f"blocks.{k}.") for name in shapes for k in range(3)}
     assert found.keys() == official
     assert torch.equal(found["pos_embed"], position_embedding((8, 8), 48))
+
+
+def test_a_model_with_a_class_token_is_read_back(configured):
+    config = configured("model.class_token_width=32")
+    model = SiT(config.model, torch.Generator().manual_seed(4))
+    pieces = [
+        Piece("ema", f"sit.{name}", tuple(value.shape), 0, value.detach().reshape(-1))
+        for name, value in model.named_parameters()
+    ]
+    state = {"step": 5, "adam_step": 5, "config": to_tree(config)}
+    checkpoint.save(config.checkpoints, step=5, pieces=pieces, state=state, rank=0)
+    folder = export(config)
+    assert weights(folder).keys() == model.state_dict().keys()
+    found = read_model(folder).model.state_dict()
+    assert found["pos_embed"].shape == (1, 65, 48)
+    assert not found["pos_embed"][0, 0].any()
+    for name, value in model.state_dict().items():
+        assert torch.equal(found[name], value), name
 
 
 def test_the_model_is_that_of_the_checkpoint_whatever_the_file_says_now(configured):
