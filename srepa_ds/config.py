@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from srepa_ds.alignment.losses import AlignmentConfig
+from srepa_ds.alignment.alignment import AlignmentConfig
 from srepa_ds.alignment.teachers import TeacherConfig
 from srepa_ds.checkpoint import CheckpointConfig
 from srepa_ds.data.loader import DataConfig
@@ -64,6 +64,10 @@ class EngineConfig(Section):
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """`bf16`: weights and activations in bf16 with fp32 masters, moments and EMA."""
+
+    overlap_teachers: bool = False
+    """Whether teachers run one micro batch ahead on a CUDA stream of their own, beside the student;
+    it costs the memory of one more micro batch. Without a GPU it changes nothing."""
 
 
 class ExportConfig(Section):
@@ -219,6 +223,38 @@ def _depth_within_model(
             )
 
 
+def _class_tokens_have_a_source(
+    model: SiTConfig, alignments: tuple[AlignmentConfig, ...]
+) -> Iterator[Fault]:
+    """REG: the class token is the first teacher's; whoever compares class tokens needs two."""
+    width = model.class_token_width
+    if width is not None and not alignments:
+        yield Fault(
+            "model.class_token_width",
+            "the class token is that of the first alignment's teacher, but there is no alignment",
+        )
+    for number, alignment in enumerate(alignments):
+        teacher, path = alignment.teacher.resolved, f"alignments.{number}"
+        named = alignment.teacher.name or teacher.architecture
+        if width is not None and number == 0 and not teacher.has_cls:
+            yield Fault(
+                f"{path}.teacher",
+                f"'{named}' has no class token, which the model is to carry "
+                "(model.class_token_width); choose a teacher with one",
+            )
+        elif width is not None and number == 0 and teacher.width != width:
+            yield Fault(
+                "model.class_token_width",
+                f"is {width}, but the class token of '{named}' has {teacher.width} channels",
+            )
+        if alignment.includes_cls and width is None:
+            yield Fault(
+                f"{path}", "include_cls needs model.class_token_width; the model has no class token"
+            )
+        elif alignment.includes_cls and not teacher.has_cls and number > 0:
+            yield Fault(f"{path}", f"include_cls: the teacher '{named}' has no class token")
+
+
 def _batch_divides(train: TrainConfig) -> Iterator[Fault]:
     if train.batch_size % train.accumulation_steps:
         yield Fault(
@@ -237,7 +273,7 @@ def _deepspeed_json_is_sound(engine: EngineConfig) -> Iterator[Fault]:
 
 
 CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {
-    ("model", "alignments"): (_depth_within_model,),
+    ("model", "alignments"): (_depth_within_model, _class_tokens_have_a_source),
     ("train",): (_batch_divides,),
     ("engine",): (_deepspeed_json_is_sound,),
 }

@@ -1,5 +1,6 @@
 """What is minimised: flow matching plus alignment, in one module that owns every trained weight."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -8,12 +9,20 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from srepa_ds import noise
-from srepa_ds.alignment.losses import AlignmentConfig, alignment_losses
-from srepa_ds.alignment.projector import build_projector
+from srepa_ds.alignment.alignment import (
+    AlignmentConfig,
+    AlignmentLosses,
+    TeacherShape,
+    alignment_losses,
+    idle_losses,
+    projector_of,
+)
+from srepa_ds.alignment.teachers import TeacherTokens
 from srepa_ds.interpolant import (
     INTERPOLANTS,
     TIME_WEIGHTINGS,
     InterpolantConfig,
+    Noised,
     flow_loss,
     sample_time,
 )
@@ -33,6 +42,9 @@ class ObjectiveConfig(Section):
     label_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of labels replaced by the null label, for classifier-free guidance."""
 
+    cls_weight: float = Field(default=0.03, ge=0)
+    """Factor of the class token's flow loss, where the model carries one (REG: 0.03)."""
+
 
 class TrainingInputs(NamedTuple):
     """Everything one forward pass needs; all randomness is already drawn."""
@@ -41,7 +53,14 @@ class TrainingInputs(NamedTuple):
     labels: Int[Tensor, "batch"]
     t: Float[Tensor, "batch"]
     noise: Float[Tensor, "batch channels height width"]
-    teacher_patches: tuple[Float[Tensor, "batch tokens teacher_width"], ...]
+    teacher_patches: tuple[Float[Tensor, "batch tokens teacher_width"] | None, ...] = ()
+    """One per alignment; None where its schedule has ended."""
+    teacher_cls: tuple[Float[Tensor, "batch teacher_width"] | None, ...] = ()
+    """One per alignment, None without a class token; may be left empty if no term needs any."""
+    cls_noise: Float[Tensor, "batch teacher_width"] | None = None
+    """For the class token of the first teacher, where the model carries it."""
+    factors: Float[Tensor, "alignments 2"] | None = None
+    """What schedules make of the point-wise and structural weights; None: all are 1."""
 
 
 class Losses(NamedTuple):
@@ -51,26 +70,34 @@ class Losses(NamedTuple):
     flow: Float[Tensor, ""]
     pointwise: Float[Tensor, ""]
     structural: Float[Tensor, ""]
+    cls: Float[Tensor, ""]
 
 
 def draw_inputs(
     config: ObjectiveConfig,
+    model: SiTConfig,
     latents: Float[Tensor, "batch channels height width"],
     labels: Int[Tensor, "batch"],
-    teacher_patches: tuple[Tensor, ...],
     *,
     positions: Int[Tensor, "batch"],
     seed: int,
-    null_label: int,
 ) -> TrainingInputs:
-    """Returns the inputs with time, noise and label dropout drawn by global sample position."""
+    """Returns the inputs with time, noise and label dropout drawn by global sample position.
+
+    Without teacher tokens, which are no draw.
+    """
     weighting = TIME_WEIGHTINGS[config.interpolant.time_weighting]
     draw = weighting.draw(seed, Stream.TIME, positions)
     t = sample_time(weighting, INTERPOLANTS[config.interpolant.path], draw)
     gaussian = noise.normal(seed, Stream.NOISE, positions, tuple(latents.shape[1:]))
     uniforms = noise.uniform(seed, Stream.LABEL_DROP, positions)
-    labels = drop_labels(labels, uniforms, probability=config.label_dropout, null_label=null_label)
-    return TrainingInputs(latents, labels, t, gaussian.to(latents.dtype), teacher_patches)
+    labels = drop_labels(
+        labels, uniforms, probability=config.label_dropout, null_label=model.null_label
+    )
+    cls_noise = None
+    if model.class_token_width is not None:
+        cls_noise = noise.normal(seed, Stream.CLS_NOISE, positions, (model.class_token_width,))
+    return TrainingInputs(latents, labels, t, gaussian.to(latents.dtype), cls_noise=cls_noise)
 
 
 class Objective(nn.Module):
@@ -86,43 +113,92 @@ class Objective(nn.Module):
         config: ObjectiveConfig,
         alignments: tuple[AlignmentConfig, ...] = (),
         *,
-        teacher_widths: tuple[int, ...] = (),
+        teachers: tuple[TeacherShape, ...] = (),
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        assert len(alignments) == len(teacher_widths)
+        assert len(alignments) == len(teachers)
         self._interpolant = INTERPOLANTS[config.interpolant.path]
+        self._cls_weight = config.cls_weight
         self._alignments = alignments
+        self._teacher_grids = tuple(teacher.grid for teacher in teachers)
         self.sit = SiT(model, generator)
         self.projectors = nn.ModuleList(
-            build_projector(alignment.projector, model.shape.hidden_size, width, generator)
-            for alignment, width in zip(alignments, teacher_widths, strict=True)
+            projector_of(
+                alignment,
+                hidden_size=model.shape.hidden_size,
+                grid=model.grid,
+                teacher=teacher,
+                generator=generator,
+            )
+            for alignment, teacher in zip(alignments, teachers, strict=True)
         )
 
-    def forward(self, *inputs: Tensor | tuple[Tensor, ...]) -> Losses:
+    def forward(self, *inputs: Tensor | tuple[Tensor | None, ...] | None) -> Losses:
         """Returns the losses of one micro batch, given the fields of `TrainingInputs`."""
-        latents, labels, t, gaussian, teacher_patches = TrainingInputs(*inputs)  # type: ignore[arg-type]
-        noised = self._interpolant.noised(latents, gaussian, t)
-        depths = tuple(alignment.depth for alignment in self._alignments)
-        output = self.sit(noised.x_t, noised.t, labels, depths=depths)
+        given = TrainingInputs(*inputs)  # type: ignore[arg-type]
+        noised = self._interpolant.noised(given.latents, given.noise, given.t)
+        noised_cls = self._noised_cls(given)
+        output = self.sit(
+            noised.x_t,
+            noised.t,
+            given.labels,
+            cls_t=noised_cls.x_t if noised_cls else None,
+            depths=tuple(alignment.depth for alignment in self._alignments),
+        )
         flow = flow_loss(output.velocity, noised.velocity).mean()
-        total, pointwise, structural = flow, torch.zeros_like(flow), torch.zeros_like(flow)
+        total, cls = flow, torch.zeros_like(flow)
+        if noised_cls is not None:
+            cls = flow_loss(output.cls_velocity, noised_cls.velocity).mean()
+            total = total + self._cls_weight * cls
+        pointwise, structural = torch.zeros_like(flow), torch.zeros_like(flow)
         count = max(1, len(self._alignments))
-        for alignment, projector, hidden, teacher in zip(
-            self._alignments, self.projectors, output.hidden, teacher_patches, strict=True
-        ):
-            terms = alignment_losses(alignment, projector(hidden), teacher)
+        for number, terms in enumerate(self._alignment_losses(output.hidden, given)):
             pointwise = pointwise + terms.pointwise / count
             structural = structural + terms.structural / count
-            total = (
-                total
-                + (
-                    alignment.pointwise_weight * terms.pointwise
-                    + alignment.structural_weight * terms.structural
-                )
-                / count
+            total = total + self._weighted(number, terms, given.factors) / count
+        return Losses(total, flow, pointwise.detach(), structural.detach(), cls.detach())
+
+    def _noised_cls(self, given: TrainingInputs) -> Noised | None:
+        """Returns the first teacher's class token on the path from data to noise (REG)."""
+        if given.cls_noise is None:
+            return None
+        assert given.teacher_cls[0] is not None
+        # At the image's time, with noise of its own; neither normalised nor scaled.
+        return self._interpolant.noised(given.teacher_cls[0], given.cls_noise, given.t)
+
+    def _alignment_losses(
+        self, hidden: tuple[Tensor, ...], given: TrainingInputs
+    ) -> Iterator[AlignmentLosses]:
+        """Yields the terms of each alignment in turn."""
+        cls_tokens = given.teacher_cls or (None,) * len(self._alignments)
+        for alignment, projector, states, patches, cls, teacher_grid in zip(
+            self._alignments,
+            self.projectors,
+            hidden,
+            given.teacher_patches,
+            cls_tokens,
+            self._teacher_grids,
+            strict=True,
+        ):
+            grid = self.sit.grid
+            if patches is None:
+                yield idle_losses(alignment, projector, states, grid=grid)
+                continue
+            tokens = TeacherTokens(patches, cls)
+            yield alignment_losses(
+                alignment, projector, states, tokens, grid=grid, teacher_grid=teacher_grid
             )
-        return Losses(total, flow, pointwise.detach(), structural.detach())
+
+    def _weighted(self, number: int, terms: AlignmentLosses, factors: Tensor | None) -> Tensor:
+        alignment = self._alignments[number]
+        values = (
+            alignment.pointwise_weight * terms.pointwise,
+            alignment.structural_weight * terms.structural,
+        )
+        if factors is None:
+            return values[0] + values[1]
+        return factors[number, 0] * values[0] + factors[number, 1] * values[1]
 
 
 def official_name(name: str) -> str:

@@ -2,26 +2,26 @@
 
 import logging
 import math
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 
 from srepa_ds import checkpoint, distributed, run_folder
+from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.alignment.teachers import Teacher, load_teacher
 from srepa_ds.checkpoint import CheckpointReader
 from srepa_ds.config import Config
-from srepa_ds.data.batch import Batch
 from srepa_ds.data.loader import BatchLoader
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import Ranks
 from srepa_ds.engine import Engine, StepReport, deepspeed_config, micro_batch_size
 from srepa_ds.errors import ConfigError, DataError, DivergedError, Fault
+from srepa_ds.feed import Feed
 from srepa_ds.files import sha256_of
 from srepa_ds.latent_codec import LatentCodec, build_codec
 from srepa_ds.launcher import stop_requested
-from srepa_ds.objective import Objective, TrainingInputs, draw_inputs
+from srepa_ds.objective import Objective
 from srepa_ds.optim import learning_rate
 from srepa_ds.schema import to_tree
 from srepa_ds.telemetry import Telemetry, Window
@@ -61,8 +61,15 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
         stack.enter_context(telemetry)
         stop = stack.enter_context(stop_requested())
         batches = stack.enter_context(_loader(config, dataset, engine, ranks))
-        inputs = _inputs(config, batches, codec, teachers, ranks)
-        return _run(config, engine, inputs, telemetry, stop, identity)
+        feed = Feed(
+            config,
+            batches,
+            codec,
+            teachers,
+            device=ranks.device,
+            first_step=engine.step_count,
+        )
+        return _run(config, engine, feed, telemetry, stop, identity)
 
 
 def _resume(engine: Engine, source: Path) -> None:
@@ -87,7 +94,7 @@ def _identity(config: Config, dataset: ShardDataset) -> dict[str, str | None]:
 def _run(
     config: Config,
     engine: Engine,
-    inputs: Iterator[TrainingInputs],
+    feed: Feed,
     telemetry: Telemetry,
     stop: list[int],
     identity: dict[str, str | None],
@@ -99,8 +106,9 @@ def _run(
     saved_at = engine.step_count
     while engine.step_count < config.train.steps:
         rate = learning_rate(config.optimizer, engine.step_count)
-        micro_batches = (next(inputs) for _ in range(config.train.accumulation_steps))
-        report = engine.step(micro_batches, learning_rate=rate)
+        report = engine.step(feed.step(), learning_rate=rate)
+        if not report.applied:
+            distributed.together(lambda: _check_teachers(config, feed))
         step = engine.step_count
         window.add(_scalars(report), applied=report.applied)
         if step % config.train.log_every_steps == 0 or step == config.train.steps:
@@ -116,6 +124,21 @@ def _run(
     if not finished:
         log.info("stopped by a signal at step %d; run the same command to go on", engine.step_count)
     return finished
+
+
+def _check_teachers(config: Config, feed: Feed) -> None:
+    """Raises DataError if a step failed for samples that a teacher has no finite tokens for.
+
+    A frozen teacher would fail on them again in every epoch.
+    """
+    for number, sample_ids in feed.unusable().items():
+        teacher = config.alignments[number].teacher
+        shown = ", ".join(map(str, sample_ids[:10])) + (", ..." if len(sample_ids) > 10 else "")
+        raise DataError(
+            f"alignments.{number}.teacher: '{teacher.name or teacher.resolved.architecture}' gives "
+            f"tokens that are not finite for sample(s) {shown} of {config.data.folder}; check its "
+            "weights, or set its dtype to fp32"
+        )
 
 
 def _scalars(report: StepReport) -> dict[str, torch.Tensor]:
@@ -161,29 +184,6 @@ def _save(config: Config, engine: Engine, identity: dict[str, str | None]) -> in
     return engine.step_count
 
 
-def _inputs(
-    config: Config,
-    batches: Iterator[Batch],
-    codec: LatentCodec,
-    teachers: tuple[Teacher, ...],
-    ranks: Ranks,
-) -> Iterator[TrainingInputs]:
-    """Yields what the objective needs of each micro batch, on the device."""
-    for cpu_batch in batches:
-        batch = cpu_batch.to(ranks.device, non_blocking=True)
-        latents = codec.encode(batch, seed=config.run.seed)
-        patches = tuple(teacher.tokens(batch.pixels).patches for teacher in teachers)
-        yield draw_inputs(
-            config.objective,
-            latents,
-            batch.labels,
-            patches,
-            positions=batch.positions,
-            seed=config.run.seed,
-            null_label=config.model.null_label,
-        )
-
-
 def _telemetry(config: Config, engine: Engine, ranks: Ranks) -> Telemetry:
     return Telemetry(
         config.run.folder,
@@ -212,7 +212,7 @@ def _build_engine(config: Config, teachers: tuple[Teacher, ...], ranks: Ranks) -
         config.model,
         config.objective,
         config.alignments,
-        teacher_widths=tuple(teacher.width for teacher in teachers),
+        teachers=tuple(TeacherShape(teacher.width, teacher.grid) for teacher in teachers),
         generator=torch.Generator().manual_seed(config.run.seed),
     )
     return Engine(objective, config, ranks)
@@ -252,10 +252,11 @@ def _load_teachers(config: Config, dataset: ShardDataset, ranks: Ranks) -> tuple
         Fault(
             f"alignments.{number}.teacher",
             f"gives a grid of {teacher.grid} tokens at {resolution} px, the model has "
-            f"{config.model.grid}; choose a matching patch size or input size",
+            f"{config.model.grid}; set its resampling, e.g. {{direction: teacher_to_student, mode: "
+            "bilinear}, or choose a matching patch size or input size",
         )
-        for number, teacher in enumerate(teachers)
-        if teacher.grid != config.model.grid
+        for number, (teacher, alignment) in enumerate(zip(teachers, config.alignments, strict=True))
+        if teacher.grid != config.model.grid and alignment.resampling is None
     ]
     if faults:
         raise ConfigError("configuration", faults)

@@ -16,6 +16,7 @@ from conftest import write_shards
 from safetensors.torch import load_file, save_file
 
 from srepa_ds import checkpoint, distributed
+from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.checkpoint import Piece
 from srepa_ds.cli import run
 from srepa_ds.config import Config, load_config
@@ -104,7 +105,9 @@ def foreign_teacher(place: Place) -> None:
 
 
 def objective(config: Config) -> Objective:
-    return Objective(config.model, config.objective, config.alignments, teacher_widths=(32,))
+    return Objective(
+        config.model, config.objective, config.alignments, teachers=(TeacherShape(32, (8, 8)),)
+    )
 
 
 def trained(place: Place) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from srepa_ds import checkpoint
+from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.checkpoint import Piece
 from srepa_ds.config import Config, load_config
 from srepa_ds.errors import CheckpointError
@@ -26,7 +27,7 @@ def objective(config: Config, seed: int) -> Objective:
         config.model,
         config.objective,
         config.alignments,
-        teacher_widths=(32,),
+        teachers=(TeacherShape(32, (8, 8)),),
         generator=torch.Generator().manual_seed(seed),
     )
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from srepa_ds import noise
-from srepa_ds.alignment.losses import AlignmentConfig
+from srepa_ds.alignment.alignment import AlignmentConfig, TeacherShape
 from srepa_ds.interpolant import InterpolantConfig
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.noise import Stream
@@ -67,7 +67,8 @@ def objective_of(case: str, path: str = "linear") -> Objective:
     settings, widths = ALIGNMENTS[case]
     config = ObjectiveConfig(interpolant=InterpolantConfig(path=path))
     alignments = tuple(map(alignment, settings))
-    objective = Objective(MODEL, config, alignments, teacher_widths=widths)
+    teachers = tuple(TeacherShape(width, MODEL.grid) for width in widths)
+    objective = Objective(MODEL, config, alignments, teachers=teachers)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in objective.parameters():
@@ -94,8 +95,8 @@ def inputs_of(case: str, batch: int = 3) -> TrainingInputs:
 def drawn(config: ObjectiveConfig, positions: torch.Tensor, **changes) -> TrainingInputs:
     """The inputs of samples whose latents and labels are functions of their position."""
     latents = positions.float()[:, None, None, None] * torch.ones(2, 3, 3)
-    settings = {"positions": positions, "seed": SEED, "null_label": NULL, **changes}
-    return draw_inputs(config, latents, positions % NULL, (latents.flatten(2),), **settings)
+    settings = {"positions": positions, "seed": SEED, **changes}
+    return draw_inputs(config, MODEL, latents, positions % NULL, **settings)
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
@@ -115,14 +116,16 @@ def test_inputs_come_from_their_own_streams(path, weighting):
     dropped = noise.uniform(SEED, Stream.LABEL_DROP, positions) < 0.4
     assert torch.equal(inputs.labels, torch.where(dropped, NULL, positions % NULL))
     assert torch.equal(inputs.latents[:, 1, 2, 0], positions.float())
-    assert torch.equal(inputs.teacher_patches[0], inputs.latents.flatten(2))
+    assert inputs.cls_noise is None
+    assert inputs.teacher_patches == ()
 
 
 def test_noise_takes_the_dtype_of_the_latents():
     positions = torch.arange(4)
     latents = torch.zeros(4, 1, 2, 2, dtype=torch.bfloat16)
-    settings = {"positions": positions, "seed": SEED, "null_label": NULL}
-    inputs = draw_inputs(ObjectiveConfig(), latents, positions, (), **settings)
+    inputs = draw_inputs(
+        ObjectiveConfig(), MODEL, latents, positions, positions=positions, seed=SEED
+    )
     wide = noise.normal(SEED, Stream.NOISE, positions, (1, 2, 2))
     assert torch.equal(inputs.noise, wide.bfloat16())
     assert inputs.t.dtype == torch.float32
@@ -133,9 +136,9 @@ def test_the_share_of_null_labels(probability):
     config = ObjectiveConfig(label_dropout=probability)
     count = 20_000
     positions = torch.arange(count)
-    settings = {"positions": positions, "seed": SEED, "null_label": NULL}
     latents = torch.zeros(count, 1, 1, 1)
-    labels = draw_inputs(config, latents, positions % NULL, (), **settings).labels
+    inputs = draw_inputs(config, MODEL, latents, positions % NULL, positions=positions, seed=SEED)
+    labels = inputs.labels
     found = (labels == NULL).float().mean().item()
     deviation = math.sqrt(probability * (1 - probability) / count)
     assert abs(found - probability) <= 4 * deviation
@@ -209,7 +212,7 @@ def plain_losses(objective: Objective, case: str, path: str, inputs: TrainingInp
         total = total + (weights[0] * terms[0] + weights[1] * terms[1]) / len(settings)
         pointwise = pointwise + terms[0] / len(settings)
         structural = structural + terms[1] / len(settings)
-    return Losses(total, flow, pointwise, structural)
+    return Losses(total, flow, pointwise, structural, torch.zeros(()).double())
 
 
 @pytest.mark.parametrize("path", ["linear", "cosine"])
@@ -220,7 +223,7 @@ def test_the_losses_are_the_sum_written_out(case, path):
     expected = plain_losses(objective, case, path, inputs)
     for found, wanted in zip(losses, expected, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=1e-6)
-    assert [value.requires_grad for value in losses] == [True, True, False, False]
+    assert [value.requires_grad for value in losses] == [True, True, False, False, False]
     if case == "none":
         assert losses.total.item() == losses.flow.item()
     else:
@@ -273,7 +276,8 @@ def test_weights_have_the_names_and_shapes_of_repa(variant):
     model = SiTConfig(variant=variant, input_size=32, in_channels=4, num_classes=1000)
     config = alignment(POINTWISE, hidden_width=2048)
     with torch.device("meta"):
-        objective = Objective(model, ObjectiveConfig(), (config,), teacher_widths=(width,))
+        teacher = TeacherShape(width, model.grid)
+        objective = Objective(model, ObjectiveConfig(), (config,), teachers=(teacher,))
     ours = {official_name(name): tuple(p.shape) for name, p in objective.named_parameters()}
     assert len(ours) == len(list(objective.parameters()))
     assert (

@@ -1,6 +1,6 @@
-"""The configured alignment losses: which terms a run has, and their values for one teacher."""
+"""The terms of an alignment: their settings, and their values on given tokens."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -17,8 +17,7 @@ from srepa_ds.alignment.gram import (
     structural_kl,
     structural_mse,
 )
-from srepa_ds.alignment.projector import ProjectorConfig
-from srepa_ds.alignment.teachers import TeacherConfig
+from srepa_ds.alignment.schedule import ScheduleConfig
 from srepa_ds.errors import nearest
 from srepa_ds.schema import Section
 
@@ -28,6 +27,12 @@ class PointwiseConfig(Section):
 
     weight: float = Field(ge=0)
     """Factor of the term in the total loss; REPA 0.5, sREPA 1.0."""
+
+    schedule: ScheduleConfig = ScheduleConfig()
+    """How the factor follows the training step."""
+
+    include_cls: bool = False
+    """Whether the class token is compared as well (REG), where the model carries one."""
 
 
 class StructuralConfig(Section):
@@ -39,8 +44,18 @@ class StructuralConfig(Section):
     weight: float = Field(ge=0)
     """Factor of the term in the total loss; the paper's defaults are mse 2.0 and kl 0.5."""
 
+    schedule: ScheduleConfig = ScheduleConfig()
+    """How the factor follows the training step."""
+
+    tokens: Literal["projected", "hidden"] = "projected"
+    """The student's side: `projected` tokens (the paper), or the `hidden` states themselves, whose
+    width need not be the teacher's."""
+
+    include_cls: bool = False
+    """Whether the class token takes part in the Gram matrix, where the model carries one (REG)."""
+
     algorithm: str = "auto"
-    """How it is computed: auto, dense, tiled, or (mse only) feature. All of them are exact."""
+    """How it is computed: auto, dense, tiled, triton, or (mse only) feature. All are exact."""
 
     tile: int = Field(default=DEFAULT_TILE, ge=1)
     """Rows worked on at a time by the tiled algorithm; it changes speed and memory only."""
@@ -67,69 +82,6 @@ class StructuralConfig(Section):
             choice = f"choose one of {', '.join(known)}"
             raise ValueError(f"algorithm '{self.algorithm}' cannot compute {self.kind}; {choice}")
         raise ValueError(f"unknown algorithm '{self.algorithm}'; {nearest(self.algorithm, known)}")
-
-
-class AlignmentConfig(Section):
-    """The alignment of one block of the model with one teacher."""
-
-    teacher: TeacherConfig
-    """Whose tokens are the target."""
-
-    depth: int = Field(ge=1)
-    """The block whose output is aligned, counted from 1; the paper: 4 for B, 8 for L and XL."""
-
-    projector: ProjectorConfig = ProjectorConfig()
-    """The trained map from the model's width to the teacher's."""
-
-    pointwise: PointwiseConfig | None = None
-    """The point-wise term, or null for none."""
-
-    structural: StructuralConfig | None = None
-    """The structural term, or null for none."""
-
-    @model_validator(mode="after")
-    def _has_a_term(self) -> "AlignmentConfig":
-        if self.pointwise is None and self.structural is None:
-            raise ValueError(
-                "an alignment needs a pointwise or a structural term; "
-                "to train without alignment, leave it out of the list"
-            )
-        return self
-
-    @property
-    def pointwise_weight(self) -> float:
-        """The factor of the point-wise term, 0 where it is absent."""
-        return self.pointwise.weight if self.pointwise else 0.0
-
-    @property
-    def structural_weight(self) -> float:
-        """The factor of the structural term, 0 where it is absent."""
-        return self.structural.weight if self.structural else 0.0
-
-
-class AlignmentLosses(NamedTuple):
-    """The terms of one teacher before their weights; exactly zero where a term is absent."""
-
-    pointwise: Float[Tensor, ""]
-    structural: Float[Tensor, ""]
-
-
-def alignment_losses(
-    config: AlignmentConfig,
-    projected: Float[Tensor, "batch tokens d_student"],
-    teacher_patches: Float[Tensor, "batch tokens d_teacher"],
-) -> AlignmentLosses:
-    """Returns the terms of `config` on projected student tokens, at least float32.
-
-    Both terms see the projected tokens (sREPA Algorithm 1). Raises ValueError for token counts
-    that differ.
-    """
-    absent = projected.new_zeros((), dtype=compute_dtype(projected, teacher_patches))
-    pointwise, structural = config.pointwise, config.structural
-    return AlignmentLosses(
-        pointwise_cosine(projected, teacher_patches) if pointwise else absent,
-        structural_loss(structural, projected, teacher_patches) if structural else absent,
-    )
 
 
 def structural_loss(

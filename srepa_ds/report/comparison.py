@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from srepa_ds import noise
-from srepa_ds.alignment.losses import AlignmentConfig
+from srepa_ds.alignment.alignment import AlignmentConfig, student_patches, target_tokens
 from srepa_ds.alignment.projector import build_projector
-from srepa_ds.alignment.teachers import Teacher, TeacherConfig, load_teacher
+from srepa_ds.alignment.teachers import TeacherConfig, TeacherTokens, load_teacher
 from srepa_ds.config import Config
 from srepa_ds.data.batch import Batch
 from srepa_ds.data.shards import ShardDataset
@@ -140,14 +140,62 @@ def compare(config: Config, exported: ExportedModel, seen: Probe) -> tuple[Compa
     """
     experiment = _experiment(config, exported)
     pairings = _pairings(experiment, config)
+    targets = tuple(_target(pairing, experiment, seen) for pairing in pairings)
     model = exported.model.to(seen.x_t.device)
     times = torch.full((len(seen.batch),), seen.t, device=seen.x_t.device)
-    depths = tuple(pairing.depth for pairing in pairings)
-    hidden = model(seen.x_t, times, seen.batch.labels, depths=depths).hidden
+    hidden = model(
+        seen.x_t,
+        times,
+        seen.batch.labels,
+        cls_t=_noised_cls(experiment, targets[0], seen, times),
+        depths=tuple(pairing.depth for pairing in pairings),
+    ).hidden
     return tuple(
-        _compared(pairing, tokens, config, experiment, seen)
-        for pairing, tokens in zip(pairings, hidden, strict=True)
+        _compared(pairing, target, tokens, config, experiment, seen)
+        for pairing, target, tokens in zip(pairings, targets, hidden, strict=True)
     )
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a teacher says of the images, and on which grid student and teacher are compared."""
+
+    tokens: TeacherTokens
+    teacher_grid: tuple[int, int]
+    width: int
+    grid: tuple[int, int]
+
+
+def _target(pairing: _Pairing, experiment: Config, seen: Probe) -> _Target:
+    images = seen.batch.images
+    if images is None:
+        raise DataError("teachers look at pixels, and the real images are stored without any")
+    resolution = (images.shape[-2], images.shape[-1])
+    teacher = load_teacher(pairing.teacher, resolution=resolution, device=images.device)
+    grid = experiment.model.grid
+    resampling = pairing.alignment.resampling if pairing.alignment else None
+    if resampling is not None and resampling.direction == "student_to_teacher":
+        grid = teacher.grid
+    elif resampling is None and teacher.grid != grid:
+        raise DataError(
+            f"the teacher gives a grid of {teacher.grid} tokens, the model has {grid}; "
+            "there is nothing to compare"
+        )
+    return _Target(teacher.tokens(images), teacher.grid, teacher.width, grid)
+
+
+def _noised_cls(experiment: Config, target: _Target, seen: Probe, times: Tensor) -> Tensor | None:
+    """Returns the class token that a model with one sees beside the noised images."""
+    width = experiment.model.class_token_width
+    if width is None:
+        return None
+    if target.tokens.cls is None:
+        raise DataError("the model carries a class token, and its first teacher has none")
+    gaussian = noise.normal(
+        experiment.run.seed, Stream.CLS_NOISE, seen.batch.sample_ids, (width,), draw=_NOISE_DRAW
+    )
+    path = INTERPOLANTS[experiment.objective.interpolant.path]
+    return path.noised(target.tokens.cls, gaussian, times).x_t
 
 
 def _pairings(experiment: Config, config: Config) -> tuple[_Pairing, ...]:
@@ -166,23 +214,35 @@ def _pairings(experiment: Config, config: Config) -> tuple[_Pairing, ...]:
 
 
 def _compared(
-    pairing: _Pairing, hidden: Tensor, config: Config, experiment: Config, seen: Probe
+    pairing: _Pairing,
+    target: _Target,
+    hidden: Tensor,
+    config: Config,
+    experiment: Config,
+    seen: Probe,
 ) -> Comparison:
-    images = seen.batch.images
-    if images is None:
-        raise DataError("teachers look at pixels, and the real images are stored without any")
-    teacher = load_teacher(pairing.teacher, resolution=images.shape[-1], device=images.device)
-    grid = experiment.model.grid
-    if teacher.grid != grid:
-        raise DataError(
-            f"the teacher gives a grid of {teacher.grid} tokens, the model has {grid}; "
-            "there is nothing to compare"
-        )
-    target = teacher.tokens(images).patches
+    own, alignment = experiment.model.grid, pairing.alignment
+    teacher = target.tokens
     student = {f"block {pairing.depth}": hidden.float()}
-    projected = _projected(pairing, hidden.float(), config, teacher)
+    projected = _projected(pairing, hidden.float(), config, target, own)
     student |= {} if projected is None else {"projected": projected}
-    shown = seen.shown.to(images.device)
+    # The class token, where there is one, stands before the patches.
+    student = {name: tokens[:, -own[0] * own[1] :] for name, tokens in student.items()}
+    if alignment is not None:
+        grids = {"grid": own, "teacher_grid": target.teacher_grid}
+        teacher = target_tokens(alignment, teacher, **grids)
+        student = {n: student_patches(alignment, t, **grids) for n, t in student.items()}
+    return _held_against(pairing, teacher.patches, student, target.grid, seen)
+
+
+def _held_against(
+    pairing: _Pairing,
+    target: Tensor,
+    student: Mapping[str, Tensor],
+    grid: tuple[int, int],
+    seen: Probe,
+) -> Comparison:
+    shown = seen.shown.to(target.device)
     first = (grid[0] // 2) * grid[1] + grid[1] // 2
     count = min(NUM_QUERIES, target.shape[1])
     queries = spread_queries(target[shown], first=first, count=count)
@@ -196,15 +256,17 @@ def _compared(
 
 
 def _projected(
-    pairing: _Pairing, hidden: Tensor, config: Config, teacher: Teacher
+    pairing: _Pairing, hidden: Tensor, config: Config, target: _Target, grid: tuple[int, int]
 ) -> Tensor | None:
-    """Returns the tokens the loss matches, or None if the projector was not exported."""
-    path = config.weights_folder / WEIGHTS
+    """Returns the tokens the loss matches, or None if there is no projector or it was not kept."""
+    path, alignment = config.weights_folder / WEIGHTS, pairing.alignment
     state = _tensors_below(f"projectors.{pairing.number}.", config)
-    if not state or pairing.alignment is None:
+    if not state or alignment is None:
         return None
+    if not alignment.projects_cls:
+        hidden = hidden[:, -grid[0] * grid[1] :]
     projector = build_projector(
-        pairing.alignment.projector, hidden.shape[-1], teacher.width, generator=None
+        alignment.projector, hidden.shape[-1], target.width, generator=None, grid=grid
     )
     try:
         projector.load_state_dict(state)

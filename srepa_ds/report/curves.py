@@ -17,6 +17,7 @@ TITLES = {
     "loss_flow": "flow matching",
     "loss_pointwise": "point-wise (negative cosine)",
     "loss_structural": "structural",
+    "loss_cls": "class token's flow matching",
     "gradient_norm": "gradient norm before clipping",
     "images_per_second": "images per second",
     "learning_rate": "learning rate",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from srepa_ds.alignment.losses import AlignmentConfig
+from srepa_ds.alignment.alignment import AlignmentConfig
 from srepa_ds.config import Config
 from srepa_ds.errors import DataError
 from srepa_ds.schema import load_tree, validated
@@ -76,27 +76,36 @@ def training_seconds(lines: Sequence[Line]) -> float:
     return total
 
 
-def mode_of(alignments: Sequence[AlignmentConfig]) -> str:
+def mode_of(config: Config) -> str:
     """Returns the name of the training objective, as the papers call it."""
-    names = dict.fromkeys(_mode(alignment) for alignment in alignments)
+    names = dict.fromkeys(_mode(alignment) for alignment in config.alignments)
+    if config.model.class_token_width is not None:
+        names = {"REG": None, **{name: None for name in names if name != "REPA"}}
     return " + ".join(names) or "SiT"
 
 
 def _mode(alignment: AlignmentConfig) -> str:
+    is_irepa = alignment.projector.kind == "conv" or alignment.spatial_norm is not None
+    base = "iREPA" if is_irepa else "REPA"
     if alignment.structural is None:
-        return "REPA"
+        return base
     kind = alignment.structural.kind.upper()
-    return f"sREPA-{kind}" if alignment.pointwise else f"structural {kind} alone"
+    if not alignment.pointwise:
+        return f"structural {kind} alone"
+    return f"iREPA + sREPA-{kind}" if is_irepa else f"sREPA-{kind}"
 
 
-def objective_of(alignments: Sequence[AlignmentConfig]) -> str:
+def objective_of(config: Config) -> str:
     """Returns the sum that is minimised, in words."""
-    if not alignments:
-        return "flow matching alone"
-    terms = [_terms(alignment) for alignment in alignments]
+    flow = "flow matching"
+    if config.model.class_token_width is not None:
+        flow += f" + {config.objective.cls_weight:g} · that of the class token"
+    terms = [_terms(alignment) for alignment in config.alignments]
+    if not terms:
+        return f"{flow} alone"
     if len(terms) == 1:
-        return f"flow matching + {terms[0]}"
-    return f"flow matching + the mean of ({'; '.join(terms)})"
+        return f"{flow} + {terms[0]}"
+    return f"{flow} + the mean of ({'; '.join(terms)})"
 
 
 def _terms(alignment: AlignmentConfig) -> str:

@@ -54,7 +54,7 @@ def report(config: Config) -> Path:
     """
     _require_matplotlib()
     run = _read(config)
-    title = f"{run.folder.name}: {record.mode_of(run.trained.alignments)}"
+    title = f"{run.folder.name}: {record.mode_of(run.trained)}"
     text = page(title, header=_header(run), sections=_sections(run))
     path = config.report
     try:
@@ -103,8 +103,7 @@ def _real(run: _Run) -> ShardDataset:
 
 
 def _header(run: _Run) -> Markup:
-    alignments = run.trained.alignments
-    mode, objective = record.mode_of(alignments), record.objective_of(alignments)
+    mode, objective = record.mode_of(run.trained), record.objective_of(run.trained)
     model = run.exported.model if run.exported else None
     parameters = sum(weight.numel() for weight in model.parameters()) if model else None
     return joined(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.config import Config, load_config
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.files import sha256_of
@@ -103,7 +104,9 @@ def small_run(small_world, tmp_path_factory):
             config.model,
             config.objective,
             config.alignments,
-            teacher_widths=tuple(a.teacher.resolved.width for a in config.alignments),
+            teachers=tuple(
+                TeacherShape(a.teacher.resolved.width, config.model.grid) for a in config.alignments
+            ),
         )
         generator = torch.Generator().manual_seed(0)
         # A model as it is initialised would let blocks pass the input through.

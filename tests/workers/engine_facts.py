@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from srepa_ds import checkpoint, distributed
+from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.checkpoint import CheckpointReader
 from srepa_ds.config import Config, config_from
 from srepa_ds.distributed import Ranks
@@ -23,6 +24,7 @@ from srepa_ds.objective import Objective, TrainingInputs
 
 ROOT = Path(__file__).parents[2]
 BATCH, NUM_TOKENS, TEACHER_WIDTH = 8, 4, 10
+TEACHER = TeacherShape(TEACHER_WIDTH, (2, 2))
 LEARNING_RATE, WEIGHT_DECAY, EPSILON, CLIPPING = 1e-2, 0.1, 1e-3, 0.5
 GOOD_STEPS = 4
 SAVED_STEP = 3
@@ -77,9 +79,7 @@ def experiment(folder: Path, stage: int, precision: str, accumulation: int) -> C
 
 def objective_of(config: Config) -> Objective:
     """All weights random, also those a run starts from zero; bf16 holds hardly one of them."""
-    objective = Objective(
-        config.model, config.objective, config.alignments, teacher_widths=(TEACHER_WIDTH,)
-    )
+    objective = Objective(config.model, config.objective, config.alignments, teachers=(TEACHER,))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in objective.parameters():
@@ -101,7 +101,7 @@ def share_of(batch: TrainingInputs, number: int, parts: int) -> TrainingInputs:
     """Part `number` of `parts` equal ones."""
     size = BATCH // parts
     rows = slice(number * size, (number + 1) * size)
-    latents, labels, t, noise, patches = batch
+    latents, labels, t, noise, patches, *_ = batch
     cut = (latents[rows], labels[rows], t[rows], noise[rows])
     return TrainingInputs(*cut, tuple(patch[rows] for patch in patches))
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from srepa_ds import checkpoint, distributed
+from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.checkpoint import CheckpointReader
 from srepa_ds.config import Config, config_from
 from srepa_ds.engine import Engine
@@ -73,10 +74,8 @@ def main(golden: Path, deepspeed: str, output: Path) -> None:
     result = {}
     for mode in MODES:
         config = experiment(mode, deepspeed)
-        widths = tuple(48 for _ in config.alignments)
-        objective = Objective(
-            config.model, config.objective, config.alignments, teacher_widths=widths
-        )
+        teachers = tuple(TeacherShape(48, (4, 4)) for _ in config.alignments)
+        objective = Objective(config.model, config.objective, config.alignments, teachers=teachers)
         with torch.no_grad():
             for name, parameter in objective.named_parameters():
                 parameter.copy_(weights[official_name(name)])

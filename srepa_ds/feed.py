@@ -1,0 +1,161 @@
+"""From batches to what the objective needs: latents, noise, and the teachers' tokens."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from srepa_ds.alignment.alignment import TermFactors
+from srepa_ds.alignment.teachers import Teacher, TeacherTokens
+from srepa_ds.config import Config
+from srepa_ds.data.batch import Batch
+from srepa_ds.latent_codec import LatentCodec
+from srepa_ds.objective import TrainingInputs, draw_inputs
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The inputs of one micro batch, and what names its bad samples."""
+
+    inputs: TrainingInputs
+    sample_ids: Int64[Tensor, "batch"]
+    finite: tuple[Bool[Tensor, "batch"] | None, ...]
+    """Per alignment: which samples' teacher tokens are finite; stays on the device until asked."""
+
+
+class Feed:
+    """An endless iterator of one rank's micro batches, ready for the objective."""
+
+    def __init__(
+        self,
+        config: Config,
+        batches: Iterator[Batch],
+        codec: LatentCodec,
+        teachers: tuple[Teacher | None, ...],
+        *,
+        device: torch.device,
+        first_step: int,
+    ):
+        """`teachers` has one entry per alignment, None where stored tokens are read instead."""
+        self._config = config
+        self._codec = codec
+        self._teachers = teachers
+        self._device = device
+        self._first_step = first_step
+        self._last_step: list[Prepared] = []
+        overlapped = config.engine.overlap_teachers and device.type == "cuda"
+        prepared = self._prepared(batches)
+        self._ready = _one_ahead(prepared, device) if overlapped else prepared
+
+    def step(self) -> Iterator[TrainingInputs]:
+        """Yields the micro batches of one optimizer step; the next call forgets them."""
+        self._last_step = []
+        for _ in range(self._config.train.accumulation_steps):
+            self._last_step.append(next(self._ready))
+            yield self._last_step[-1].inputs
+
+    def unusable(self) -> dict[int, list[int]]:
+        """Returns the samples of the last step whose teacher tokens are not finite, by alignment.
+
+        Of this rank alone. Waits for the device, so ask only when a step has failed.
+        """
+        found: dict[int, list[int]] = {}
+        for prepared in self._last_step:
+            for number, finite in enumerate(prepared.finite):
+                if finite is not None and not bool(finite.all()):
+                    ids = prepared.sample_ids[~finite].tolist()
+                    found[number] = sorted({*found.get(number, []), *ids})
+        return found
+
+    def _prepared(self, batches: Iterator[Batch]) -> Iterator[Prepared]:
+        for count in itertools.count():
+            step = self._first_step + count // self._config.train.accumulation_steps
+            yield self._prepare(next(batches).to(self._device, non_blocking=True), step)
+
+    def _prepare(self, batch: Batch, step: int) -> Prepared:
+        config = self._config
+        latents = self._codec.encode(batch, seed=config.run.seed)
+        drawn = draw_inputs(
+            config.objective,
+            config.model,
+            latents,
+            batch.labels,
+            positions=batch.positions,
+            seed=config.run.seed,
+        )
+        factors = tuple(alignment.factors_at(step) for alignment in config.alignments)
+        tokens = self._tokens(batch, factors)
+        inputs = drawn._replace(
+            teacher_patches=tuple(
+                None if t is None or not any(f) else t.patches
+                for t, f in zip(tokens, factors, strict=True)
+            ),
+            teacher_cls=tuple(None if t is None else t.cls for t in tokens),
+            factors=self._on_device(factors),
+        )
+        finite = tuple(None if t is None else _finite(t) for t in tokens)
+        return Prepared(inputs, batch.sample_ids, finite)
+
+    def _tokens(
+        self, batch: Batch, factors: tuple[TermFactors, ...]
+    ) -> tuple[TeacherTokens | None, ...]:
+        """Returns each teacher's tokens, None where nobody needs them any more."""
+        stored = iter(batch.teacher_tokens)
+        found: list[TeacherTokens | None] = []
+        for number, (factor, teacher) in enumerate(zip(factors, self._teachers, strict=True)):
+            kept = next(stored) if teacher is None else None
+            carried = number == 0 and self._config.model.class_token_width is not None
+            if not any(factor) and not carried:
+                found.append(None)
+            elif kept is not None:
+                found.append(TeacherTokens(kept.patches_float32(), kept.cls))
+            else:
+                assert teacher is not None
+                found.append(teacher.tokens(batch.pixels))
+        return tuple(found)
+
+    def _on_device(self, factors: tuple[TermFactors, ...]) -> Tensor | None:
+        if not any(alignment.is_scheduled for alignment in self._config.alignments):
+            return None
+        return torch.tensor(factors, dtype=torch.float32, device=self._device)
+
+
+def _finite(tokens: TeacherTokens) -> Bool[Tensor, "batch"]:
+    patches = tokens.patches.isfinite().flatten(1).all(1)
+    return patches if tokens.cls is None else patches & tokens.cls.isfinite().all(1)
+
+
+def _one_ahead(prepared: Iterator[Prepared], device: torch.device) -> Iterator[Prepared]:
+    """Yields what `prepared` yields, each prepared on another stream while its predecessor is used.
+
+    Whoever takes one has its stream wait for it, not the host.
+    """
+    stream = torch.cuda.Stream(device)
+    # The weights it reads may still be on their way.
+    stream.wait_stream(torch.cuda.current_stream(device))
+
+    def launch() -> tuple[Prepared, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            return next(prepared), stream.record_event()
+
+    ahead = launch()
+    while True:
+        item, ready = ahead
+        ahead = launch()
+        consumer = torch.cuda.current_stream(device)
+        consumer.wait_event(ready)
+        for tensor in _tensors((item.inputs, item.sample_ids, item.finite)):
+            # Otherwise its memory could be given away while the consumer still reads it.
+            tensor.record_stream(consumer)
+        yield item
+
+
+def _tensors(tree: object) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple):
+        for branch in tree:
+            yield from _tensors(branch)
