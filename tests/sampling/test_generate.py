@@ -1,6 +1,6 @@
 import pytest
 import torch
-from golden_sit import golden_sit
+from golden_sit import golden_reg_sit, golden_sit
 
 from srepa_ds.errors import TopologyError
 from srepa_ds.interpolant import INTERPOLANTS
@@ -44,6 +44,11 @@ def model_with(*, class_token_width):
     with torch.no_grad():
         for parameter in sit.parameters():
             parameter.copy_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
+        if class_token_width is not None:
+            # One token among seven would hardly be seen in the pixels.
+            sit.wg_norm.weight.fill_(3.0)
+            for block in sit.blocks:
+                block.attn.proj.weight.mul_(5)
     return sit
 
 
@@ -98,9 +103,9 @@ def test_one_chunk_or_two_draw_the_same_images_with_a_class_token(reg_model):
 
 
 def test_the_class_tokens_guidance_reaches_the_pixels(reg_model):
-    plain = images_of(reg_model, CONFIG)[0][0]
-    guided = images_of(reg_model, CONFIG.model_copy(update={"cls_cfg_scale": 4.0}))[0][0]
-    assert not torch.equal(guided, plain)
+    plain = images_of(reg_model, CONFIG)
+    guided = images_of(reg_model, CONFIG.model_copy(update={"cls_cfg_scale": 60.0}))
+    assert max((guided[i][0].int() - plain[i][0].int()).abs().max() for i in plain) > 3
 
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
@@ -128,6 +133,39 @@ def test_without_a_class_token_the_state_is_the_image_and_nothing_else(model, so
     expected = IdentityCodec().decode(latents.float())
     found = images_of(model, config, chunks=plan_chunks(config, rank=0, world_size=1)[:1])
     assert all(torch.equal(found[number][0], expected[number]) for number in range(4))
+
+
+@torch.no_grad()
+def test_a_class_token_starts_and_moves_by_noise_of_its_own(reg_model):
+    config = CONFIG.model_copy(update={"cls_cfg_scale": 2.5})
+    ids = torch.arange(4)
+
+    def draw(image, cls, **options):
+        parts = normal(7, image, ids, (72,), **options), normal(7, cls, ids, (7,), **options)
+        return torch.cat(parts, dim=1)
+
+    def step_noise(step):
+        streams = Stream.SAMPLE_STEP, Stream.SAMPLE_CLS_STEP
+        return draw(*streams, draw=step, dtype=torch.float64)
+
+    def velocity(state, t, labels):
+        image, cls_t = state[:, :72].reshape(-1, 3, 6, 4), state[:, 72:]
+        output = reg_model(image, t, labels, cls_t=cls_t)
+        return torch.cat((output.velocity.flatten(1), output.cls_velocity), dim=1)
+
+    scales = torch.tensor([1.5] * 72 + [2.5] * 7, dtype=torch.float64)
+    labels = draw_labels(config, ids, num_classes=5)
+    guided = GuidedModel(velocity, labels, 5, config.guidance, scales=scales)
+    state = integrate(
+        Dynamics(guided, INTERPOLANTS["linear"].score, step_noise),
+        draw(Stream.SAMPLE_START, Stream.SAMPLE_CLS_START),
+        solver="euler_maruyama",
+        num_steps=3,
+    )
+    expected = IdentityCodec().decode(state[:, :72].reshape(-1, 3, 6, 4).float())
+    found = images_of(reg_model, config, chunks=plan_chunks(config, rank=0, world_size=1)[:1])
+    for number in range(4):
+        assert (found[number][0].int() - expected[number].int()).abs().max() <= 1
 
 
 def test_images_differ_from_each_other_and_between_seeds(model):
@@ -163,8 +201,9 @@ def test_guidance_and_path_reach_the_pixels(model):
     assert not torch.equal(guided, cosine)
 
 
-def test_bf16_is_near_fp32_and_not_equal():
-    sit = golden_sit()
+@pytest.mark.parametrize("load", [golden_sit, golden_reg_sit])
+def test_bf16_is_near_fp32_and_not_equal(load):
+    sit = load()
 
     class LatentsAsImages(IdentityCodec):
         def decode(self, latents):
