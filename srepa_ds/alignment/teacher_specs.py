@@ -1,19 +1,21 @@
-"""Which encoders are teachers, and how images reach them: a row of a table each.
+"""What makes a timm ViT a teacher: how images reach it, and which of its tokens are taken."""
 
-Conventions of preprocessing are those of REPA.
-"""
-
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from srepa_ds.alignment.encoders import RESERVED_ARGUMENTS, known_architecture
+from srepa_ds.alignment.encoders import (
+    RESERVED_ARGUMENTS,
+)
+from srepa_ds.alignment.teacher_layouts import LAYOUTS
 from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.schema import Section, known_in
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Pixels = Annotated[int, Field(ge=1)]
+Resolution = int | tuple[int, int]
 
 
 class TeacherSpec(Section):
@@ -25,14 +27,17 @@ class TeacherSpec(Section):
     arguments: dict[str, Any] = {}
     """Further arguments of the timm model, such as depth or embed_dim."""
 
+    layout: Annotated[str, known_in("layout", LAYOUTS)] = "timm"
+    """How the keys of a local file of weights are named; files with timm's own names always fit."""
+
     width: int = Field(ge=1)
     """Channels of a token."""
 
     patch_size: int = Field(ge=1)
     """Pixels of the teacher's input along one side of a token."""
 
-    input_size: int | None = Field(default=None, ge=1)
-    """Side of the teacher's input in pixels, the same for every resolution; or null."""
+    input_size: Pixels | tuple[Pixels, Pixels] | None = None
+    """Side of the teacher's input in pixels, or [height, width], for every resolution; or null."""
 
     input_size_per_256: int | None = Field(default=None, ge=1)
     """Side of the teacher's input for every 256 px of the training image; or null."""
@@ -76,97 +81,35 @@ class TeacherSpec(Section):
             raise ValueError(f"{', '.join(reserved)} cannot be given in arguments")
         return self
 
-    def input_size_at(self, resolution: int) -> int:
-        """Returns the side of the teacher's input, in pixels, for images of `resolution` pixels.
+    def input_size_at(self, resolution: Resolution) -> tuple[int, int]:
+        """Returns height and width of the teacher's input, in pixels, for images of `resolution`.
 
-        Raises ConfigError unless whole patches fill it.
+        An integer is the side of a square. Raises ConfigError unless whole patches fill the input,
+        and for images that are not square if `input_size` is one side.
         """
-        size = self.input_size or (self.input_size_per_256 or 0) * resolution / 256
-        if size % self.patch_size:
+        height, width = both_sides(resolution)
+        if isinstance(self.input_size, int) and height != width:
             reason = (
-                f"images of {resolution} px give the teacher an input of {size:g} px, which is not "
-                f"a multiple of its patch size {self.patch_size}; set input_size"
+                f"images of {height} x {width} px would be squeezed into a square of "
+                f"{self.input_size} px; set input_size to [height, width]"
             )
             raise ConfigError("teacher", [Fault("teacher", reason)])
-        return int(size)
+        scale = (self.input_size_per_256 or 0) / 256
+        fixed = self.input_size
+        size = both_sides(fixed) if fixed else (height * scale, width * scale)
+        if any(side % self.patch_size for side in size):
+            reason = (
+                f"images of {_by(height, width)} px give the teacher an input of {_by(*size)} px, "
+                f"which is not a multiple of its patch size {self.patch_size}; set input_size"
+            )
+            raise ConfigError("teacher", [Fault("teacher", reason)])
+        return int(size[0]), int(size[1])
 
 
-def _dinov2(size: str, registers: int, width: int) -> TeacherSpec:
-    suffix = f"_reg{registers}" if registers else ""
-    return TeacherSpec(
-        architecture=f"vit_{size}_patch14{suffix}_dinov2.lvd142m",
-        width=width,
-        patch_size=14,
-        input_size_per_256=224,
-        num_prefix_tokens=1 + registers,
-    )
+def both_sides(size: Resolution) -> tuple[int, int]:
+    """Returns height and width of a size that may be the side of a square."""
+    return size if isinstance(size, tuple) else (size, size)
 
 
-_DINOV2_SIZES = {
-    "s": ("small", 384),
-    "b": ("base", 768),
-    "l": ("large", 1024),
-    "g": ("giant", 1536),
-}
-
-# The demo's own teacher: no pretrained weights exist, `srepa-ds teacher` trains them.
-_DIGITS = TeacherSpec(
-    architecture="vit_tiny_patch16_224",
-    arguments={
-        "patch_size": 2,
-        "embed_dim": 64,
-        "depth": 3,
-        "num_heads": 4,
-        "mlp_ratio": 2.0,
-        "act_layer": "relu",
-        "class_token": False,
-        "global_pool": "avg",
-        "fc_norm": False,
-    },
-    width=64,
-    patch_size=2,
-    input_size=16,
-    mean=(0.3, 0.3, 0.3),
-    std=(0.38, 0.38, 0.38),
-    num_prefix_tokens=0,
-    has_cls=False,
-    num_classes=10,
-)
-
-TEACHERS: dict[str, TeacherSpec] = {
-    **{
-        f"{family}-vit-{letter}": _dinov2(size, registers, width)
-        for family, registers in (("dinov2", 0), ("dinov2reg", 4))
-        for letter, (size, width) in _DINOV2_SIZES.items()
-    },
-    "digits-vit": _DIGITS,
-}
-
-
-class TeacherConfig(Section):
-    """Which teacher, and where its weights are."""
-
-    name: Annotated[str, known_in("teacher", TEACHERS)] | None = None
-    """A known teacher, or null if `spec` describes one."""
-
-    spec: TeacherSpec | None = None
-    """Any other timm ViT, or null."""
-
-    weights: Path | None = None
-    """Local weights, .safetensors or .pt; null takes timm's pretrained ones, downloaded once."""
-
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the encoder's products; its weights stay float32."""
-
-    @model_validator(mode="after")
-    def _one_teacher(self) -> "TeacherConfig":
-        if (self.name is None) == (self.spec is None):
-            raise ValueError("give exactly one of name and spec")
-        if self.spec is not None:
-            known_architecture(self.spec.architecture)
-        return self
-
-    @property
-    def resolved(self) -> TeacherSpec:
-        """The inline spec, or the row of `TEACHERS` that `name` stands for."""
-        return self.spec or TEACHERS[self.name or ""]
+def _by(height: float | int, width: float | int) -> str:
+    return f"{height:g}" if height == width else f"{height:g} x {width:g}"
