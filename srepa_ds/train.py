@@ -108,7 +108,7 @@ def _run(
         rate = learning_rate(config.optimizer, engine.step_count)
         report = engine.step(feed.step(), learning_rate=rate)
         if not report.applied:
-            distributed.together(lambda: _check_teachers(config, feed))
+            _check_teachers(config, feed)
         step = engine.step_count
         window.add(_scalars(report), applied=report.applied)
         if step % config.train.log_every_steps == 0 or step == config.train.steps:
@@ -127,18 +127,24 @@ def _run(
 
 
 def _check_teachers(config: Config, feed: Feed) -> None:
-    """Raises DataError if a step failed for samples that a teacher has no finite tokens for.
+    """Raises DataError, on all ranks, if a step failed for samples a teacher has no tokens for.
 
-    A frozen teacher would fail on them again in every epoch.
+    A frozen teacher would fail on them again in every epoch. Collective.
     """
-    for number, sample_ids in feed.unusable().items():
-        teacher = config.alignments[number].teacher
+    by_rank = distributed.gather(feed.unusable())
+    for number, alignment in enumerate(config.alignments):
+        sample_ids = sorted({i for found in by_rank for i in found.get(number, [])})
+        if not sample_ids:
+            continue
+        teacher = alignment.teacher
         shown = ", ".join(map(str, sample_ids[:10])) + (", ..." if len(sample_ids) > 10 else "")
-        raise DataError(
+        error = DataError(
             f"alignments.{number}.teacher: '{teacher.name or teacher.resolved.architecture}' gives "
             f"tokens that are not finite for sample(s) {shown} of {config.data.folder}; check its "
             "weights, or set its dtype to fp32"
         )
+        error.on_all_ranks = True
+        raise error
 
 
 def _scalars(report: StepReport) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """A table of what users get wrong: one clear message, exit code 2, nothing left behind."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.checkpoint import Piece
 from srepa_ds.cli import run
 from srepa_ds.config import Config, load_config
+from srepa_ds.data.shards import ShardDataset
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.weights import write_model
 from srepa_ds.objective import Objective
@@ -102,6 +104,29 @@ def foreign_teacher(place: Place) -> None:
     tensors = load_file(place.folder / "teacher.safetensors")
     tensors["blocks.0.attn.qkv_weight"] = tensors.pop("blocks.0.attn.qkv.weight")
     save_file(tensors, place.folder / "teacher.safetensors")
+
+
+def tokenless_teacher(place: Place) -> None:
+    tree = yaml.safe_load((place.folder / "experiment.yaml").read_text())
+    (alignment,) = tree["alignments"]
+    spec = {**alignment["teacher"]["spec"], "num_prefix_tokens": 0, "has_cls": False}
+    teacher = {**alignment["teacher"], "spec": spec}
+    place.edit(alignments=[{**alignment, "teacher": teacher}])
+
+
+def overflowing_teacher(place: Place) -> list[int]:
+    """Makes a teacher that overflows on the first red pixel of some images; returns which.
+
+    float32 ends at 3.4e38; a pixel this far from the mean, times the weight, lies beyond.
+    """
+    path = place.folder / "teacher.safetensors"
+    tensors = load_file(path)
+    tensors["patch_embed.proj.weight"][0, 0, 0, 0] = 3e38
+    save_file(tensors, path)
+    dataset = ShardDataset(place.shards)
+    pixels = dataset.read(torch.arange(len(dataset))).pixels[:, 0, ::2, ::2].float()
+    beyond = (((pixels / 255 - 0.485) / 0.229).abs() * 3e38 > torch.finfo().max).flatten(1)
+    return beyond.any(1).nonzero()[:, 0].tolist()
 
 
 def objective(config: Config) -> Objective:
@@ -259,6 +284,26 @@ CASES = [
          ("do not fit the teacher", "blocks.0.attn.qkv_weight")),
     Case("a teacher of another grid", nothing, f"train CONFIG {TEACHER}.spec.input_size=32",
          ("alignments.0.teacher: gives a grid of (16, 16) tokens", "the model has (8, 8)")),
+    Case("a class token the teacher has not", tokenless_teacher,
+         "train CONFIG model.class_token_width=32",
+         ("alignments.0.teacher: 'vit_tiny_patch16_224' has no class token",)),
+    Case("a class token of another width", nothing, "train CONFIG model.class_token_width=48",
+         ("model.class_token_width: is 48, but the class token of", "has 32 channels")),
+    Case("a class token without a teacher", nothing,
+         "train CONFIG model.class_token_width=32 alignments=[]",
+         ("model.class_token_width", "there is no alignment")),
+    Case("comparing class tokens the model has not", nothing,
+         "train CONFIG alignments.0.pointwise.include_cls=true",
+         ("alignments.0: include_cls needs model.class_token_width",)),
+    Case("feature asked for with kl", nothing,
+         "train CONFIG alignments.0.structural.kind=kl "
+         "alignments.0.structural.algorithm=feature",
+         ("alignments.0.structural: algorithm 'feature' cannot compute kl",)),
+    Case("an unknown algorithm", nothing, "train CONFIG alignments.0.structural.algorithm=tield",
+         ("unknown algorithm 'tield'; did you mean 'tiled'?",)),
+    Case("a temperature of nought", nothing,
+         "train CONFIG alignments.0.structural.kind=kl alignments.0.structural.tau_student=0",
+         ("alignments.0.structural.tau_student", "greater than 0")),
     # Checkpoints and exported models.
     Case("resume without a valid checkpoint", no_valid_checkpoint, "train CONFIG",
          ("holds no valid checkpoint", "step-0000005: state.json has 2 bytes")),
@@ -368,6 +413,19 @@ def test_ranks_speak_with_one_voice(case, place):
     assert done.returncode == 2, done
     assert_one_message(done.stderr, case.words)
     assert contents(place.folder) == before
+
+
+def test_samples_on_which_a_teacher_fails_are_named(place):
+    bad = overflowing_teacher(place)
+    assert 0 < len(bad)
+    arguments = ["train", str(place.folder / "experiment.yaml"), "--ranks", "2"]
+    command = [sys.executable, "-m", "srepa_ds", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 2, done
+    words = ("alignments.0.teacher: 'vit_tiny_patch16_224' gives tokens that are not finite",)
+    assert_one_message(done.stderr, words)
+    named = re.search(r"for sample\(s\) ([\d, ]+)", done.stderr).group(1)
+    assert {int(number) for number in named.split(",") if number.strip()} <= set(bad)
 
 
 def test_debugging_shows_where_it_arose(place, monkeypatch, capfd):
