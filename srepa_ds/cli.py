@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
@@ -49,13 +49,36 @@ def config(path: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def prepare(path: ConfigPath, overrides: Overrides = None) -> None:
-    """Make shards of a source of images: a train part and a held-out part."""
+def prepare(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    store_teachers: Annotated[
+        bool,
+        typer.Option("--teacher", help="CONFIG is an experiment: store its teachers' tokens."),
+    ] = False,
+    ranks: RankCount = 1,
+) -> None:
+    """Make shards of a source of images; or, with --teacher, store tokens beside the shards."""
+    if store_teachers:
+        _store_teachers(path, overrides, ranks)
+    elif ranks != 1:
+        raise typer.BadParameter("images are prepared by one process; --ranks needs --teacher")
     from srepa_ds.prepare import PrepareConfig
     from srepa_ds.prepare import prepare as run
 
     _log()
     run(_section(PrepareConfig, path, overrides))
+
+
+def _store_teachers(path: Path, overrides: list[str] | None, ranks: int) -> NoReturn:
+    def action() -> int:
+        from srepa_ds.config import load_config
+        from srepa_ds.store_tokens import store_tokens
+
+        store_tokens(load_config(path, overrides or ()))
+        return 0
+
+    _on_ranks(action, ranks, command=["prepare", str(path), "--teacher", *(overrides or ())])
 
 
 @app.command()
@@ -137,7 +160,9 @@ def report(path: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def demo(
-    mode: Annotated[str, typer.Option(help="sit, repa, srepa-mse or srepa-kl.")] = "srepa-mse",
+    mode: Annotated[
+        str, typer.Option(help="sit, repa, srepa-mse, srepa-kl, irepa, reg, ...")
+    ] = "srepa-mse",
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     ranks: Annotated[int, typer.Option(help="Processes to train and sample with.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
@@ -196,7 +221,7 @@ def _before_joining() -> bool:
     return not distributed.joined()
 
 
-def _on_ranks(action: Callable[[], int], ranks: int, *, command: Sequence[str]) -> None:
+def _on_ranks(action: Callable[[], int], ranks: int, *, command: Sequence[str]) -> NoReturn:
     """Runs `action` on this rank, or starts `ranks` processes that run `command`: each the same."""
     if ranks != 1 and not launched():
         raise typer.Exit(run_ranks(command, ranks, port=free_port()))

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from srepa_ds.data.stored_tokens import StoredTokens
 from srepa_ds.errors import DataError
 
 
@@ -23,6 +24,8 @@ class Batch:
     """Index in the data set: names a bad sample."""
     positions: Int64[Tensor, "batch"]
     """The global sample counter: the key of all training noise."""
+    teacher_tokens: tuple[StoredTokens, ...] = ()
+    """What was stored of each teacher, in the order in which the data set was given the stores."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,5 +48,7 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        present = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: change(v) for k, v in present.items() if v is not None})
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: change(v) for name, v in own.items() if isinstance(v, Tensor)}
+        tokens = tuple(stored.map(change) for stored in self.teacher_tokens)
+        return replace(self, **moved, teacher_tokens=tokens)

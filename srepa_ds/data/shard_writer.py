@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from srepa_ds.data.headers import metadata_of
 from srepa_ds.data.shard_index import (
     FORMAT,
     INDEX_NAME,
@@ -20,7 +21,7 @@ from srepa_ds.data.shard_index import (
     ShardIndex,
     read_index,
 )
-from srepa_ds.data.shards import shard_header
+from srepa_ds.data.shards import shard_facts
 from srepa_ds.errors import OutputError
 from srepa_ds.files import PARTIAL, make_folder, remove_empty, sha256_of, write_aside
 from srepa_ds.schema import to_tree
@@ -143,8 +144,8 @@ class ShardWriter:
             "labels": torch.tensor(self._labels, dtype=torch.int64),
         }
         count, described = len(self._labels), self._description
-        header = shard_header(count, described.image_shape, described.dataset_id)
-        self._write(path, lambda aside: save_file(tensors, aside, metadata=header))
+        facts = shard_facts(count, described.image_shape, described.dataset_id)
+        self._write(path, lambda aside: save_file(tensors, aside, metadata=metadata_of(facts)))
         entry = ShardEntry(
             file=path.name, num_samples=count, bytes=path.stat().st_size, sha256=sha256_of(path)
         )

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from srepa_ds.data.headers import metadata_of
 from srepa_ds.data.shard_index import INDEX_NAME, DatasetDescription
 from srepa_ds.data.shard_writer import MARKER_NAME, ShardWriter, is_prepared
-from srepa_ds.data.shards import ShardDataset, header_facts, shard_header
+from srepa_ds.data.shards import ShardDataset, shard_facts
 from srepa_ds.errors import DataError, OutputError
 
 SHAPE = (3, 4, 6)
@@ -143,8 +144,8 @@ def missing_shard(folder):
 def replace_shard(folder, **changes):
     path = folder / "shard-00001.safetensors"
     tensors = load_file(path) | changes.pop("tensors", {})
-    facts = header_facts(shard_header(4, SHAPE, DESCRIBED.dataset_id)) | changes
-    save_file(tensors, path, metadata={"srepa_ds": json.dumps(facts)})
+    facts = shard_facts(4, SHAPE, DESCRIBED.dataset_id) | changes
+    save_file(tensors, path, metadata=metadata_of(facts))
     return folder
 
 

@@ -1,0 +1,88 @@
+"""What a safetensors file says of itself, held against what an index says of it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from srepa_ds.errors import DataError
+
+_KEY = "srepa_ds"
+
+Form = tuple[str, tuple[int, ...]]
+"""A tensor's dtype, in safetensors' letters, and its shape."""
+
+
+class Kind(NamedTuple):
+    """A kind of file, for messages: what it is called, and what to do about a damaged one."""
+
+    name: str
+    again: str
+
+
+class Header(NamedTuple):
+    """A file's facts, the forms of its tensors, and its size."""
+
+    facts: dict[str, Any]
+    tensors: dict[str, Form]
+    num_bytes: int
+
+
+def metadata_of(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the metadata of a safetensors header; `header_facts` reads it.
+
+    One key, because safetensors writes several in an order that changes from run to run.
+    """
+    return {_KEY: json.dumps(facts)}
+
+
+def header_facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """Returns the facts in the metadata of a header of ours, nothing if it is not ours."""
+    try:
+        facts = json.loads((metadata or {}).get(_KEY, "{}"))
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def read_header(path: Path, kind: Kind, *, expected_bytes: int) -> Header:
+    """Returns what `path` says of itself; reads no tensor.
+
+    Raises DataError if it is missing or no safetensors file.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: missing, but the index names it; {kind.again}")
+    size = path.stat().st_size
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: _form(file, name) for name in file.keys()}
+            return Header(header_facts(file.metadata()), tensors, size)
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{path}: not a readable {kind.name} ({error}); it has {size} bytes, "
+            f"the index says {expected_bytes}; {kind.again}"
+        ) from error
+
+
+def check_header(path: Path, kind: Kind, found: Header, expected: Header) -> None:
+    """Returns if a file is what the index says; raises DataError naming the first difference."""
+    sizes = ({"bytes": found.num_bytes}, {"bytes": expected.num_bytes})
+    pairs = {
+        "header": (found.facts, expected.facts),
+        "tensors": (found.tensors, expected.tensors),
+        "size": sizes,
+    }
+    for what, (there, wanted) in pairs.items():
+        for name, value in wanted.items():
+            if there.get(name) != value:
+                raise DataError(
+                    f"{path}: the {what} of this {kind.name} and the index disagree about {name}: "
+                    f"found {there.get(name)}, the index says {value}; {kind.again}"
+                )
+
+
+def _form(file: safe_open, name: str) -> Form:
+    view = file.get_slice(name)
+    return view.get_dtype(), tuple(view.get_shape())

@@ -1,0 +1,48 @@
+"""Many safetensors files of one form, addressed as one array of samples."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from safetensors import safe_open
+from torch import Tensor
+
+
+class MappedFiles:
+    """Files whose samples are numbered through; each is mapped when first needed, never read."""
+
+    def __init__(self, paths: Sequence[Path], counts: Sequence[int]):
+        """`counts` are the samples in each file."""
+        self._paths = tuple(paths)
+        self._starts = (0, *torch.tensor(counts).cumsum(0).tolist())
+        self._ends = torch.tensor(self._starts[1:])
+        self._opened: dict[int, Mapping[str, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        # A worker process maps the files itself instead of receiving their contents.
+        return {**self.__dict__, "_opened": {}}
+
+    def file(self, number: int) -> Mapping[str, Tensor]:
+        """Returns the tensors of one file."""
+        if number not in self._opened:
+            with safe_open(self._paths[number], framework="pt") as file:
+                self._opened[number] = {name: file.get_tensor(name) for name in file.keys()}
+        return self._opened[number]
+
+    def gather(self, indices: Int64[Tensor, "batch"]) -> dict[str, Tensor]:
+        """Returns copies of the samples of `indices` in their order; IndexError outside."""
+        total = self._starts[-1]
+        if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < total):
+            raise IndexError(f"sample index outside [0, {total})")
+        gathered = {
+            name: torch.empty((len(indices), *tensor.shape[1:]), dtype=tensor.dtype)
+            for name, tensor in self.file(0).items()
+        }
+        file_of = torch.searchsorted(self._ends, indices, right=True)
+        for number in file_of.unique().tolist():
+            rows = (file_of == number).nonzero()[:, 0]
+            inside = indices[rows] - self._starts[number]
+            for name, tensor in self.file(number).items():
+                gathered[name][rows] = tensor[inside]
+        return gathered

@@ -1,0 +1,175 @@
+"""A folder of stored teacher tokens: what its files hold, and the index that is written last."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from srepa_ds.data.headers import Form, metadata_of
+from srepa_ds.data.shard_index import INDEX_NAME
+from srepa_ds.data.stored_tokens import Storage
+from srepa_ds.errors import ConfigError, DataError
+from srepa_ds.schema import Section, validated
+
+TOKEN_FORMAT = "srepa-ds teacher tokens"
+TOKEN_VERSION = 1
+PREPARE_TEACHER = "`srepa-ds prepare CONFIG --teacher`"
+
+_NUM_BYTES = {"BF16": 2, "F32": 4, "I8": 1}
+
+
+class TokenDescription(Section):
+    """What makes a folder of stored tokens what it is; two equal ones have equal files."""
+
+    dataset_id: str
+    """Of the data set whose images the teacher saw."""
+
+    teacher: dict[str, Any]
+    """Everything that decides the tokens, as plain JSON values."""
+
+    storage: Storage
+    """`bf16`, or `int8` with a scale per token."""
+
+    grid: tuple[int, int]
+    """Rows and columns of patch tokens."""
+
+    width: int = Field(ge=1)
+    """Channels of a token."""
+
+    has_cls: bool
+    """Whether the class token is kept as well."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Patch tokens of an image."""
+        return math.prod(self.grid)
+
+    def facts(self, num_samples: int) -> dict[str, Any]:
+        """Returns what the header of a file of `num_samples` images says of it."""
+        return {
+            "format": TOKEN_FORMAT,
+            "version": TOKEN_VERSION,
+            "num_samples": num_samples,
+            "dataset_id": self.dataset_id,
+            "teacher": teacher_hash(self.teacher),
+        }
+
+    def tensors(self, num_samples: int) -> dict[str, Form]:
+        """Returns the tensors of a file of `num_samples` images, in the order they lie in it.
+
+        The widest numbers come first, so that each tensor starts at a multiple of its own size.
+        """
+        forms: dict[str, Form] = {}
+        if self.storage == "int8":
+            forms["patches_scale"] = ("F32", (num_samples, self.num_tokens))
+        if self.has_cls:
+            forms["cls"] = ("F32", (num_samples, self.width))
+        kept_as = "BF16" if self.storage == "bf16" else "I8"
+        forms["patches"] = (kept_as, (num_samples, self.num_tokens, self.width))
+        return forms
+
+    def preamble(self, num_samples: int) -> bytes:
+        """Returns what stands before the first tensor in a safetensors file of these tokens."""
+        header: dict[str, Any] = {"__metadata__": metadata_of(self.facts(num_samples))}
+        end = 0
+        for name, (dtype, shape) in self.tensors(num_samples).items():
+            start, end = end, end + form_bytes((dtype, shape))
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def file_bytes(self, num_samples: int) -> int:
+        """Returns the size of a file of `num_samples` images."""
+        forms = self.tensors(num_samples).values()
+        return len(self.preamble(num_samples)) + sum(map(form_bytes, forms))
+
+
+class TokenFileEntry(Section):
+    """One file of tokens as the index knows it."""
+
+    file: str
+    """Name inside the folder."""
+
+    num_samples: int = Field(ge=1)
+    """Images whose tokens it holds."""
+
+    shard_sha256: str
+    """Hash of the shard with these images."""
+
+    bytes: int = Field(ge=0)
+    """Size of the file."""
+
+    sha256: str
+    """Hash of the file, in hexadecimal."""
+
+
+class TokenIndex(TokenDescription):
+    """The contents of `index.json` in a folder of tokens."""
+
+    format: str
+    """Always `srepa-ds teacher tokens`."""
+
+    version: int
+    """Of the format."""
+
+    files: tuple[TokenFileEntry, ...] = Field(min_length=1)
+    """In the order of the shards."""
+
+
+def form_bytes(form: Form) -> int:
+    """Returns the size of a tensor."""
+    dtype, shape = form
+    return _NUM_BYTES[dtype] * math.prod(shape)
+
+
+def teacher_hash(teacher: dict[str, Any]) -> str:
+    """Returns 8 hexadecimal digits that stand for a teacher."""
+    text = json.dumps([TOKEN_FORMAT, TOKEN_VERSION, teacher], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def token_file_name(number: int) -> str:
+    """Returns the name of the file that goes with shard `number`."""
+    return f"tokens-{number:05d}.safetensors"
+
+
+def is_finished(folder: Path) -> bool:
+    """Returns whether `folder` has an index, which is written last."""
+    return (folder / INDEX_NAME).is_file()
+
+
+def read_token_index(folder: Path) -> TokenIndex:
+    """Returns the index of a folder of tokens.
+
+    Raises DataError if it is missing, unreadable, or none of this version.
+    """
+    path = folder / INDEX_NAME
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: missing, so these tokens are not finished; go on with {PREPARE_TEACHER}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error}); {again(folder)}") from error
+    found = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
+    if found != TOKEN_FORMAT:
+        raise DataError(f"{path}: expected an index of format '{TOKEN_FORMAT}', found {found!r}")
+    if tree.get("version") != TOKEN_VERSION:
+        raise DataError(
+            f"{path}: expected version {TOKEN_VERSION} of the format, found "
+            f"{tree.get('version')!r}; {again(folder)}"
+        )
+    try:
+        return validated(TokenIndex, tree, source=str(path))
+    except ConfigError as error:
+        raise DataError(f"{error}\n{again(folder)}") from error
+
+
+def again(folder: Path) -> str:
+    """Returns what to do about a damaged folder of tokens."""
+    return f"delete {folder} and run {PREPARE_TEACHER} again"
