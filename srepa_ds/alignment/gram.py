@@ -8,8 +8,6 @@ selective checkpointing policy.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from threading import RLock
 from typing import Any, Literal
 
 import torch
@@ -21,10 +19,13 @@ from srepa_ds.alignment.gram_algorithms import (
     Temperatures,
     kl_dense,
     kl_tiled,
+    kl_triton,
     mse_dense,
     mse_feature,
     mse_tiled,
+    mse_triton,
 )
+from srepa_ds.alignment.precision import full_precision
 from srepa_ds.errors import nearest
 
 Reduction = Literal["token_mean", "batch_mean"]
@@ -34,19 +35,27 @@ MSE_ALGORITHMS: dict[str, Algorithm] = {
     "dense": mse_dense,
     "tiled": mse_tiled,
     "feature": mse_feature,
+    "triton": mse_triton,
 }
-KL_ALGORITHMS: dict[str, Algorithm] = {"dense": kl_dense, "tiled": kl_tiled}
+KL_ALGORITHMS: dict[str, Algorithm] = {
+    "dense": kl_dense,
+    "tiled": kl_tiled,
+    "triton": kl_triton,
+}
 ALGORITHMS = {"mse": MSE_ALGORITHMS, "kl": KL_ALGORITHMS}
 
-DEFAULT_TILE = 128
+DEFAULT_TILE = 256
 
-# `feature` replaces `tiled` above this many tokens per channel of mean width. CPU: value and
-# gradient timed on one core of an AMD EPYC, widths 384 and 768, 256 to 2,048 tokens, November 2026;
-# they were equal at about 1.7 and 2.0. CUDA: the same for want of a measurement.
-FEATURE_ABOVE = {"cpu": 1.9, "cuda": 1.9}
+# What `auto` stands for, by device: `dense` up to so many tokens (6 times tokens^2 floats are small
+# then), and for mse `feature` above so many tokens per channel of mean width; `tiled` elsewhere.
+# CPU: value and gradient timed on two cores of an AMD EPYC, widths 768 and 1024, 256 to 4,096
+# tokens, November 2026; `feature` and `tiled` were equal at about 2.0. CUDA: not measured.
+Row = dict[str, int | float]
+DENSE_UP_TO: Row = {"cpu": 1024, "cuda": 0}
+FEATURE_ABOVE: Row = {"cpu": 2.0, "cuda": 1.9}
 
 # Images are worked on together until their temporaries reach this many elements.
-WORKING_SET_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 23}
+WORKING_SET_ELEMENTS: Row = {"cpu": 1 << 20, "cuda": 1 << 23}
 
 EPSILON = 1e-12
 
@@ -111,9 +120,11 @@ def resolve_algorithm(
             known = nearest(algorithm, ["auto", *table])
             raise ValueError(f"unknown algorithm '{algorithm}' for structural {kind}; {known}")
         return algorithm
-    mean_width = (student.shape[2] + teacher.shape[2]) / 2
-    crossover = FEATURE_ABOVE.get(student.device.type, FEATURE_ABOVE["cuda"]) * mean_width
-    return "feature" if kind == "mse" and student.shape[1] > crossover else "tiled"
+    _, num_tokens, d_student = student.shape
+    mean_width = (d_student + teacher.shape[2]) / 2
+    if kind == "mse" and num_tokens > _row(FEATURE_ABOVE, student) * mean_width:
+        return "feature"
+    return "dense" if num_tokens <= _row(DENSE_UP_TO, student) else "tiled"
 
 
 def check_token_grids(
@@ -185,7 +196,7 @@ def _structural_loss(
     dtype = compute_dtype(student, teacher)
     loss = student.new_zeros((), dtype=torch.float64)
     gradient = student.new_empty(student.shape if with_gradient else (0,), dtype=dtype)
-    with _full_precision(student.device.type):
+    with full_precision(student.device.type):
         for images in _chunks(student, teacher, algorithm, tile):
             unit_student, norm = _unit(student[images].to(dtype))
             unit_teacher, _ = _unit(teacher[images].to(dtype))
@@ -193,7 +204,7 @@ def _structural_loss(
             loss += result.value
             if result.gradient is not None:
                 outward = _through_unit(unit_student, norm, result.gradient)
-                torch.mul(outward, scale, out=gradient[images])
+                torch.mul(outward, scale / norm.clamp_min(EPSILON), out=gradient[images])
     return (loss * scale).to(dtype), gradient
 
 
@@ -236,46 +247,33 @@ def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _through_unit(unit: Tensor, norm: Tensor, gradient: Tensor) -> Tensor:
-    """Returns the gradient with respect to the tokens that `_unit` made `unit` from."""
+    """Returns the gradient with respect to the tokens that made `unit`, times their `norm`.
+
+    The gradient handed in is used up.
+    """
     along = (unit * gradient).sum(-1, keepdim=True)
     # Below the clamp the denominator is a constant and nothing is projected out.
     along.masked_fill_(norm < EPSILON, 0)
-    return torch.addcmul(gradient, unit, along, value=-1).div_(norm.clamp_min(EPSILON))
+    return gradient.addcmul_(unit, along, value=-1)
 
 
 def _chunks(student: Tensor, teacher: Tensor, algorithm: str, tile: int) -> Iterator[slice]:
     """Yields groups of images small enough that temporaries do not grow with the batch."""
     num_images, num_tokens, d_student = student.shape
     d_teacher = teacher.shape[2]
+    if algorithm == "triton":
+        yield slice(0, num_images)
+        return
     pairs = {
         "dense": num_tokens**2,
         "tiled": min(tile, num_tokens) * num_tokens,
         "feature": d_student**2 + d_teacher**2 + d_student * d_teacher,
     }[algorithm]
-    budget = WORKING_SET_ELEMENTS.get(student.device.type, WORKING_SET_ELEMENTS["cuda"])
-    size = max(1, budget // (pairs + num_tokens * (d_student + d_teacher)))
+    working_set = pairs + num_tokens * (d_student + d_teacher)
+    size = max(1, int(_row(WORKING_SET_ELEMENTS, student) // working_set))
     for start in range(0, num_images, size):
         yield slice(start, start + size)
 
 
-_PRECISION_LOCK = RLock()
-
-
-@contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    """Returns a block without autocast whose float32 products are IEEE ones.
-
-    torch has no thread-local switch for TF32, so the process's is held while kernels are launched
-    and put back after; work of other threads can only become more precise by that.
-    """
-    backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
-    with torch.autocast(device_type, enabled=False), _PRECISION_LOCK:
-        before = backend.matmul.fp32_precision
-        if before in ("none", "ieee"):
-            yield
-            return
-        backend.matmul.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            backend.matmul.fp32_precision = before
+def _row(table: Row, tensor: Tensor) -> int | float:
+    return table.get(tensor.device.type, table["cuda"])

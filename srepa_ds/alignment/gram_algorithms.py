@@ -5,11 +5,15 @@ matrix, and none leaves anything for autograd to remember. Formulas: sREPA Eq. 6
 token with itself) never takes part.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+# Rows of a Gram matrix multiplied at a time, for the half of it that is not yet known.
+BLOCK = 128
 
 
 class PairSum(NamedTuple):
@@ -33,10 +37,10 @@ def mse_dense(
     with_gradient: bool,
 ) -> PairSum:
     """Returns the sum of (S^S_ij - S^T_ij)^2 over i != j from whole Gram matrices (Eq. 6)."""
-    difference = torch.baddbmm(student @ student.mT, teacher, teacher.mT, alpha=-1)
+    difference = _gram(student, minus=teacher)
     _diagonal(difference, 0).zero_()
     value = _sum_of_squares(difference)
-    return PairSum(value, 4 * (difference @ student) if with_gradient else None)
+    return PairSum(value, difference.mul_(4) @ student if with_gradient else None)
 
 
 def mse_tiled(
@@ -61,9 +65,9 @@ def mse_tiled(
         beside = difference[:, :, tile:]
         value += _sum_of_squares(difference) + _sum_of_squares(beside)
         if gradient is not None:
-            gradient[:, rows].baddbmm_(difference, student[:, right])
-            gradient[:, start + tile :].baddbmm_(beside.mT, student[:, rows])
-    return PairSum(value, None if gradient is None else gradient.mul_(4))
+            gradient[:, rows].baddbmm_(difference, student[:, right], alpha=4)
+            gradient[:, start + tile :].baddbmm_(beside.mT, student[:, rows], alpha=4)
+    return PairSum(value, gradient)
 
 
 def mse_feature(
@@ -82,12 +86,12 @@ def mse_feature(
     if student.shape[1] < max(student.shape[2], teacher.shape[2]):
         # With few tokens the diagonal is most of each term, and float32 products lose the rest.
         student, teacher = student.double(), teacher.double()
-    student_gram = student.mT @ student
+    student_gram = _gram(student.mT)
     teacher_student = teacher.mT @ student
-    surplus = student.square().sum(-1, keepdim=True) - teacher.square().sum(-1, keepdim=True)
+    surplus = _square_norms(student) - _square_norms(teacher)
     value = (
         _sum_of_squares(student_gram)
-        + _sum_of_squares(teacher.mT @ teacher)
+        + _sum_of_squares(_gram(teacher.mT))
         - 2 * _sum_of_squares(teacher_student)
         - _sum_of_squares(surplus)
     )
@@ -95,9 +99,24 @@ def mse_feature(
     value = value.clamp_min(0)
     if not with_gradient:
         return PairSum(value, None)
-    gradient = (student * surplus).neg_()
-    gradient.baddbmm_(student, student_gram).baddbmm_(teacher, teacher_student, alpha=-1)
-    return PairSum(value, gradient.mul_(4).to(dtype))
+    gradient = student * (-4 * surplus)
+    gradient.baddbmm_(student, student_gram, alpha=4)
+    gradient.baddbmm_(teacher, teacher_student, alpha=-4)
+    return PairSum(value, gradient.to(dtype))
+
+
+def mse_triton(
+    student: Float[Tensor, "batch tokens d_student"],
+    teacher: Float[Tensor, "batch tokens d_teacher"],
+    *,
+    with_gradient: bool,
+) -> PairSum:
+    """Returns the same sum from fused kernels, which write no part of a Gram matrix to memory.
+
+    Raises ValueError where the kernels cannot run.
+    """
+    kernels = _triton_kernels(student.device)
+    return kernels.mse_triton(student, teacher, with_gradient=with_gradient)
 
 
 def kl_dense(
@@ -108,13 +127,13 @@ def kl_dense(
     temperatures: Temperatures,
 ) -> PairSum:
     """Returns the sum over rows i of KL(P^T_i || P^S_i) from whole Gram matrices (Eq. 7-8)."""
-    return kl_tiled(
-        student,
-        teacher,
-        with_gradient=with_gradient,
-        tile=student.shape[1],
-        temperatures=temperatures,
-    )
+    student_logits = _gram(student).div_(temperatures.student)
+    teacher_logits = _gram(teacher).div_(temperatures.teacher)
+    value, excess = _divergence(student_logits, teacher_logits, start=0)
+    if not with_gradient:
+        return PairSum(value, None)
+    both = excess + excess.mT
+    return PairSum(value, both.div_(temperatures.student) @ student)
 
 
 def kl_tiled(
@@ -131,34 +150,85 @@ def kl_tiled(
     """
     value = student.new_zeros((), dtype=torch.float64)
     gradient = torch.zeros_like(student) if with_gradient else None
+    outward = 1 / temperatures.student
     for start in range(0, student.shape[1], tile):
         rows = slice(start, start + tile)
-        log_student = _log_softmax_rows(student, rows, temperatures.student)
-        log_teacher = _log_softmax_rows(teacher, rows, temperatures.teacher)
-        teacher_rows = log_teacher.exp()
-        # The diagonal holds -inf twice, whose difference would be NaN.
-        _diagonal(log_student, start).zero_()
-        _diagonal(log_teacher, start).zero_()
-        pointwise = log_teacher.sub_(log_student).mul_(teacher_rows)
-        value += pointwise.sum(-1).sum(dtype=torch.float64)
+        student_logits = (student[:, rows] / temperatures.student) @ student.mT
+        teacher_logits = (teacher[:, rows] / temperatures.teacher) @ teacher.mT
+        row_sum, excess = _divergence(student_logits, teacher_logits, start=start)
+        value += row_sum
         if gradient is not None:
-            excess = log_student.exp_().sub_(teacher_rows)
-            _diagonal(excess, start).zero_()
-            gradient[:, rows].baddbmm_(excess, student)
-            gradient.baddbmm_(excess.mT, student[:, rows])
-    return PairSum(value, None if gradient is None else gradient.div_(temperatures.student))
+            gradient[:, rows].baddbmm_(excess, student, alpha=outward)
+            gradient.baddbmm_(excess.mT, student[:, rows], alpha=outward)
+    return PairSum(value, gradient)
 
 
-def _log_softmax_rows(tokens: Tensor, rows: slice, temperature: float) -> Tensor:
-    """Returns log P of some rows of the Gram matrix, with -inf on the diagonal."""
-    logits = (tokens[:, rows] @ tokens.mT).div_(temperature)
-    _diagonal(logits, rows.start).fill_(-torch.inf)
-    return logits.sub_(logits.logsumexp(-1, keepdim=True))
+def kl_triton(
+    student: Float[Tensor, "batch tokens d_student"],
+    teacher: Float[Tensor, "batch tokens d_teacher"],
+    *,
+    with_gradient: bool,
+    temperatures: Temperatures,
+) -> PairSum:
+    """Returns the same sum from fused kernels with an online softmax; see `mse_triton`."""
+    kernels = _triton_kernels(student.device)
+    return kernels.kl_triton(
+        student, teacher, with_gradient=with_gradient, temperatures=temperatures
+    )
+
+
+def _triton_kernels(device: torch.device) -> ModuleType:
+    from srepa_ds.alignment import gram_triton
+
+    reason = gram_triton.unavailable(device)
+    if reason:
+        raise ValueError(f"algorithm 'triton' cannot run here: {reason}; 'auto' runs anywhere")
+    return gram_triton
+
+
+def _divergence(
+    student_logits: Tensor, teacher_logits: Tensor, *, start: int
+) -> tuple[Tensor, Tensor]:
+    """Returns the sum of KL over these rows and P^S - P^T; row 0 is the token `start`.
+
+    The logits are used up.
+    """
+    for logits in (student_logits, teacher_logits):
+        _diagonal(logits, start).fill_(-torch.inf)
+    log_student = torch.log_softmax(student_logits, -1)
+    log_teacher = torch.log_softmax(teacher_logits, -1)
+    teacher_rows = torch.exp(log_teacher, out=teacher_logits)
+    # The diagonal holds -inf twice, whose difference would be NaN.
+    _diagonal(log_student, start).zero_()
+    _diagonal(log_teacher, start).zero_()
+    pointwise = log_teacher.sub_(log_student).mul_(teacher_rows)
+    value = pointwise.sum(-1).sum(dtype=torch.float64)
+    excess = log_student.exp_().sub_(teacher_rows)
+    _diagonal(excess, start).zero_()
+    return value, excess
+
+
+def _gram(tokens: Tensor, *, minus: Tensor | None = None) -> Tensor:
+    """Returns tokens tokens', less minus minus' if given; each pair of tokens is computed once."""
+    size = tokens.shape[1]
+    gram = tokens.new_empty(len(tokens), size, size)
+    for start in range(0, size, BLOCK):
+        rows, right = slice(start, start + BLOCK), slice(start, None)
+        block = tokens[:, rows] @ tokens[:, right].mT
+        if minus is not None:
+            block.baddbmm_(minus[:, rows], minus[:, right].mT, alpha=-1)
+        gram[:, rows, right] = block
+        gram[:, start + BLOCK :, rows] = block[:, :, BLOCK:].mT
+    return gram
 
 
 def _diagonal(rows: Tensor, offset: int) -> Tensor:
     """Returns a view of the elements where a row meets its own token, `offset` columns in."""
     return rows.diagonal(offset=offset, dim1=-2, dim2=-1)
+
+
+def _square_norms(tokens: Tensor) -> Tensor:
+    return torch.linalg.vecdot(tokens, tokens).unsqueeze(-1)
 
 
 def _sum_of_squares(rows: Tensor) -> Tensor:
