@@ -179,15 +179,32 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # A training's checkpoint can be ten times its encoder: mapped, only that is read.
-        mapped = zipfile.is_zipfile(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        found = _opened(path)
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        RuntimeError,
+        EOFError,
+        OSError,
+    ) as error:
         raise DataError(f"teacher weights {path}: cannot be read: {_reason(error)}") from error
     if not isinstance(found, Mapping):
         raise DataError(f"teacher weights {path}: holds a {type(found).__name__}, no state_dict")
     return found
+
+
+def _opened(path: Path) -> Any:
+    archive = zipfile.is_zipfile(path)
+    if archive:
+        with zipfile.ZipFile(path) as opened:
+            if any(name.endswith("/constants.pkl") for name in opened.namelist()):
+                raise RuntimeError(
+                    "it is a TorchScript archive; save the state_dict of what torch.jit.load gives"
+                )
+    # A training's checkpoint can be ten times its encoder: mapped, only that is read.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
 
 
 def _reason(error: Exception) -> str:
@@ -197,8 +214,6 @@ def _reason(error: Exception) -> str:
             f"it holds Python objects ({foreign[1]}), which are never opened; "
             "save its state_dict alone"
         )
-    if "TorchScript" in text:
-        return "it is a TorchScript archive; save the state_dict of what torch.jit.load gives"
     return text.split("\n")[0]
 
 

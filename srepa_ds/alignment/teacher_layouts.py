@@ -113,4 +113,4 @@ def _state_dict_in(checkpoint: Checkpoint, *places: str) -> dict[str, Any]:
         if inner is None:
             break
         state = inner
-    return dict(state)
+    return {str(key): value for key, value in state.items()}

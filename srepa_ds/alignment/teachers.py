@@ -203,8 +203,9 @@ def build_encoder(
     """Returns the timm model of `spec` for images of `resolution` pixels, on the CPU.
 
     `resolution` is the side of a square, or height and width. What is trained from the model and
-    saved as a state_dict is loaded by `load_teacher`. Raises ConfigError if timm cannot build it or
-    if it is not what `spec` says, DataError if pretrained weights cannot be fetched.
+    saved as a state_dict is loaded by `load_teacher`; a table of positions with a square number of
+    them is taken for a square there. Raises ConfigError if timm cannot build the model or if it is
+    not what `spec` says, DataError if pretrained weights cannot be fetched.
     """
     encoder = create_encoder(
         spec.architecture,

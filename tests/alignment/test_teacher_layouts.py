@@ -426,6 +426,7 @@ class Payload:
         ({"epoch": 3}, "no state_dict where the layout 'timm' has it, but epoch"),
         ({"model": {}}, "no state_dict"),
         (training(model={"weight": 3}), "but args, epoch, model"),
+        ({0: torch.ones(1), 1: torch.ones(1)}, "2 unexpected: 0, 1"),
     ],
 )
 @pytest.mark.parametrize("legacy", [False, True])
@@ -437,12 +438,25 @@ def test_pickles_are_opened_as_weights_only(content, message, legacy, tmp_path):
     assert str(path) in str(caught.value)
 
 
-def test_opening_settings_leaves_no_trace(tmp_path):
+@pytest.mark.parametrize("legacy", [False, True])
+def test_opening_settings_leaves_no_trace(legacy, tmp_path):
     source = scrambled(build_encoder(PLAIN, resolution=16))
     path = tmp_path / "training.pth"
-    torch.save(training(model=source.state_dict()), path)
-    loaded(PLAIN, path)
+    content = training(model=source.state_dict())
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    teacher = loaded(PLAIN, path)
+    assert torch.equal(teacher.encoder.pos_embed, source.pos_embed)
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_torchscript_archives_are_named(tmp_path):
+    """OpenAI's own download is one; it is a program, so it is not opened."""
+    path = tmp_path / "ViT-L-14.pt"
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(path)
+    with pytest.raises(DataError, match=r"TorchScript archive; save the state_dict of what"):
+        loaded(PLAIN, path)
 
 
 @pytest.fixture
