@@ -84,6 +84,10 @@ class CheckpointReader:
                 name, _, start = rest.rpartition("@")
                 self._pieces.setdefault((kind, name), []).append((int(start), path.name, key))
 
+    def kinds(self) -> list[str]:
+        """Returns what is stored of the weights: master, moments and averages."""
+        return sorted({kind for kind, _ in self._pieces})
+
     def names(self, kind: str) -> list[str]:
         """Returns the weights stored under `kind`, in the model's order."""
         return [name for name in self._shapes if (kind, name) in self._pieces]

@@ -11,7 +11,7 @@ from srepa_ds.alignment.teachers import TeacherConfig
 from srepa_ds.checkpoint import CheckpointConfig
 from srepa_ds.data.loader import DataConfig
 from srepa_ds.deepspeed_json import load_deepspeed_json
-from srepa_ds.ema import EmaConfig
+from srepa_ds.ema import MAIN, EmaConfig, RelativeLength
 from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.latent_codec import CodecConfig
 from srepa_ds.model.variants import SiTConfig
@@ -73,8 +73,13 @@ class EngineConfig(Section):
 class ExportConfig(Section):
     """What `srepa-ds export` writes."""
 
-    weights: Literal["ema", "master"] = "ema"
-    """The average of the weights, or the weights of the last step."""
+    weights: str = MAIN
+    """`ema`, another average that was kept (`ema-0.999`, `ema-power-0.05`), or `master`: the
+    weights of the last step."""
+
+    power_sigma: RelativeLength | None = None
+    """Instead, a power-function average of this relative length, made of those in the run's
+    checkpoints (ema.power_sigmas)."""
 
     step: int | None = Field(default=None, ge=1)
     """The checkpoint's step; without it the newest valid one."""

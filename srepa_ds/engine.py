@@ -127,12 +127,12 @@ class Engine:
         return StepReport(Losses(*torch.stack(reports).mean(0)), norm, applied)
 
     def pieces(self) -> Iterator[Piece]:
-        """Yields this rank's share of the state: masters, Adam's moments and the EMA."""
-        owned = zero.fragments(self._deepspeed)
-        for fragment, average in zip(owned, self.ema.averages, strict=True):
+        """Yields this rank's share of the state: masters, Adam's moments and the averages."""
+        for number, fragment in enumerate(zero.fragments(self._deepspeed)):
             place = (fragment.name, fragment.shape, fragment.start)
             yield Piece("master", *place, fragment.master)
-            yield Piece("ema", *place, average)
+            for kind, averages in self.ema.averages.items():
+                yield Piece(kind, *place, averages[number])
             for key in zero.MOMENTS:
                 yield Piece(key, *place, zero.moment(self._deepspeed, fragment, key))
 
@@ -159,10 +159,11 @@ class Engine:
                 target.copy_(_stored(reader, key, fragment))
         zero.set_masters(self._deepspeed, lambda f: _stored(reader, "master", f))
         zero.set_adam_step(self._deepspeed, reader.state["adam_step"])
-        for fragment, average in zip(
-            zero.fragments(self._deepspeed), self.ema.averages, strict=True
-        ):
-            average.copy_(_stored(reader, "ema", fragment))
+        for kind, averages in self.ema.averages.items():
+            # An average that was not kept so far begins with the weights of today.
+            source = kind if reader.names(kind) else "master"
+            for fragment, average in zip(zero.fragments(self._deepspeed), averages, strict=True):
+                average.copy_(_stored(reader, source, fragment))
         self.step_count = reader.state["step"]
         self.samples_seen = reader.state["samples_seen"]
 

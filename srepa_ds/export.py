@@ -1,16 +1,22 @@
 """`srepa-ds export`: a checkpoint's weights as `model.safetensors` and `config.json`."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from srepa_ds import checkpoint
 from srepa_ds.checkpoint import CheckpointReader
 from srepa_ds.config import Config
+from srepa_ds.ema import MAIN, power_kind
 from srepa_ds.errors import CheckpointError
 from srepa_ds.model.sit import fixed_position_embedding
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.model.weights import write_model
 from srepa_ds.objective import official_name
+from srepa_ds.power_ema import PowerAverage, combination, gamma_of
 from srepa_ds.schema import validated
 
 log = logging.getLogger("srepa_ds")
@@ -23,8 +29,10 @@ def export(config: Config) -> Path:
     OutputError if the folder cannot be written.
     """
     reader = CheckpointReader(_chosen(config))
-    weights = config.export.weights
-    tensors = {official_name(n): reader.tensor(weights, n) for n in reader.names(weights)}
+    sigma = config.export.power_sigma
+    mixture = {(reader, config.export.weights): 1.0} if sigma is None else _mixture(reader, sigma)
+    label = config.export.weights if sigma is None else power_kind(sigma)
+    tensors = {official_name(name): value for name, value in _mixed(mixture)}
     stored = reader.state["config"]
     # No trained weight, so no checkpoint holds it.
     model = validated(SiTConfig, stored["model"], source=f"{reader.folder}: model")
@@ -32,12 +40,53 @@ def export(config: Config) -> Path:
     provenance = {
         "checkpoint": reader.fingerprint(),
         "step": reader.state["step"],
-        "weights": weights,
+        "weights": label,
         "ema_decay": stored["ema"]["decay"],
     }
     write_model(config.export_folder, tensors, config=stored, provenance=provenance)
-    log.info("exported %s of step %d to %s", weights, reader.state["step"], config.export_folder)
+    log.info("exported %s of step %d to %s", label, reader.state["step"], config.export_folder)
     return config.export_folder
+
+
+Mixture = dict[tuple[CheckpointReader, str], float]
+"""Factors of what is stored: checkpoint and kind of average."""
+
+
+def _mixed(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
+    """Yields each weight's name and value, summed in float64; raises CheckpointError if absent."""
+    ((reader, kind), _), *_ = mixture.items()
+    exportable = [k for k in reader.kinds() if k == "master" or k.startswith(MAIN)]
+    if kind not in exportable:
+        there = ", ".join(exportable)
+        raise CheckpointError(f"{reader.folder} holds no '{kind}'; export.weights may be: {there}")
+    for name in reader.names(kind):
+        parts = [factor * r.tensor(k, name).double() for (r, k), factor in mixture.items()]
+        yield name, torch.stack(parts).sum(0).float() if len(parts) > 1 else parts[0].float()
+
+
+def _mixture(reader: CheckpointReader, sigma: float) -> Mixture:
+    """Returns how the run's power-function averages sum to the one of relative length `sigma`.
+
+    At the step of `reader`; damaged checkpoints are passed over.
+    """
+    stored: dict[tuple[CheckpointReader, str], PowerAverage] = {}
+    for folder in checkpoint.steps_in(reader.folder.parent):
+        if folder == reader.folder:
+            source = reader
+        elif folder < reader.folder and checkpoint.fault_of(folder) is None:
+            source = CheckpointReader(folder)
+        else:
+            continue
+        for kept in source.state["config"]["ema"].get("power_sigmas", ()):
+            if source.names(power_kind(kept)):
+                average = PowerAverage(source.state["step"], gamma_of(kept))
+                stored[source, power_kind(kept)] = average
+    if not stored:
+        raise CheckpointError(
+            f"{reader.folder.parent} holds no power-function averages; train with ema.power_sigmas"
+        )
+    wanted = PowerAverage(reader.state["step"], gamma_of(sigma))
+    return dict(zip(stored, combination(list(stored.values()), wanted), strict=True))
 
 
 def _chosen(config: Config) -> Path:

@@ -17,6 +17,7 @@ from srepa_ds.model.embeddings import position_embedding
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.weights import read_model
 from srepa_ds.objective import Objective
+from srepa_ds.power_ema import PowerAverage, combination, gamma_of
 from srepa_ds.schema import to_tree
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -159,3 +160,52 @@ def test_a_damaged_newest_is_passed_over_but_not_if_asked_for(configured):
 def test_without_a_checkpoint_it_says_to_train(configured):
     with pytest.raises(CheckpointError, match="train first"):
         export(configured())
+
+
+def test_other_averages_that_were_kept_can_be_exported(small_world, tmp_path):
+    config = load_config(
+        small_world.config, [f"run.folder={tmp_path}/run", "ema.power_sigmas=[0.05, 0.1]"]
+    )
+    kinds = ("master", "ema", "ema-power-0.05", "ema-power-0.1")
+    values = torch.randn(len(kinds), 2, generator=torch.Generator().manual_seed(0))
+    for number, step in enumerate((100, 200)):
+        pieces = [
+            Piece(
+                kind,
+                f"sit.{name}",
+                tuple(value.shape),
+                0,
+                values[row, number].expand(value.numel()),
+            )
+            for row, kind in enumerate(kinds)
+            for name, value in objective(config, 0).sit.named_parameters()
+        ]
+        state = {"step": step, "adam_step": step, "config": to_tree(config)}
+        checkpoint.save(config.checkpoints, step=step, pieces=pieces, state=state, rank=0)
+
+    def exported(*overrides: str) -> torch.Tensor:
+        changed = [f"run.folder={tmp_path}/run", *overrides]
+        model = read_model(export(load_config(small_world.config, changed)))
+        assert model.provenance["step"] == 200
+        return model.model.blocks[0].attn.qkv.weight
+
+    assert torch.all(exported("export.weights=ema-power-0.05") == values[2, 1])
+    assert torch.all(exported("export.weights=master") == values[0, 1])
+    # Of a length that was kept: the newest of that kind. Of another: all of them, by their factors.
+    torch.testing.assert_close(exported("export.power_sigma=0.1").mean(), values[3, 1])
+    stored = [PowerAverage(step, gamma_of(s)) for step in (100, 200) for s in (0.05, 0.1)]
+    factors = combination(stored, PowerAverage(200, gamma_of(0.07)))
+    expected = sum(f * v for f, v in zip(factors, values[2:].T.flatten().tolist(), strict=True))
+    found = exported("export.power_sigma=0.07")
+    assert found.mean().item() == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(
+        CheckpointError, match=r"holds no 'ema-0\.5'; export\.weights may be: ema, "
+    ):
+        exported("export.weights=ema-0.5")
+
+
+def test_a_length_cannot_be_made_of_nothing(small_world, tmp_path):
+    config = load_config(small_world.config, [f"run.folder={tmp_path}", "export.power_sigma=0.1"])
+    save(config, 5)
+    with pytest.raises(CheckpointError, match=r"train with ema\.power_sigmas"):
+        export(config)

@@ -195,7 +195,8 @@ def train(folder: Path, stage: int, precision: str, ranks: Ranks) -> Facts:
     shapes = {name: parameter.shape for name, parameter in objective.named_parameters()}
     engine = Engine(objective, config, ranks)
     facts["adam_step_at_build"] = torch.tensor(engine.state()["adam_step"])
-    mine = sum(average.numel() * average.element_size() for average in engine.ema.averages)
+    (averages,) = engine.ema.averages.values()
+    mine = sum(average.numel() * average.element_size() for average in averages)
     facts["ema_bytes"] = torch.tensor(distributed.gather(mine))
     facts |= state_facts("0", engine, shapes) | copies_facts("0", engine, stage)
     for step in range(1, SAVED_STEP + 1):

@@ -1,0 +1,60 @@
+"""Power-function averages of weights, and any other of them afterwards from those that were kept.
+
+An average whose weight on the past grows as a power of time has a length that is a constant share
+of the training, `sigma_rel`. Two of them, kept in checkpoints on the way, span the averages of
+other lengths. Source: Karras et al., "Analyzing and improving the training dynamics of diffusion
+models" (EDM2), section 3 and appendix C.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+LARGEST_SIGMA = 0.25
+"""Above about 0.28 no power function has that length."""
+
+
+class PowerAverage(NamedTuple):
+    """One power-function average at one time of the training."""
+
+    step: int
+    """Optimizer steps taken."""
+
+    gamma: float
+    """The exponent of time."""
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """Returns the exponent whose average has the relative length `sigma_rel`, in (0, 0.25]."""
+    inverse = sigma_rel**-2
+    return float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
+
+
+def sigma_of(gamma: float) -> float:
+    """Returns the standard deviation of the weights' profile over time, as a share of it."""
+    return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
+
+
+def power_decay(gamma: float, step: int) -> float:
+    """Returns the decay after optimizer step `step` (from 1); the first takes the weights whole."""
+    return (1 - 1 / step) ** (gamma + 1)
+
+
+def combination(stored: Sequence[PowerAverage], wanted: PowerAverage) -> list[float]:
+    """Returns the factors by which stored averages sum to the one closest to `wanted`.
+
+    Closest in the L2 norm of the profiles over time (EDM2, Algorithm 3). Float64.
+    """
+    products = np.array([[_product(a, b) for b in stored] for a in stored])
+    targets = np.array([_product(a, wanted) for a in stored])
+    # Checkpoints close in time make the system nearly singular; the pseudo-inverse does not care.
+    return (np.linalg.pinv(products, rcond=1e-12) @ targets).tolist()
+
+
+def _product(a: PowerAverage, b: PowerAverage) -> float:
+    """Returns the inner product of two profiles: (gamma + 1) tau^gamma / t^(gamma + 1) up to t."""
+    shorter = min(a.step, b.step)
+    ratio = (shorter / a.step) ** a.gamma * (shorter / b.step) ** b.gamma
+    scale = (a.gamma + 1) * (b.gamma + 1) / ((a.gamma + b.gamma + 1) * max(a.step, b.step))
+    return ratio * scale

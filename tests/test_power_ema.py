@@ -1,0 +1,45 @@
+"""Power-function averages: their exponents, and averages made afterwards from stored ones."""
+
+import pytest
+import torch
+
+from srepa_ds.power_ema import PowerAverage, combination, gamma_of, power_decay, sigma_of
+
+
+@pytest.mark.parametrize(("sigma", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
+def test_exponents_are_those_of_the_paper(sigma, gamma):
+    assert gamma_of(sigma) == pytest.approx(gamma, abs=0.005)
+    assert sigma_of(gamma_of(sigma)) == pytest.approx(sigma, rel=1e-9)
+
+
+def profile(average: PowerAverage, steps: int) -> torch.Tensor:
+    """The weight an average gives to each step's weights, by its recursion."""
+    weights = torch.zeros(steps, dtype=torch.float64)
+    for step in range(1, average.step + 1):
+        kept = power_decay(average.gamma, step)
+        weights *= kept
+        weights[step - 1] = 1 - kept
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("sigma", "bound"), [(0.05, 1e-3), (0.075, 0.02), (0.1, 1e-3), (0.15, 0.04)]
+)
+def test_other_lengths_come_from_two_that_were_kept(sigma, bound):
+    steps = 800
+    stored = [
+        PowerAverage(step, gamma_of(length))
+        for step in range(100, steps + 1, 100)
+        for length in (0.05, 0.1)
+    ]
+    wanted = PowerAverage(steps, gamma_of(sigma))
+    factors = combination(stored, wanted)
+    assert sum(factors) == pytest.approx(1, abs=0.01)
+    made = sum(f * profile(a, steps) for f, a in zip(factors, stored, strict=True))
+    expected = profile(wanted, steps)
+    assert (made - expected).norm() / expected.norm() < bound
+
+
+def test_one_that_was_kept_is_itself():
+    stored = [PowerAverage(100, gamma_of(0.05)), PowerAverage(100, gamma_of(0.1))]
+    assert combination(stored, stored[1]) == pytest.approx([0, 1], abs=1e-6)
