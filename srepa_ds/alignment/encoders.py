@@ -168,7 +168,7 @@ def _on_grid(encoder: Encoder, table: Tensor, state: Mapping[str, Tensor]) -> Te
     )
 
 
-def read_checkpoint(path: Path) -> Mapping[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """Returns the mapping in a .safetensors file or in one torch has written; raises DataError.
 
     Of pickled objects only tensors, plain values and `argparse.Namespace` (the settings that MAE
@@ -191,7 +191,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         raise DataError(f"teacher weights {path}: cannot be read: {_reason(error)}") from error
     if not isinstance(found, Mapping):
         raise DataError(f"teacher weights {path}: holds a {type(found).__name__}, no state_dict")
-    return found
+    return {str(key): value for key, value in found.items()}
 
 
 def _opened(path: Path) -> Any:
