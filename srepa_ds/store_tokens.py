@@ -141,8 +141,9 @@ def _unfinished(wanted: Mapping[Path, _Wanted], dataset: ShardDataset) -> list[P
 
 def _job(folder: Path, wanted: _Wanted, dataset: ShardDataset, ranks: Ranks) -> _Job:
     height, width = dataset.image_shape[1:]
-    resolution = height if height == width else (height, width)
-    teacher = load_teacher(wanted.alignment.teacher, resolution=resolution, device=ranks.device)
+    teacher = load_teacher(
+        wanted.alignment.teacher, resolution=(height, width), device=ranks.device
+    )
     storage = wanted.alignment.stored_tokens
     assert storage is not None
     described = TokenDescription(

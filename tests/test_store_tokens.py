@@ -1,6 +1,7 @@
 """`srepa-ds prepare --teacher` as users run it, and what stored tokens do to the losses."""
 
 import logging
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -21,7 +22,7 @@ from srepa_ds.config import load_config
 from srepa_ds.data.shard_index import INDEX_NAME
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.stored_tokens import as_stored
-from srepa_ds.data.token_index import token_file_name
+from srepa_ds.data.token_index import TokenDescription, token_file_name
 from srepa_ds.data.token_store import TokenStore
 from srepa_ds.errors import ConfigError, DataError, OutputError
 from srepa_ds.store_tokens import store_tokens
@@ -288,3 +289,45 @@ def test_losses_hardly_see_that_tokens_were_stored(live, part, name, value, bf16
         change = ((other - gradient).norm() / gradient.norm()).item()
         # From both sides, so that the documentation stays true.
         assert gradient_change / 2 <= change <= 2 * gradient_change
+
+
+GUIDE = (Path(__file__).parents[1] / "docs" / "stored-tokens.md").read_text(encoding="utf-8")
+
+
+def test_the_guide_shows_a_valid_experiment(small_world, tmp_path):
+    (shown,) = re.findall(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)
+    model = {"variant": "SiT-B/2", "input_size": 32, "in_channels": 4, "num_classes": 1000}
+    small = yaml.safe_load(small_world.config.read_text())
+    tree = {**small, "model": model, **yaml.safe_load(shown)}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(tree))
+    assert load_config(tmp_path / "experiment.yaml").alignments[0].stored_tokens == "int8"
+
+
+def test_the_guide_tells_the_sizes_that_are_announced():
+    rows = re.findall(r"\| (\d+) \| \d+ px \| (\d+) \| ([\d,]+) GB \| ([\d,]+) GB \|", GUIDE)
+    assert len(rows) == 4
+    images, per_shard = 1_281_167, 10_000
+    for width, num_tokens, *sizes in rows:
+        for storage, size in zip(("bf16", "int8"), sizes, strict=True):
+            described = TokenDescription(
+                dataset_id="0" * 16,
+                teacher={},
+                storage=storage,
+                grid=(int(num_tokens), 1),
+                width=int(width),
+                has_cls=True,
+            )
+            total = described.file_bytes(per_shard) * (images // per_shard)
+            total += described.file_bytes(images % per_shard)
+            assert f"{total / 1e9:,.0f}" == size
+
+
+def test_the_guide_tells_the_differences_that_are_tested():
+    rows = re.findall(r"^\| (?:noise|half) \| [^|]+ \| (.*) \|$", GUIDE, re.MULTILINE)
+    told = [[float(cell.removesuffix(" %")) for cell in row.split(" | ")] for row in rows]
+    measured = [
+        [value, bf16[0], int8[0], 100 * bf16[1], 100 * int8[1]]
+        for _, _, value, bf16, int8 in MEASURED
+    ]
+    for row, expected in zip(told, measured, strict=True):
+        assert row == pytest.approx(expected)

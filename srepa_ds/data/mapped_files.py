@@ -39,10 +39,11 @@ class MappedFiles:
             name: torch.empty((len(indices), *tensor.shape[1:]), dtype=tensor.dtype)
             for name, tensor in self.file(0).items()
         }
-        file_of = torch.searchsorted(self._ends, indices, right=True)
-        for number in file_of.unique().tolist():
-            rows = (file_of == number).nonzero()[:, 0]
-            inside = indices[rows] - self._starts[number]
+        file_of = torch.searchsorted(self._ends, indices, right=True).tolist()
+        # Sample by sample is plain copying. Indexing by a tensor took ten times as long for 32
+        # images' tokens of 393 KB: 9 ms on one core instead of 0.8 ms.
+        for row, (number, index) in enumerate(zip(file_of, indices.tolist(), strict=True)):
+            inside = index - self._starts[number]
             for name, tensor in self.file(number).items():
-                gathered[name][rows] = tensor[inside]
+                gathered[name][row] = tensor[inside]
         return gathered

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from srepa_ds.data.batch import Batch
+from srepa_ds.data.stored_tokens import as_stored
 from srepa_ds.errors import DataError
 
 
@@ -13,6 +14,10 @@ def batch(images=True, moments=False):
         labels=ids,
         sample_ids=ids + 10,
         positions=ids + 20,
+        teacher_tokens=(
+            as_stored(torch.ones(2, 3, 4), None, storage="bf16"),
+            as_stored(torch.ones(2, 3, 5), torch.ones(2, 5), storage="int8"),
+        ),
     )
 
 
@@ -28,6 +33,9 @@ def test_moving_keeps_every_field(images, moments):
             assert (second.device.type, second.shape) == ("meta", first.shape)
             assert second.dtype == first.dtype
     assert len(after) == 2
+    for first, second in zip(before.teacher_tokens, after.teacher_tokens, strict=True):
+        assert set(first.named_tensors()) == set(second.named_tensors())
+        assert {t.device.type for t in second.named_tensors().values()} == {"meta"}
 
 
 def test_missing_pixels_are_named():
@@ -41,3 +49,5 @@ def test_missing_pixels_are_named():
 def test_pinning_pins_every_tensor():
     pinned = batch(moments=True).pin_memory()
     assert all(getattr(pinned, name).is_pinned() for name in ("images", "moments", "positions"))
+    for tokens in pinned.teacher_tokens:
+        assert all(tensor.is_pinned() for tensor in tokens.named_tensors().values())
