@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,13 +26,12 @@ from srepa_ds.data.token_index import (
     is_finished,
     token_file_name,
 )
-from srepa_ds.data.token_store import TokenStore
 from srepa_ds.data.token_writer import entry_of, is_written, write_token_index, write_tokens
 from srepa_ds.distributed import Ranks
 from srepa_ds.errors import ConfigError, DataError, Fault, OutputError
 from srepa_ds.files import make_folder, remove_empty
 from srepa_ds.telemetry import steps_shown
-from srepa_ds.token_stores import store_folder, teacher_identity
+from srepa_ds.token_stores import open_store, store_folder, teacher_identity
 
 log = logging.getLogger("srepa_ds")
 
@@ -66,7 +65,7 @@ class _Wanted:
     """What one store is of."""
 
     alignment: AlignmentConfig
-    described_teacher: dict[str, object]
+    identity: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def _wanted(config: Config, dataset: ShardDataset) -> dict[Path, _Wanted]:
 def _unfinished(wanted: Mapping[Path, _Wanted], dataset: ShardDataset) -> list[Path]:
     """Returns the folders that are still to be written; raises DataError for a damaged one."""
     for folder in filter(is_finished, wanted):
-        TokenStore(folder).check_fits(dataset.index, dataset.folder)
+        open_store(folder, wanted[folder].identity, dataset)
         log.info("%s: already there, nothing to do", folder)
     return [folder for folder in wanted if not is_finished(folder)]
 
@@ -148,7 +147,7 @@ def _job(folder: Path, wanted: _Wanted, dataset: ShardDataset, ranks: Ranks) -> 
     assert storage is not None
     described = TokenDescription(
         dataset_id=dataset.index.dataset_id,
-        teacher=wanted.described_teacher,
+        teacher=wanted.identity,
         storage=storage,
         grid=teacher.grid,
         width=teacher.width,

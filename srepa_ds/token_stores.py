@@ -74,6 +74,22 @@ def open_stores(config: Config, dataset: ShardDataset) -> tuple[TokenStore | Non
     )
 
 
+def open_store(folder: Path, identity: dict[str, Any], dataset: ShardDataset) -> TokenStore:
+    """Returns the finished store in `folder`.
+
+    Raises DataError if it is damaged, of other images or of another teacher than `identity`.
+    """
+    store = TokenStore(folder)
+    store.check_fits(dataset.index, dataset.folder)
+    differing = _differences(store.index.teacher, identity)
+    if differing:
+        # The folder's name said otherwise, so someone moved or edited it.
+        raise DataError(
+            f"{folder}: holds tokens of another teacher: {'; '.join(differing)}; {again(folder)}"
+        )
+    return store
+
+
 def _opened(alignment: AlignmentConfig, setting: str, dataset: ShardDataset) -> TokenStore:
     height, width = dataset.image_shape[1:]
     identity = teacher_identity(alignment.teacher, image_size=(height, width))
@@ -84,16 +100,7 @@ def _opened(alignment: AlignmentConfig, setting: str, dataset: ShardDataset) -> 
             f"{setting}: {folder} {state}; run {PREPARE_TEACHER} first"
             f"{_nearest(folder, alignment, identity)}"
         )
-    store = TokenStore(folder)
-    store.check_fits(dataset.index, dataset.folder)
-    differing = _differences(store.index.teacher, identity)
-    if differing:
-        # The folder's name said otherwise, so someone moved or edited it.
-        raise DataError(
-            f"{setting}: {folder} holds tokens of another teacher: {'; '.join(differing)}; "
-            f"{again(folder)}"
-        )
-    return store
+    return open_store(folder, identity, dataset)
 
 
 def _nearest(folder: Path, alignment: AlignmentConfig, identity: dict[str, Any]) -> str:

@@ -119,6 +119,10 @@ def test_a_store_in_the_place_of_another_is_refused(spoilt):
     folder.rename(other)
     with pytest.raises(DataError, match=r"holds tokens of another teacher: weights\.sha256 is"):
         opened(spoilt, INT8)
+    # Storing again does not take it for finished either.
+    with pytest.raises(DataError, match="holds tokens of another teacher"):
+        store_tokens(config)
+    distributed.close()
 
 
 def test_tokens_of_other_images_are_refused(spoilt):
