@@ -260,6 +260,19 @@ def _class_tokens_have_a_source(
             yield Fault(f"{path}", f"include_cls: the teacher '{named}' has no class token")
 
 
+def _weights_can_be_had(alignments: tuple[AlignmentConfig, ...]) -> Iterator[Fault]:
+    for number, alignment in enumerate(alignments):
+        fault = alignment.teacher.weights_fault()
+        if fault is not None:
+            yield Fault(f"alignments.{number}.teacher.{fault.path}", fault.message)
+
+
+def _extractor_can_be_had(evaluate: EvaluateConfig | None) -> Iterator[Fault]:
+    fault = evaluate.extractor.weights_fault() if evaluate else None
+    if fault is not None:
+        yield Fault(f"evaluate.extractor.{fault.path}", fault.message)
+
+
 def _batch_divides(train: TrainConfig) -> Iterator[Fault]:
     if train.batch_size % train.accumulation_steps:
         yield Fault(
@@ -279,6 +292,8 @@ def _deepspeed_json_is_sound(engine: EngineConfig) -> Iterator[Fault]:
 
 CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {
     ("model", "alignments"): (_depth_within_model, _class_tokens_have_a_source),
+    ("alignments",): (_weights_can_be_had,),
+    ("evaluate",): (_extractor_can_be_had,),
     ("train",): (_batch_divides,),
     ("engine",): (_deepspeed_json_is_sound,),
 }

@@ -51,7 +51,7 @@ def evaluate(config: Config) -> Scores:
             f"{folder} holds images of {images.shape[1:3]} px, but {settings.reference} of "
             f"{reference.image_shape[1:]}; evaluate.reference must be of the same size"
         )
-    extractor = load_teacher(settings.extractor, resolution=images.shape[1], device=device)
+    extractor = load_teacher(settings.extractor, resolution=images.shape[1:3], device=device)
     drawn = _features(extractor, _sample_batches(images, labels, settings.batch_size), device)
     real = _features(extractor, _reference_batches(reference, settings.batch_size), device)
     scores = score(drawn.pooled, real.pooled, class_accuracy=drawn.recognised)

@@ -14,6 +14,7 @@ from srepa_ds.checkpoint import CheckpointReader
 from srepa_ds.config import Config
 from srepa_ds.data.loader import BatchLoader
 from srepa_ds.data.shards import ShardDataset
+from srepa_ds.data.token_store import TokenStore
 from srepa_ds.distributed import Ranks
 from srepa_ds.engine import Engine, StepReport, deepspeed_config, micro_batch_size
 from srepa_ds.errors import ConfigError, DataError, DivergedError, Fault
@@ -25,8 +26,12 @@ from srepa_ds.objective import Objective
 from srepa_ds.optim import learning_rate
 from srepa_ds.schema import to_tree
 from srepa_ds.telemetry import Telemetry, Window
+from srepa_ds.token_stores import open_stores
 
 log = logging.getLogger("srepa_ds")
+
+Target = Teacher | TokenStore
+"""Where the tokens of an alignment come from."""
 
 # Asking all ranks costs a collective and, on a GPU, a wait for the device.
 _STOP_CHECK_STEPS = 5
@@ -39,10 +44,12 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
     SRepaError, on all ranks alike, for whatever the user can mend.
     """
     ranks = distributed.initialize()
-    dataset = distributed.together(lambda: ShardDataset(config.data.folder))
+    images = distributed.together(lambda: ShardDataset(config.data.folder))
     codec = build_codec(config.codec)
-    distributed.together(lambda: _check_data(config, dataset, codec, ranks))
-    teachers = distributed.together(lambda: _load_teachers(config, dataset, ranks))
+    distributed.together(lambda: _check_data(config, images, codec, ranks))
+    targets = distributed.together(lambda: _open_targets(config, images, ranks))
+    stores = [target for target in targets if isinstance(target, TokenStore)]
+    dataset = distributed.together(lambda: ShardDataset(config.data.folder, stores))
     identity = _identity(config, dataset)
     with ExitStack() as stack:
         claim = run_folder.claimed(config.run.folder, is_main=ranks.is_main)
@@ -52,7 +59,7 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
                 config, identity, allow_change=allow_config_change
             )
         )
-        engine = stack.enter_context(closing(_build_engine(config, teachers, ranks)))
+        engine = stack.enter_context(closing(_build_engine(config, targets, ranks)))
         if source is not None:
             _resume(engine, source)
         arrangement = deepspeed_config(config, ranks.world_size)
@@ -65,7 +72,7 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
             config,
             batches,
             codec,
-            teachers,
+            tuple(target if isinstance(target, Teacher) else None for target in targets),
             device=ranks.device,
             first_step=engine.step_count,
         )
@@ -213,12 +220,12 @@ def _loader(config: Config, dataset: ShardDataset, engine: Engine, ranks: Ranks)
     )
 
 
-def _build_engine(config: Config, teachers: tuple[Teacher, ...], ranks: Ranks) -> Engine:
+def _build_engine(config: Config, targets: tuple[Target, ...], ranks: Ranks) -> Engine:
     objective = Objective(
         config.model,
         config.objective,
         config.alignments,
-        teachers=tuple(TeacherShape(teacher.width, teacher.grid) for teacher in teachers),
+        teachers=tuple(TeacherShape(target.width, target.grid) for target in targets),
         generator=torch.Generator().manual_seed(config.run.seed),
     )
     return Engine(objective, config, ranks)
@@ -248,22 +255,24 @@ def _check_data(config: Config, dataset: ShardDataset, codec: LatentCodec, ranks
         )
 
 
-def _load_teachers(config: Config, dataset: ShardDataset, ranks: Ranks) -> tuple[Teacher, ...]:
-    resolution = dataset.image_shape[-1]
-    teachers = tuple(
-        load_teacher(alignment.teacher, resolution=resolution, device=ranks.device)
-        for alignment in config.alignments
+def _open_targets(config: Config, dataset: ShardDataset, ranks: Ranks) -> tuple[Target, ...]:
+    """Returns where each alignment's tokens come from; raises if their grids do not fit."""
+    _, height, width = dataset.image_shape
+    stores = open_stores(config, dataset)
+    targets = tuple(
+        store or load_teacher(alignment.teacher, resolution=(height, width), device=ranks.device)
+        for alignment, store in zip(config.alignments, stores, strict=True)
     )
     faults = [
         Fault(
             f"alignments.{number}.teacher",
-            f"gives a grid of {teacher.grid} tokens at {resolution} px, the model has "
-            f"{config.model.grid}; set its resampling, e.g. {{direction: teacher_to_student, mode: "
+            f"gives a grid of {target.grid} tokens at {height}x{width} px, the model has "
+            f"{config.model.grid}; set resampling, e.g. {{direction: teacher_to_student, mode: "
             "bilinear}, or choose a matching patch size or input size",
         )
-        for number, (teacher, alignment) in enumerate(zip(teachers, config.alignments, strict=True))
-        if teacher.grid != config.model.grid and alignment.resampling is None
+        for number, (target, alignment) in enumerate(zip(targets, config.alignments, strict=True))
+        if target.grid != config.model.grid and alignment.resampling is None
     ]
     if faults:
         raise ConfigError("configuration", faults)
-    return teachers
+    return targets

@@ -1,12 +1,15 @@
 """Every method of the paper's family trains through the real engine, on any number of ranks."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import TEACHER, SmallWorld
 from ranks import run_worker
+
+from srepa_ds.cli import run
 
 POINTWISE = {"weight": 1.0}
 MSE = {"kind": "mse", "weight": 2.0}
@@ -142,3 +145,27 @@ def test_every_method_has_the_terms_it_is_made_of(records, method):
     if "stopped" in method:
         assert all(line["loss_pointwise"] == line["loss_structural"] == 0 for line in lines[OVER:])
         assert all(line["gradient_norm"] > 0 for line in lines)
+
+
+@pytest.mark.slow
+def test_stored_tokens_train_the_same_model(small_world, tmp_path):
+    """The teacher's own tokens, then bf16 and int8 ones read from disk: nearly the same losses."""
+    world = tmp_path / "world"
+    shutil.copytree(small_world.folder, world)
+    tree = yaml.safe_load(
+        small_world.config.read_text().replace(str(small_world.folder), str(world))
+    )
+    tree["train"]["steps"] = 8
+    found = {}
+    for storage in (None, "bf16", "int8"):
+        path = world / f"{storage}.yaml"
+        alignments = [{**tree["alignments"][0], "stored_tokens": storage}]
+        run_folder = {"folder": str(world / f"run-{storage}")}
+        path.write_text(yaml.safe_dump({**tree, "run": run_folder, "alignments": alignments}))
+        if storage:
+            assert run(["prepare", str(path), "--teacher"]) == 0
+        run_worker("train_files", 2, path)
+        found[storage] = [line["loss_total"] for line in read(world / f"run-{storage}")]
+    assert found["bf16"] == pytest.approx(found[None], rel=1e-3)
+    assert found["int8"] == pytest.approx(found[None], rel=1e-2)
+    assert found["bf16"] != found[None]

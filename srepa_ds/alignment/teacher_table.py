@@ -125,29 +125,32 @@ _DINOV1_B = TeacherSpec(
     input_size_per_256=256,
 )
 
-# The demo's own teacher: no pretrained weights exist, `srepa-ds teacher` trains them.
-_DIGITS = TeacherSpec(
-    architecture="vit_tiny_patch16_224",
-    arguments={
-        "patch_size": 2,
-        "embed_dim": 64,
-        "depth": 3,
-        "num_heads": 4,
-        "mlp_ratio": 2.0,
-        "act_layer": "relu",
-        "class_token": False,
-        "global_pool": "avg",
-        "fc_norm": False,
-    },
-    width=64,
-    patch_size=2,
-    input_size=16,
-    mean=(0.3, 0.3, 0.3),
-    std=(0.38, 0.38, 0.38),
-    num_prefix_tokens=0,
-    has_cls=False,
-    num_classes=10,
-)
+
+# The demo's own teachers: no pretrained weights exist, `srepa-ds teacher` trains them.
+def _digits(*, has_cls: bool) -> TeacherSpec:
+    return TeacherSpec(
+        architecture="vit_tiny_patch16_224",
+        arguments={
+            "patch_size": 2,
+            "embed_dim": 64,
+            "depth": 3,
+            "num_heads": 4,
+            "mlp_ratio": 2.0,
+            "act_layer": "relu",
+            "class_token": has_cls,
+            "global_pool": "token" if has_cls else "avg",
+            "fc_norm": False,
+        },
+        width=64,
+        patch_size=2,
+        input_size=16,
+        mean=(0.3, 0.3, 0.3),
+        std=(0.38, 0.38, 0.38),
+        num_prefix_tokens=int(has_cls),
+        has_cls=has_cls,
+        num_classes=10,
+    )
+
 
 TEACHERS: dict[str, TeacherSpec] = {
     **{f"dinov2-vit-{letter}": _dinov2(letter, registers=0) for letter in _SIZES},
@@ -172,5 +175,6 @@ TEACHERS: dict[str, TeacherSpec] = {
     "pe-spatial-vit-b": _perception("spatial", "base_patch16_512", 768, final_norm=False),
     "pe-spatial-vit-l": _perception("spatial", "large_patch14_448", 1024, final_norm=False),
     "pe-spatial-vit-g": _perception("spatial", "gigantic_patch14_448", 1536, final_norm=False),
-    "digits-vit": _DIGITS,
+    "digits-vit": _digits(has_cls=False),
+    "digits-vit-cls": _digits(has_cls=True),
 }

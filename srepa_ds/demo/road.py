@@ -14,7 +14,10 @@ from srepa_ds.errors import ConfigError, Fault, nearest
 from srepa_ds.files import shipped, write_aside
 from srepa_ds.launcher import STOP_SIGNALS, start_child
 
-MODES = ("sit", "repa", "srepa-mse", "srepa-kl")
+MODES = (
+    *("sit", "repa", "srepa-mse", "srepa-kl"),
+    *("irepa", "irepa-srepa-mse", "reg", "reg-srepa-mse"),
+)
 TIMINGS = "timings.json"
 
 
@@ -40,7 +43,7 @@ def run_demo(
         print(f"\n$ {shlex.join(['srepa-ds', *arguments])}", flush=True)
         step_began = time.perf_counter()
         code = _run(arguments)
-        timings[name] = time.perf_counter() - step_began
+        timings[name] = timings.get(name, 0) + time.perf_counter() - step_began
         _write_timings(
             folder, {n: spent.get(n, 0) + timings.get(n, 0) for n in {**spent, **timings}}
         )
@@ -59,9 +62,11 @@ def commands(mode: str, changes: Sequence[str], *, ranks: int) -> list[list[str]
     """
     experiment = str(shipped(Path(f"configs/digits-{mode}.yaml")))
     on_ranks = ["--ranks", str(ranks)]
+    # All modes are judged by the same teacher; REG learns from one that has a class token.
+    teachers = ("teacher", "teacher-cls") if mode.startswith("reg") else ("teacher",)
     return [
         ["prepare", str(shipped(Path("configs/digits-prepare.yaml")))],
-        ["teacher", str(shipped(Path("configs/digits-teacher.yaml")))],
+        *(["teacher", str(shipped(Path(f"configs/digits-{name}.yaml")))] for name in teachers),
         ["train", experiment, *changes, *on_ranks],
         ["export", experiment, *changes],
         ["sample", experiment, *changes, *on_ranks],

@@ -22,11 +22,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # An architecture's name ends with the tag of its published weights, if there are any.
 PUBLISHED = [name for name, spec in TEACHERS.items() if "." in spec.architecture]
 # The demo has a fixed, square input.
-OF_ANY_SIZE = [name for name in TEACHERS if name != "digits-vit"]
+OF_ANY_SIZE = [name for name in TEACHERS if not name.startswith("digits-")]
 
 
 def grid_at(name, resolution):
-    if name == "digits-vit":
+    if name.startswith("digits-"):
         return 8, 8
     height, width = resolution
     return height // 16, width // 16
