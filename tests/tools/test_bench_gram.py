@@ -1,0 +1,86 @@
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "bench_gram.py"
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """Imports a file that lies beside the tool, as the tool does."""
+    monkeypatch.syspath_prepend(TOOL.parent)
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("kind", ["mse", "kl"])
+def test_every_algorithm_computes_what_the_paper_prints(tool, kind):
+    measure = tool("gram_measure")
+    student, teacher = (x.double() for x in measure.tokens(2, 33, 12, "cpu"))
+    table = measure.losses(kind, "cpu")
+    assert {measure.PRINTED, "dense", "tiled"} <= set(table)
+    expected = table[measure.PRINTED](student, teacher)
+    (gradient,) = torch.autograd.grad(expected, student)
+    for loss in table.values():
+        value = loss(student, teacher)
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(value, student)[0], gradient)
+
+
+def test_memory_is_what_a_known_function_takes(tool):
+    measure = tool("gram_measure")
+    student, teacher = measure.tokens(1, 64, 16, "cpu")
+
+    def outer(s, t):
+        return (s @ t.mT).square().sum()
+
+    # Product, its square and, in backward, two gradients of its size; at least two live at once.
+    _, peak = measure.traced(outer, student, teacher)
+    assert 2 * 4 * 64**2 <= peak <= 5 * 4 * 64**2
+
+
+def test_memory_is_predicted_from_small_runs(tool, monkeypatch):
+    measure = tool("gram_measure")
+    monkeypatch.setattr(measure, "PROBES", (256, 512))
+    for name in (measure.PRINTED, "tiled"):
+        loss = measure.losses("kl", "cpu")[name]
+        predicted = measure.predicted_bytes(loss, images=2, count=1024, width=16, device="cpu")
+        _, peak = measure.traced(loss, *measure.tokens(2, 1024, 16, "cpu"))
+        assert predicted == pytest.approx(peak, rel=0.2)
+
+
+def test_what_does_not_fit_is_not_run_but_listed(tool, monkeypatch):
+    bench = tool("bench_gram")
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(bench, "PROBES", (4, 8))
+    monkeypatch.setattr(bench, "predicted_bytes", lambda loss, **size: 3.0 * 2**30)
+    rows = bench.measure("cpu", "kl", 32, 8, 1, 1)
+    assert all(row.seconds is None for row in rows)
+    table = tool("gram_report").markdown(rows)
+    assert table.count("does not fit: needs 3 GiB") == len(rows)
+
+
+def test_the_tool_writes_table_json_and_plot(tmp_path):
+    options = ["--tokens", "8", "24", "--widths", "6", "--rounds", "2"]
+    subprocess.run(
+        [sys.executable, TOOL, *options, "--output", tmp_path], cwd=ROOT, check=True, timeout=120
+    )
+    rows = json.loads((tmp_path / "results.json").read_text())
+    found = [row for row in rows if row["device"] == "cpu"]
+    assert {row["tokens"] for row in found} == {8, 24}
+    for kind, names in {
+        "mse": ["Algorithm 1", "dense", "tiled", "feature", "auto (dense)"],
+        "kl": ["Algorithm 1", "dense", "tiled", "auto (dense)"],
+    }.items():
+        of_kind = [row for row in found if row["kind"] == kind and row["tokens"] == 8]
+        assert [row["algorithm"] for row in of_kind] == names
+        assert all(row["seconds"] > 0 and row["extra_bytes"] > 0 for row in of_kind)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert {line.count("|") for line in lines} == {11}
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
