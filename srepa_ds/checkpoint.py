@@ -6,33 +6,38 @@ previous checkpoint as the newest valid one. Nothing in it is a pickle.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from srepa_ds import distributed
 from srepa_ds.errors import CheckpointError, OutputError, SRepaError
 from srepa_ds.files import flush_to_disk, sha256_of, write_aside
+from srepa_ds.fragment_file import Piece, snapshot_of, write_snapshot
 from srepa_ds.schema import Section
 
 FORMAT = "srepa_ds.checkpoint"
 VERSION = 1
+_MARK = {"format": FORMAT, "version": VERSION}
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _LATEST = "latest"
 _PREFIX = "step-"
 _ASIDE = ".writing-"
+_FOREIGN = "of format"
+
+FileEntry = dict[str, Any]
+"""A file's size and sha256, as the manifest names them: `bytes`, `sha256`."""
 
 log = logging.getLogger("srepa_ds")
 
@@ -49,23 +54,10 @@ class CheckpointConfig(Section):
     keep_every_steps: int = Field(default=50_000, ge=0)
     """Checkpoints at multiples of this are kept for good; 0 keeps none."""
 
-
-@dataclass(frozen=True)
-class Piece:
-    """A run of one flattened tensor, as it is stored."""
-
-    kind: str
-    """What it is of the weight: master, exp_avg, exp_avg_sq or ema."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    values: Float[Tensor, "numel"]
-
-    @property
-    def key(self) -> str:
-        """The tensor's name in the fragment file."""
-        return f"{self.kind}/{self.name}@{self.start}"
+    asynchronous: bool = False
+    """Write while training goes on. A save then stops it only while this rank's share of the state
+    is copied to host memory, where the copy (16 bytes per weight, shared by all ranks) stays until
+    it is written."""
 
 
 class CheckpointReader:
@@ -133,6 +125,57 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"{_PREFIX}{step:07d}"
 
 
+class UnfinishedCheckpoint:
+    """A checkpoint from its first byte to its name.
+
+    To build it is collective, and it holds what the run was at that moment. Raises OutputError on
+    every rank if it cannot be begun.
+    """
+
+    def __init__(
+        self, root: Path, *, step: int, pieces: Iterable[Piece], state: dict[str, Any], rank: int
+    ):
+        self.step = step
+        self.folder = step_folder(root, step)
+        self._root, self._rank = root, rank
+        self._aside = root / f"{_ASIDE}{self.folder.name}"
+        distributed.on_main(lambda: _make_aside(root, self._aside))
+        self._file = f"fragments-{rank:05d}.safetensors"
+        self._snapshot = snapshot_of(pieces, label=f"{FORMAT} {VERSION}")
+        # A copy, because the run goes on while this is written.
+        self._document = copy.deepcopy(state)
+
+    def write(self) -> FileEntry:
+        """Returns this rank's entry of the manifest once its fragments are on disk.
+
+        No collective: may run in any thread. Raises OutputError.
+        """
+        with _writing(self._aside):
+            return write_snapshot(self._aside / self._file, self._snapshot)
+
+    def finish(self, written: Callable[[], FileEntry]) -> Path:
+        """Returns the finished checkpoint's folder. Collective.
+
+        `written` gives what `write` returned, or raises what it raised. Raises OutputError on every
+        rank if any could not write; then nothing is left of it.
+        """
+        try:
+            entry = distributed.together(written)
+            parts = distributed.gather((self._file, entry, self._snapshot.shapes))
+            entries = {file: entry for file, entry, _ in parts}
+            # In the model's order, as far as any rank knows it.
+            shapes = {name: shape for *_, part in parts for name, shape in part.items()}
+            document = self._document | _MARK | {"step": self.step, "shapes": shapes}
+            distributed.on_main(
+                lambda: _finish(self._root, self._aside, self.folder, document, entries)
+            )
+        except SRepaError:
+            if self._rank == 0:
+                shutil.rmtree(self._aside, ignore_errors=True)
+            raise
+        return self.folder
+
+
 def save(
     root: Path, *, step: int, pieces: Iterable[Piece], state: dict[str, Any], rank: int
 ) -> Path:
@@ -141,36 +184,18 @@ def save(
     `state` is JSON, the same on all ranks. Raises OutputError on every rank if any cannot write;
     then nothing of it is left.
     """
-    final, aside = step_folder(root, step), root / f"{_ASIDE}{_PREFIX}{step:07d}"
-    try:
-        distributed.together(lambda: _make_aside(root, aside) if rank == 0 else None)
-        pieces = list(pieces)
-        name = f"fragments-{rank:05d}.safetensors"
-        entry = distributed.together(lambda: _write_fragments(aside / name, pieces))
-        shapes: dict[str, list[int]] = {}
-        for part in distributed.gather({piece.name: list(piece.shape) for piece in pieces}):
-            shapes |= {key: value for key, value in part.items() if key not in shapes}
-        entries = dict(distributed.gather((name, entry)))
-        document = {**state, "format": FORMAT, "version": VERSION, "step": step, "shapes": shapes}
-        distributed.together(
-            lambda: _finish(root, aside, final, document, entries) if rank == 0 else None
-        )
-    except SRepaError:
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return final
+    unfinished = UnfinishedCheckpoint(root, step=step, pieces=pieces, state=state, rank=rank)
+    return unfinished.finish(unfinished.write)
 
 
 @contextlib.contextmanager
 def _writing(place: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
         raise OutputError(
-            f"cannot write the checkpoint under {place}: {reason}; earlier checkpoints are whole, "
-            "make room or permission and run the same command again"
+            f"cannot write the checkpoint under {place}: {error.strerror or error}; earlier "
+            "checkpoints are whole, make room or permission and run the same command again"
         ) from error
 
 
@@ -181,25 +206,14 @@ def _make_aside(root: Path, aside: Path) -> None:
         aside.mkdir()
 
 
-def _write_fragments(path: Path, pieces: Iterable[Piece]) -> dict[str, Any]:
-    with _writing(path.parent):
-        # Copies, because a view would drag its whole storage along.
-        tensors = {p.key: p.values.detach().to("cpu", copy=True).contiguous() for p in pieces}
-        # One key, because safetensors writes several in an order that changes from run to run.
-        save_file(tensors, path, metadata={"format": f"{FORMAT} {VERSION}"})
-        flush_to_disk(path)
-        return _entry(path)
-
-
 def _finish(
-    root: Path, aside: Path, final: Path, document: dict[str, Any], entries: dict[str, Any]
+    root: Path, aside: Path, final: Path, document: dict[str, Any], entries: dict[str, FileEntry]
 ) -> None:
     with _writing(root):
         (aside / _STATE).write_text(json.dumps(document, indent=1))
         flush_to_disk(aside / _STATE)
         files = {**entries, _STATE: _entry(aside / _STATE)}
-        manifest = {"format": FORMAT, "version": VERSION, "files": files}
-        (aside / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (aside / _MANIFEST).write_text(json.dumps(_MARK | {"files": files}, indent=1))
         flush_to_disk(aside / _MANIFEST)
         flush_to_disk(aside)
         if final.exists():
@@ -209,7 +223,7 @@ def _finish(
         flush_to_disk(root)
 
 
-def _entry(path: Path) -> dict[str, Any]:
+def _entry(path: Path) -> FileEntry:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
@@ -218,7 +232,8 @@ def fault_of(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         if manifest["format"] != FORMAT or manifest["version"] != VERSION:
-            return f"of format {manifest['format']} {manifest['version']}, not {FORMAT} {VERSION}"
+            mark = f"{manifest['format']} {manifest['version']}"
+            return f"{_FOREIGN} {mark}, not {FORMAT} {VERSION}"
         if _STATE not in manifest["files"]:
             return f"its manifest does not name {_STATE}"
         for name, expected in manifest["files"].items():
@@ -250,13 +265,18 @@ def newest_valid(root: Path) -> Path | None:
     """Returns the newest valid checkpoint under `root`, or None when there is none at all.
 
     Says which it passed over and why. Raises CheckpointError when there are checkpoints but none
-    is valid: training anew would throw the run away without a word.
+    is valid, or a newer one is of another format: to go on from before it would throw good training
+    away.
     """
     faults = []
     for folder in reversed(steps_in(root)):
         fault = fault_of(folder)
         if fault is None:
             return folder
+        if fault.startswith(_FOREIGN):
+            raise CheckpointError(
+                f"{folder} is {fault}; go on with the srepa_ds that wrote it, or move it away"
+            )
         log.warning("passing over checkpoint %s: %s", folder, fault)
         faults.append(f"{folder.name}: {fault}")
     if faults:

@@ -55,6 +55,13 @@ class TrainConfig(Section):
     log_every_steps: int = Field(default=50, ge=1)
     """Optimizer steps between lines of the record."""
 
+    max_skipped_steps: int = Field(default=10, ge=1)
+    """Steps in a row whose losses or gradients are not finite, after which the run goes back to
+    its last good checkpoint and on behind these samples."""
+
+    max_rollbacks: int = Field(default=3, ge=0)
+    """How often it may do so before it gives up."""
+
 
 class EngineConfig(Section):
     """How DeepSpeed arranges memory and arithmetic."""
@@ -62,12 +69,33 @@ class EngineConfig(Section):
     deepspeed: Path = Path("ds_configs/zero2.json")
     """DeepSpeed JSON: ZeRO stage, offload, buckets. What this YAML says is not repeated there."""
 
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """`bf16`: weights and activations in bf16 with fp32 masters, moments and EMA."""
+    precision: Literal["fp32", "bf16_autocast", "bf16"] = "bf16"
+    """`bf16`: weights and activations in bf16 with fp32 masters, moments and EMA. `bf16_autocast`:
+    fp32 weights, matrix products in bf16, as the paper's runs."""
 
     overlap_teachers: bool = False
     """Whether teachers run one micro batch ahead on a CUDA stream of their own, beside the student;
     it costs the memory of one more micro batch. Without a GPU it changes nothing."""
+
+
+class MonitorConfig(Section):
+    """What is looked at while training, with the EMA weights and the sampler of `sample`."""
+
+    images_every_steps: int = Field(default=0, ge=0)
+    """Optimizer steps between contact sheets; 0 draws none."""
+
+    num_images: int = Field(default=64, ge=1)
+    """Images on a sheet."""
+
+    evaluate_every_steps: int = Field(default=0, ge=0)
+    """Optimizer steps between Frechet distances in the feature space of `evaluate.extractor`,
+    against `evaluate.reference`; 0 measures none."""
+
+    num_evaluated: int = Field(default=2_000, ge=2)
+    """Images drawn for a distance; only distances of equally many compare."""
+
+    num_steps: int | None = Field(default=None, ge=1)
+    """Steps of the sampler, if not those of `sample`."""
 
 
 class ExportConfig(Section):
@@ -152,6 +180,9 @@ class Config(Section):
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are written and which are kept."""
+
+    monitor: MonitorConfig = MonitorConfig()
+    """What is looked at while training."""
 
     export: ExportConfig = ExportConfig()
     """What `srepa-ds export` writes."""
@@ -273,6 +304,13 @@ def _extractor_can_be_had(evaluate: EvaluateConfig | None) -> Iterator[Fault]:
         yield Fault(f"evaluate.extractor.{fault.path}", fault.message)
 
 
+def _monitor_can_judge(monitor: MonitorConfig, evaluate: EvaluateConfig | None) -> Iterator[Fault]:
+    if monitor.evaluate_every_steps and evaluate is None:
+        yield Fault(
+            "monitor.evaluate_every_steps", "needs a section `evaluate`: reference and extractor"
+        )
+
+
 def _batch_divides(train: TrainConfig) -> Iterator[Fault]:
     if train.batch_size % train.accumulation_steps:
         yield Fault(
@@ -294,6 +332,7 @@ CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {
     ("model", "alignments"): (_depth_within_model, _class_tokens_have_a_source),
     ("alignments",): (_weights_can_be_had,),
     ("evaluate",): (_extractor_can_be_had,),
+    ("monitor", "evaluate"): (_monitor_can_judge,),
     ("train",): (_batch_divides,),
     ("engine",): (_deepspeed_json_is_sound,),
 }

@@ -1,9 +1,13 @@
-"""DeepSpeed's own configuration file: how memory and communication are arranged, nothing else."""
+"""DeepSpeed's own configuration file: how memory and communication are arranged, nothing else.
+
+Everything in it is checked here, without DeepSpeed, which ignores keys it does not know and
+settings of another stage: a misspelt one would silently change nothing.
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from srepa_ds.errors import ConfigError, Fault, nearest
 from srepa_ds.files import shipped
@@ -16,52 +20,160 @@ OWNED_BY_YAML = {
     "gradient_clipping": "optimizer.gradient_clipping",
     "optimizer": "optimizer",
     "scheduler": "optimizer",
+    "zero_force_ds_cpu_optimizer": "optimizer.cpu_adam",
     "bf16": "engine.precision",
     "fp16": "engine.precision",
     "torch_autocast": "engine.precision",
     "data_types": "engine.precision",
 }
 
-# DeepSpeed ignores a key it does not know, so a misspelt one would silently change nothing.
-ALLOWED = (
-    "zero_optimization",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "comms_logger",
-    "flops_profiler",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
+
+class Kind(NamedTuple):
+    """What a setting may be: a test of its value, and the same in words."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+class Setting(NamedTuple):
+    """A setting of `zero_optimization`: what it may be, and the stages it means something to."""
+
+    kind: Kind
+    stages: Collection[int]
+
+
+def _is_count(value: Any) -> bool:
+    # JSON's 2e8 is a float; DeepSpeed takes it as the whole number it is.
+    return type(value) in (int, float) and value >= 0 and value == int(value)
+
+
+SWITCH = Kind(lambda value: isinstance(value, bool), "true or false")
+COUNT = Kind(_is_count, "a whole number of at least 0")
+SIZE = Kind(lambda value: _is_count(value) and value > 0, "a whole number of at least 1")
+FACTOR = Kind(lambda value: type(value) in (int, float) and value > 0, "a number above 0")
+OBJECT = Kind(lambda value: isinstance(value, dict), "an object")
+STAGE = Kind(lambda value: type(value) is int and value in range(4), "0, 1, 2 or 3")
+DEVICE = Kind(lambda value: value in ("cpu", "none"), '"cpu" or "none"')
+DTYPE = Kind(lambda value: value in ("fp32", "bf16", "fp16"), '"fp32", "bf16" or "fp16"')
+OFF = Kind(
+    lambda value: value is False,
+    "left out or false: where activation checkpointing keeps the results of matrix products, it "
+    "gives wrong gradients without a word, and it replaces torch's linear in the whole process",
 )
+
+ALLOWED: Mapping[str, Kind] = {
+    "zero_optimization": OBJECT,
+    "communication_data_type": DTYPE,
+    "prescale_gradients": SWITCH,
+    "gradient_predivide_factor": FACTOR,
+    "comms_logger": OBJECT,
+    "flops_profiler": OBJECT,
+    "wall_clock_breakdown": SWITCH,
+    "memory_breakdown": SWITCH,
+    "dump_state": SWITCH,
+}
+
+ZERO_SETTINGS: Mapping[str, Setting] = {
+    "stage": Setting(STAGE, range(4)),
+    "contiguous_gradients": Setting(SWITCH, (1, 2, 3)),
+    "reduce_scatter": Setting(SWITCH, (1, 2, 3)),
+    "reduce_bucket_size": Setting(SIZE, (1, 2, 3)),
+    "overlap_comm": Setting(SWITCH, (1, 2, 3)),
+    "allgather_partitions": Setting(SWITCH, (1, 2)),
+    "allgather_bucket_size": Setting(COUNT, (1, 2)),
+    "use_multi_rank_bucket_allreduce": Setting(SWITCH, (1, 2)),
+    "round_robin_gradients": Setting(SWITCH, (1, 2)),
+    "offload_optimizer": Setting(OBJECT, (2, 3)),
+    "offload_param": Setting(OBJECT, (3,)),
+    "memory_efficient_linear": Setting(OFF, (3,)),
+    "sub_group_size": Setting(SIZE, (3,)),
+    "stage3_prefetch_bucket_size": Setting(COUNT, (3,)),
+    "stage3_param_persistence_threshold": Setting(COUNT, (3,)),
+    "stage3_model_persistence_threshold": Setting(COUNT, (3,)),
+    "stage3_max_live_parameters": Setting(COUNT, (3,)),
+    "stage3_max_reuse_distance": Setting(COUNT, (3,)),
+    "stage3_module_granularity_threshold": Setting(COUNT, (3,)),
+    "stage3_use_all_reduce_for_fetch_params": Setting(SWITCH, (3,)),
+    "stage3_allgather_sequential": Setting(SWITCH, (3,)),
+}
+
+OFFLOAD_SETTINGS: Mapping[str, Kind] = {"device": DEVICE, "pin_memory": SWITCH}
 
 
 def load_deepspeed_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in `path`, or in the file of that name shipped with the package.
 
-    Raises ConfigError with all faults: keys that are unknown or belong to the YAML, and a ZeRO
-    stage that does not exist. What stands inside `zero_optimization` DeepSpeed checks itself.
+    Raises ConfigError with all faults, down to the settings of offloading: keys that are unknown,
+    belong to the YAML or to another ZeRO stage, and values that are not what a setting takes.
     """
     try:
-        document = json.loads(shipped(path).read_text(encoding="utf-8"))
+        text = shipped(path).read_text(encoding="utf-8")
+        document = json.loads(text, object_pairs_hook=_without_twins)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or f"is not JSON: {error}"
         raise ConfigError(str(path), [Fault("", reason)]) from error
+    if not isinstance(document, dict):
+        raise ConfigError(str(path), [Fault("", "must be a JSON object")])
     faults = list(_faults(document))
     if faults:
         raise ConfigError(str(path), faults)
     return document
 
 
-def _faults(document: Any) -> Iterator[Fault]:
-    if not isinstance(document, dict):
-        yield Fault("", "must be a JSON object")
-        return
-    for key in sorted(document):
-        if key in OWNED_BY_YAML:
-            yield Fault(key, f"belongs to the YAML ({OWNED_BY_YAML[key]}); remove it here")
-        elif key not in ALLOWED:
-            yield Fault(key, f"unknown key; {nearest(key, ALLOWED)}")
+def stage_of(document: Mapping[str, Any]) -> int:
+    """Returns the ZeRO stage of a checked document; 0 unless it names one."""
+    return document.get("zero_optimization", {}).get("stage", 0)
+
+
+def offloads_optimizer(document: Mapping[str, Any]) -> bool:
+    """Returns whether a checked document keeps masters and Adam's moments on the CPU."""
+    offload = document.get("zero_optimization", {}).get("offload_optimizer", {})
+    return offload.get("device", "none") == "cpu"
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise ValueError(f"the key '{name}' stands twice")
+    return dict(pairs)
+
+
+def _faults(document: Mapping[str, Any]) -> Iterator[Fault]:
+    for key in sorted(OWNED_BY_YAML.keys() & document.keys()):
+        yield Fault(key, f"belongs to the YAML ({OWNED_BY_YAML[key]}); remove it here")
+    rest = {key: value for key, value in document.items() if key not in OWNED_BY_YAML}
+    yield from _misfits("", rest, ALLOWED)
     zero = document.get("zero_optimization", {})
-    if not (isinstance(zero, dict) and zero.get("stage", 0) in range(4)):
-        yield Fault("zero_optimization", 'must be an object with a "stage" of 0 to 3')
+    if not isinstance(zero, dict):
+        return
+    kinds = {name: setting.kind for name, setting in ZERO_SETTINGS.items()}
+    yield from _misfits("zero_optimization.", zero, kinds)
+    stage = zero.get("stage", 0)
+    if STAGE.holds(stage):
+        yield from _of_another_stage(zero, stage)
+    for name in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(name), dict):
+            yield from _misfits(f"zero_optimization.{name}.", zero[name], OFFLOAD_SETTINGS)
+
+
+def _misfits(
+    prefix: str, section: Mapping[str, Any], kinds: Mapping[str, Kind]
+) -> Iterator[Fault]:
+    for name in sorted(section):
+        if name not in kinds:
+            yield Fault(prefix + name, f"unknown or not supported here; {nearest(name, kinds)}")
+        elif not kinds[name].holds(section[name]):
+            given = json.dumps(section[name])
+            yield Fault(prefix + name, f"must be {kinds[name].words} (given: {given})")
+
+
+def _of_another_stage(zero: Mapping[str, Any], stage: int) -> Iterator[Fault]:
+    for name in sorted(ZERO_SETTINGS.keys() & zero.keys()):
+        stages = ZERO_SETTINGS[name].stages
+        if stage not in stages:
+            fitting = " or ".join(map(str, stages))
+            yield Fault(
+                f"zero_optimization.{name}",
+                f"means nothing to stage {stage}; remove it, or choose stage {fitting}",
+            )

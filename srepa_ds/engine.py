@@ -6,23 +6,27 @@ to checkpoints as fragments that know no topology.
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import deepspeed.ops
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
+from torch.nn import Parameter
 
-from srepa_ds import zero
+from srepa_ds import distributed, zero
 from srepa_ds.checkpoint import CheckpointReader, Piece
 from srepa_ds.config import Config
-from srepa_ds.deepspeed_json import load_deepspeed_json
+from srepa_ds.deepspeed_json import load_deepspeed_json, offloads_optimizer, stage_of
 from srepa_ds.distributed import Ranks
-from srepa_ds.ema import ShardedEma
-from srepa_ds.errors import CheckpointError, ConfigError, TopologyError
+from srepa_ds.ema import MAIN, ShardedEma
+from srepa_ds.errors import CheckpointError, TopologyError
+from srepa_ds.model.sit import SiTOutput
 from srepa_ds.objective import Losses, Objective, TrainingInputs
-from srepa_ds.optim import build_optimizer
+from srepa_ds.optim import OptimizerConfig, build_optimizer
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,9 @@ def micro_batch_size(batch_size: int, accumulation_steps: int, world_size: int) 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """Returns DeepSpeed's configuration: the JSON named by the config plus what the YAML owns.
 
-    Raises ConfigError for settings of ZeRO that DeepSpeed does not know.
+    Raises ConfigError for a JSON with faults.
     """
     document = load_deepspeed_json(config.engine.deepspeed)
-    faults = list(zero.faults_in(document.get("zero_optimization", {})))
-    if faults:
-        raise ConfigError(str(config.engine.deepspeed), faults)
-    stage = document.get("zero_optimization", {}).get("stage", 0)
     document |= {
         "train_micro_batch_size_per_gpu": micro_batch_size(
             config.train.batch_size, config.train.accumulation_steps, world_size
@@ -68,13 +68,27 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.gradient_clipping,
         # DeepSpeed's own printing and its monitors stay silent; telemetry is ours.
         "steps_per_print": 1_000_000_000,
+        # Which AdamW steps offloaded weights the YAML says.
+        "zero_force_ds_cpu_optimizer": False,
     }
-    if config.engine.precision == "bf16":
-        document["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        if stage > 0:
-            # Otherwise micro batches are summed in bf16; stage 0 refuses the combination.
-            document["data_types"] = {"grad_accum_dtype": "fp32"}
-    return document
+    stage = stage_of(document)
+    if stage == 3:
+        # DeepSpeed's default gives wrong gradients under selective activation checkpointing.
+        document["zero_optimization"]["memory_efficient_linear"] = False
+    return document | _arithmetic(config.engine.precision, stage)
+
+
+def _arithmetic(precision: str, stage: int) -> dict[str, Any]:
+    """Returns DeepSpeed's settings for a precision."""
+    if precision == "bf16":
+        # Without the second, micro batches are summed in bf16; stage 0 refuses it.
+        data_types = {"data_types": {"grad_accum_dtype": "fp32"}} if stage > 0 else {}
+        return {"bf16": {"enabled": True, "check_grad_overflow": True}, **data_types}
+    if precision == "bf16_autocast":
+        # An absent list would mean: reduce the gradients of linear maps and convolutions in bf16.
+        autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        return {"torch_autocast": autocast}
+    return {}
 
 
 class Engine:
@@ -82,14 +96,16 @@ class Engine:
 
     def __init__(self, objective: Objective, config: Config, ranks: Ranks):
         _quieten(ranks)
+        self._device = ranks.device
         objective.to(ranks.device)
         initial = {name: p.detach().clone() for name, p in objective.named_parameters()}
         parameters = [p for p in objective.parameters() if p.requires_grad]
+        document = deepspeed_config(config, ranks.world_size)
         self._deepspeed, *_ = deepspeed.initialize(
             model=objective,
             model_parameters=parameters,
-            optimizer=build_optimizer(config.optimizer, parameters),
-            config=deepspeed_config(config, ranks.world_size),
+            optimizer=_optimizer(config.optimizer, parameters, document),
+            config=document,
             dist_init_required=False,
         )
         if config.engine.precision == "bf16":
@@ -116,7 +132,7 @@ class Engine:
                 norm = zero.gradient_norm(self._deepspeed)
                 finite = zero.drop_unless_finite(self._deepspeed, norm)
             self._deepspeed.step()
-            reports.append(torch.stack([value.detach() for value in losses]))
+            reports.append([value.detach() for value in losses])
         self.step_count += 1
         self.samples_seen += self._batch_size
         applied = finite and self._deepspeed.was_step_applied()
@@ -124,7 +140,8 @@ class Engine:
             self.ema.update(self._masters(), step=self.step_count)
         norm = self._deepspeed.get_global_grad_norm() if norm is None else norm
         norm = torch.as_tensor(norm, dtype=torch.float32)
-        return StepReport(Losses(*torch.stack(reports).mean(0)), norm, applied)
+        means = [torch.stack(values).mean(0) for values in zip(*reports, strict=True)]
+        return StepReport(Losses(*means), norm, applied)
 
     def pieces(self) -> Iterator[Piece]:
         """Yields this rank's share of the state: masters, Adam's moments and the averages."""
@@ -167,12 +184,84 @@ class Engine:
         self.step_count = reader.state["step"]
         self.samples_seen = reader.state["samples_seen"]
 
+    def ema_distance(self) -> Tensor:
+        """Returns |average - masters| / |masters| over all weights, of the main EMA. Collective."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for average, master in zip(self.ema.averages[MAIN], self._masters(), strict=True):
+            parts = torch.stack(((average - master).norm(), master.norm()))
+            sums += parts.to(self._device).double().square()
+        distance, length = distributed.summed(sums).sqrt()
+        return distance / length
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Lets the module compute with its EMA while the block runs. Collective.
+
+        Fragments are swapped, so no second model is needed; afterwards every bit is back.
+        """
+        masters = [fragment.master.clone() for fragment in self._whole()]
+        self._set_masters(list(self._averages_over(self._whole())))
+        try:
+            yield
+        finally:
+            self._set_masters(masters)
+
+    def _whole(self) -> list[zero.Fragment]:
+        return zero.fragments(self._deepspeed, whole=True)
+
+    def _set_masters(self, values: list[Tensor]) -> None:
+        by_name = {f.name: value for f, value in zip(self._whole(), values, strict=True)}
+        zero.set_masters(self._deepspeed, lambda fragment: by_name[fragment.name])
+
+    def _averages_over(self, wanted: list[zero.Fragment]) -> Iterator[Tensor]:
+        """Yields the average over each fragment; under stage 0 that is more than a rank holds."""
+        held = zero.fragments(self._deepspeed)
+        own = {f.name: (f, a) for f, a in zip(held, self.ema.averages[MAIN], strict=True)}
+        for fragment in wanted:
+            part, average = own.get(fragment.name, (None, None))
+            if average is not None and average.numel() == fragment.numel:
+                yield average
+                continue
+            gathered = torch.zeros_like(fragment.master)
+            if part is not None and average is not None:
+                gathered.narrow(0, part.start, part.numel).copy_(average)
+            yield distributed.summed(gathered)
+
+    @torch.no_grad()
+    def predict(self, *inputs: Tensor | None) -> SiTOutput:
+        """Returns the model's output for x_t, t, labels (and cls_t), on this rank's inputs.
+
+        Collective under stage 3, where all ranks must call it equally often.
+        """
+        self._deepspeed.eval()
+        return self._deepspeed(*inputs, predict=True)
+
     def close(self) -> None:
         """Releases DeepSpeed's hooks and buffers."""
         self._deepspeed.destroy()
 
     def _masters(self) -> list[Tensor]:
         return [fragment.master for fragment in zero.fragments(self._deepspeed)]
+
+
+def _optimizer(
+    config: OptimizerConfig, parameters: list[Parameter], document: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    if not offloads_optimizer(document) or config.cpu_adam == "torch":
+        return build_optimizer(config, parameters)
+    try:
+        return DeepSpeedCPUAdam(
+            parameters,
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+        )
+    except RuntimeError as error:
+        raise TopologyError(
+            "optimizer.cpu_adam: deepspeed needs a C++ compiler and ninja to build its kernel "
+            f"({error.__cause__ or error}); install them or choose optimizer.cpu_adam=torch"
+        ) from error
 
 
 def _run_of(tensor: Tensor, fragment: zero.Fragment) -> Tensor:

@@ -1,6 +1,6 @@
 """From batches to what the objective needs: latents, noise, and the teachers' tokens."""
 
-import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -46,6 +46,8 @@ class Feed:
         self._device = device
         self._first_step = first_step
         self._last_step: list[Prepared] = []
+        self._waited = 0.0
+        self._count = 0
         overlapped = config.engine.overlap_teachers and device.type == "cuda"
         prepared = self._prepared(batches)
         self._ready = _one_ahead(prepared, device) if overlapped else prepared
@@ -56,6 +58,19 @@ class Feed:
         for _ in range(self._config.train.accumulation_steps):
             self._last_step.append(next(self._ready))
             yield self._last_step[-1].inputs
+
+    def continue_at(self, step: int) -> None:
+        """Takes what comes next as the micro batches of optimizer step `step` (from 0) and on."""
+        self._first_step, self._count = step, 0
+
+    def sample_ids(self) -> list[int]:
+        """Returns the samples of the last step, of this rank alone. Waits for the device."""
+        return [number for p in self._last_step for number in p.sample_ids.tolist()]
+
+    def waited(self) -> float:
+        """Returns the seconds spent waiting for batches since the last call."""
+        seconds, self._waited = self._waited, 0.0
+        return seconds
 
     def unusable(self) -> dict[int, list[int]]:
         """Returns the samples of the last step whose teacher tokens are not finite, by alignment.
@@ -71,9 +86,13 @@ class Feed:
         return found
 
     def _prepared(self, batches: Iterator[Batch]) -> Iterator[Prepared]:
-        for count in itertools.count():
-            step = self._first_step + count // self._config.train.accumulation_steps
-            yield self._prepare(next(batches).to(self._device, non_blocking=True), step)
+        while True:
+            step = self._first_step + self._count // self._config.train.accumulation_steps
+            self._count += 1
+            asked_at = time.perf_counter()
+            batch = next(batches)
+            self._waited += time.perf_counter() - asked_at
+            yield self._prepare(batch.to(self._device, non_blocking=True), step)
 
     def _prepare(self, batch: Batch, step: int) -> Prepared:
         config = self._config

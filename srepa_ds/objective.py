@@ -27,10 +27,13 @@ from srepa_ds.interpolant import (
     sample_time,
 )
 from srepa_ds.model.embeddings import drop_labels
-from srepa_ds.model.sit import SiT
+from srepa_ds.model.sit import SiT, SiTOutput
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.noise import Stream
 from srepa_ds.schema import Section
+
+TIME_BINS = 10
+"""Equal parts of t in [0, 1] for which the flow loss is recorded apart."""
 
 
 class ObjectiveConfig(Section):
@@ -71,6 +74,8 @@ class Losses(NamedTuple):
     pointwise: Float[Tensor, ""]
     structural: Float[Tensor, ""]
     cls: Float[Tensor, ""]
+    flow_by_time: Float[Tensor, "2 bins"]
+    """Sums of the samples' flow losses, and their numbers, in equal parts of t in [0, 1]."""
 
 
 def draw_inputs(
@@ -134,9 +139,20 @@ class Objective(nn.Module):
             for alignment, teacher in zip(alignments, teachers, strict=True)
         )
 
-    def forward(self, *inputs: Tensor | tuple[Tensor | None, ...] | None) -> Losses:
-        """Returns the losses of one micro batch, given the fields of `TrainingInputs`."""
-        given = TrainingInputs(*inputs)  # type: ignore[arg-type]
+    def forward(
+        self, *inputs: Tensor | tuple[Tensor | None, ...] | None, predict: bool = False
+    ) -> Losses | SiTOutput:
+        """Returns the losses of one micro batch, given the fields of `TrainingInputs`.
+
+        With `predict`, the model's output for x_t, t, labels and a class token or None: sampling
+        during training has to pass through the same module as training.
+        """
+        if predict:
+            x_t, t, labels, *cls_t = inputs
+            return self.sit(x_t, t, labels, cls_t=cls_t[0] if cls_t else None)
+        return self._losses(TrainingInputs(*inputs))  # type: ignore[arg-type]
+
+    def _losses(self, given: TrainingInputs) -> Losses:
         noised = self._interpolant.noised(given.latents, given.noise, given.t)
         noised_cls = self._noised_cls(given)
         output = self.sit(
@@ -146,7 +162,8 @@ class Objective(nn.Module):
             cls_t=noised_cls.x_t if noised_cls else None,
             depths=tuple(alignment.depth for alignment in self._alignments),
         )
-        flow = flow_loss(output.velocity, noised.velocity).mean()
+        flow_of_sample = flow_loss(output.velocity, noised.velocity)
+        flow = flow_of_sample.mean()
         total, cls = flow, torch.zeros_like(flow)
         if noised_cls is not None:
             cls = flow_loss(output.cls_velocity, noised_cls.velocity).mean()
@@ -157,7 +174,9 @@ class Objective(nn.Module):
             pointwise = pointwise + terms.pointwise / count
             structural = structural + terms.structural / count
             total = total + self._weighted(number, terms, given.factors) / count
-        return Losses(total, flow, pointwise.detach(), structural.detach(), cls.detach())
+        by_time = _by_time(flow_of_sample.detach(), given.t)
+        terms = (pointwise.detach(), structural.detach(), cls.detach())
+        return Losses(total, flow, *terms, by_time)
 
     def _noised_cls(self, given: TrainingInputs) -> Noised | None:
         """Returns the first teacher's class token on the path from data to noise (REG)."""
@@ -199,6 +218,14 @@ class Objective(nn.Module):
         if factors is None:
             return values[0] + values[1]
         return factors[number, 0] * values[0] + factors[number, 1] * values[1]
+
+
+def _by_time(values: Tensor, t: Tensor) -> Tensor:
+    """Returns sums and counts of `values` in each part of t; a product, so nothing is atomic."""
+    part = (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+    inside = part[:, None] == torch.arange(TIME_BINS, device=t.device)
+    inside = inside.to(values.dtype)
+    return torch.stack((values @ inside, inside.sum(0)))
 
 
 def official_name(name: str) -> str:

@@ -1,9 +1,10 @@
-"""The optimizer and its learning rate, both as the paper trains (Appendix A: AdamW, constant)."""
+"""The optimizer and its learning rate, by default as the paper trains (Appendix A)."""
 
+import math
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.nn import Parameter
 from torch.optim import AdamW
 
@@ -30,23 +31,57 @@ class OptimizerConfig(Section):
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 turns clipping off."""
 
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What follows warmup: the same learning rate to the end, as in the paper, or half a cosine
+    down to `minimum_learning_rate` at step `decay_steps`."""
+
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate grows linearly from zero; the paper uses none."""
 
+    decay_steps: int | None = Field(default=None, ge=1)
+    """For `cosine`: the step, warmup included, from which the learning rate is the smallest."""
+
+    minimum_learning_rate: float = Field(default=0.0, ge=0)
+    """For `cosine`: the learning rate at its end."""
+
+    cpu_adam: Literal["torch", "deepspeed"] = "torch"
+    """Whose AdamW steps weights that are offloaded to the CPU. `torch`: its fused kernel; resumes
+    to the bit. `deepspeed`: DeepSpeedCPUAdam, which a C++ compiler builds at its first use; no
+    faster where both were measured, and after a resume it differs in the last bits."""
+
+    @model_validator(mode="after")
+    def _schedule_is_whole(self) -> "OptimizerConfig":
+        if self.schedule == "constant":
+            if self.decay_steps is not None or self.minimum_learning_rate > 0:
+                raise ValueError(
+                    "decay_steps and minimum_learning_rate belong to schedule: cosine; remove them"
+                )
+            return self
+        if self.decay_steps is None or self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"schedule: cosine needs decay_steps beyond warmup_steps {self.warmup_steps}"
+            )
+        if self.minimum_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"minimum_learning_rate {self.minimum_learning_rate:g} is above learning_rate "
+                f"{self.learning_rate:g}"
+            )
+        return self
+
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[Parameter]) -> AdamW:
-    """Returns torch's AdamW over `parameters` as one group.
+    """Returns torch's AdamW over `parameters` as one group, one kernel for a whole step.
 
     One group, because DeepSpeed's ZeRO 1/2 links Adam's state correctly for the first group only.
     """
-    parameters = list(parameters)
     return AdamW(
-        parameters,
+        list(parameters),
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        fused=all(parameter.is_cuda for parameter in parameters),
+        # On a CPU too: 10 times faster than the loop over weights (24 ms per 30 million).
+        fused=True,
     )
 
 
@@ -57,4 +92,10 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    return config.learning_rate
+    if config.decay_steps is None:
+        return config.learning_rate
+    # decay_steps lies beyond warmup, where the constant's would have none.
+    progress = (step - config.warmup_steps) / (config.decay_steps - config.warmup_steps)
+    share = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    lowest = config.minimum_learning_rate
+    return lowest + (config.learning_rate - lowest) * share

@@ -18,9 +18,10 @@ from srepa_ds.telemetry import environment
 # Changing these in the middle of a run changes neither the model nor what it has learnt so far.
 # What lies behind a path is compared by its hash instead, see `identity` below.
 _SAFE_TO_CHANGE = (
-    *("run.folder", "engine", "checkpoint", "export", "sample", "evaluate"),
+    *("run.folder", "engine", "checkpoint", "export", "sample", "evaluate", "monitor"),
     *("data.folder", "data.num_workers", "data.prefetch_batches"),
     *("train.steps", "train.log_every_steps", "train.accumulation_steps"),
+    *("train.max_skipped_steps", "train.max_rollbacks"),
 )
 _SAFE_ANYWHERE = (".teacher.weights",)
 

@@ -11,10 +11,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
@@ -27,6 +30,7 @@ from srepa_ds.files import write_aside
 log = logging.getLogger("srepa_ds")
 T = TypeVar("T")
 RECORD = "metrics.jsonl"
+PICTURES = "pictures"
 _PACKAGES = ("torch", "deepspeed", "timm", "numpy", "safetensors", "torchdata")
 
 
@@ -58,11 +62,30 @@ def environment() -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class WindowMeans:
+    """What a window of steps was like, on the host."""
+
+    tensors: Mapping[str, Tensor]
+    """Means over the applied steps; of a skipped one if none was applied."""
+
+    skipped: int
+    """Steps that were not applied."""
+
+    step_seconds: float
+    data_wait_share: float
+    """Share of the time in which this rank waited for its data."""
+
+    def scalars(self) -> dict[str, float]:
+        """Returns the means that are single numbers."""
+        return {name: value.item() for name, value in self.tensors.items() if value.ndim == 0}
+
+
 class Window:
-    """Means of device scalars over the steps since the last log point, without a host sync."""
+    """Means of device tensors over the steps since the last log point, without a host sync."""
 
     def __init__(self) -> None:
-        self._names: tuple[str, ...] = ()
+        self._shapes: dict[str, torch.Size] = {}
         self._begin()
 
     def _begin(self) -> None:
@@ -70,36 +93,53 @@ class Window:
         self._unapplied: Tensor | None = None
         self._applied = 0
         self._skipped = 0
+        self._waited = 0.0
         self._began = time.perf_counter()
 
     def add(self, values: Mapping[str, Tensor], *, applied: bool = True) -> None:
-        """Adds one step's scalars; every step gives the same names.
+        """Adds one step's tensors; every step gives the same names and shapes.
 
         Steps that were not applied are counted, and enter the means only if no other is there.
         """
-        stacked = torch.stack([value.detach().float() for value in values.values()])
-        self._names = tuple(values)
+        flat = torch.cat([value.detach().float().reshape(-1) for value in values.values()])
+        self._shapes = {name: value.shape for name, value in values.items()}
         if not applied:
-            self._unapplied = stacked
+            self._unapplied = flat
             self._skipped += 1
             return
-        self._sums = stacked if self._sums is None else self._sums + stacked
+        self._sums = flat if self._sums is None else self._sums + flat
         self._applied += 1
 
-    def close(self) -> dict[str, float]:
+    def waited(self, seconds: float) -> None:
+        """Counts time in which a step had to wait for its data."""
+        self._waited += seconds
+
+    def close(self) -> "WindowMeans":
         """Returns the means over the window and all ranks, and begins a new window.
 
-        With them `skipped`, the number of steps not applied, and `step_seconds`. Collective, and
-        the one host sync of the window.
+        Collective, and the one host sync of the window.
         """
         sums = self._unapplied if self._sums is None else self._sums
         assert sums is not None, "a window without steps has no means"
-        means = distributed.averaged(sums / max(1, self._applied)).tolist()
-        seconds = (time.perf_counter() - self._began) / (self._applied + self._skipped)
-        line = dict(zip(self._names, means, strict=True))
-        line |= {"skipped": self._skipped, "step_seconds": seconds}
+        means = distributed.averaged(sums / max(1, self._applied)).cpu()
+        parts = means.split([shape.numel() for shape in self._shapes.values()])
+        seconds = time.perf_counter() - self._began
+        result = WindowMeans(
+            {
+                name: part.reshape(shape)
+                for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+            },
+            skipped=self._skipped,
+            step_seconds=seconds / (self._applied + self._skipped),
+            data_wait_share=min(1.0, self._waited / seconds),
+        )
         self._begin()
-        return line
+        return result
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no step was added since it began."""
+        return self._applied + self._skipped == 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -114,6 +154,7 @@ class Telemetry:
 
     def __init__(self, folder: Path, *, first_step: int, total_steps: int, is_main: bool):
         self._is_main = is_main
+        self._folder = folder
         self._total_steps = total_steps
         self._progress: Progress | None = None
         if not is_main:
@@ -151,6 +192,26 @@ class Telemetry:
             self._progress.update(self._task, completed=step, text=_short_line(values))
         else:
             log.info("step %d/%d  %s", step, self._total_steps, _line(values))
+
+    def rewind(self, step: int) -> None:
+        """Drops the record after `step`: steps that are about to be taken again."""
+        if not self._is_main:
+            return
+        self._file.close()
+        _keep_until(self._folder / RECORD, step)
+        self._file = (self._folder / RECORD).open("a", encoding="utf-8")
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        """Keeps a picture drawn at `step`: as a file of the run's folder, and in TensorBoard."""
+        if not self._is_main:
+            return
+        path = self._folder / PICTURES / f"step-{step:07d}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_aside(path, lambda aside: image.save(aside, format="PNG"))
+        except OSError as error:
+            log.warning("cannot write %s: %s", path, error.strerror)
+        self._board.add_image("samples", np.asarray(image), step, dataformats="HWC")
 
     def __enter__(self) -> "Telemetry":
         return self

@@ -1,13 +1,12 @@
 """`srepa-ds train`: from shards to checkpoints; the same command resumes."""
 
 import logging
-import math
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 
-from srepa_ds import checkpoint, distributed, run_folder
+from srepa_ds import distributed, run_folder
 from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.alignment.teachers import Teacher, load_teacher
 from srepa_ds.checkpoint import CheckpointReader
@@ -16,25 +15,22 @@ from srepa_ds.data.loader import BatchLoader
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.token_store import TokenStore
 from srepa_ds.distributed import Ranks
-from srepa_ds.engine import Engine, StepReport, deepspeed_config, micro_batch_size
-from srepa_ds.errors import ConfigError, DataError, DivergedError, Fault
+from srepa_ds.engine import Engine, deepspeed_config, micro_batch_size
+from srepa_ds.errors import ConfigError, DataError, Fault
 from srepa_ds.feed import Feed
 from srepa_ds.files import sha256_of
 from srepa_ds.latent_codec import LatentCodec, build_codec
 from srepa_ds.launcher import stop_requested
+from srepa_ds.monitor import Monitor
 from srepa_ds.objective import Objective
-from srepa_ds.optim import learning_rate
-from srepa_ds.schema import to_tree
-from srepa_ds.telemetry import Telemetry, Window
+from srepa_ds.telemetry import Telemetry
 from srepa_ds.token_stores import open_stores
+from srepa_ds.training_loop import TrainingLoop
 
 log = logging.getLogger("srepa_ds")
 
 Target = Teacher | TokenStore
 """Where the tokens of an alignment come from."""
-
-# Asking all ranks costs a collective and, on a GPU, a wait for the device.
-_STOP_CHECK_STEPS = 5
 
 
 def train(config: Config, *, allow_config_change: bool = False) -> bool:
@@ -50,6 +46,7 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
     targets = distributed.together(lambda: _open_targets(config, images, ranks))
     stores = [target for target in targets if isinstance(target, TokenStore)]
     dataset = distributed.together(lambda: ShardDataset(config.data.folder, stores))
+    monitor = distributed.together(lambda: Monitor(config, codec, ranks))
     identity = _identity(config, dataset)
     with ExitStack() as stack:
         claim = run_folder.claimed(config.run.folder, is_main=ranks.is_main)
@@ -76,7 +73,8 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
             device=ranks.device,
             first_step=engine.step_count,
         )
-        return _run(config, engine, feed, telemetry, stop, identity)
+        loop = TrainingLoop(config, ranks, engine, feed, telemetry, monitor, identity, stop)
+        return loop.run()
 
 
 def _resume(engine: Engine, source: Path) -> None:
@@ -96,105 +94,6 @@ def _identity(config: Config, dataset: ShardDataset) -> dict[str, str | None]:
             for number, path in enumerate(weights)
         },
     }
-
-
-def _run(
-    config: Config,
-    engine: Engine,
-    feed: Feed,
-    telemetry: Telemetry,
-    stop: list[int],
-    identity: dict[str, str | None],
-) -> bool:
-    """Steps until the end or a stop; logs and saves on the way."""
-    if engine.step_count >= config.train.steps:
-        log.info("already trained to step %d, nothing to do", engine.step_count)
-    window = Window()
-    saved_at = engine.step_count
-    while engine.step_count < config.train.steps:
-        rate = learning_rate(config.optimizer, engine.step_count)
-        report = engine.step(feed.step(), learning_rate=rate)
-        if not report.applied:
-            _check_teachers(config, feed)
-        step = engine.step_count
-        window.add(_scalars(report), applied=report.applied)
-        if step % config.train.log_every_steps == 0 or step == config.train.steps:
-            telemetry.record(step, _derived(_checked(window.close(), step), config, rate))
-        if step % config.checkpoint.every_steps == 0 or step == config.train.steps:
-            with window.paused():
-                saved_at = _save(config, engine, identity)
-        if step % _STOP_CHECK_STEPS == 0 and distributed.any_rank(bool(stop)):
-            break
-    finished = engine.step_count >= config.train.steps
-    if saved_at != engine.step_count:
-        _save(config, engine, identity)
-    if not finished:
-        log.info("stopped by a signal at step %d; run the same command to go on", engine.step_count)
-    return finished
-
-
-def _check_teachers(config: Config, feed: Feed) -> None:
-    """Raises DataError, on all ranks, if a step failed for samples a teacher has no tokens for.
-
-    A frozen teacher would fail on them again in every epoch. Collective.
-    """
-    by_rank = distributed.gather(feed.unusable())
-    for number, alignment in enumerate(config.alignments):
-        sample_ids = sorted({i for found in by_rank for i in found.get(number, [])})
-        if not sample_ids:
-            continue
-        teacher = alignment.teacher
-        shown = ", ".join(map(str, sample_ids[:10])) + (", ..." if len(sample_ids) > 10 else "")
-        error = DataError(
-            f"alignments.{number}.teacher: '{teacher.name or teacher.resolved.architecture}' gives "
-            f"tokens that are not finite for sample(s) {shown} of {config.data.folder}; check its "
-            "weights, or set its dtype to fp32"
-        )
-        error.on_all_ranks = True
-        raise error
-
-
-def _scalars(report: StepReport) -> dict[str, torch.Tensor]:
-    device = report.losses.total.device
-    return {
-        **{f"loss_{name}": value for name, value in report.losses._asdict().items()},
-        "gradient_norm": report.gradient_norm.to(device),
-    }
-
-
-def _checked(line: dict[str, float], step: int) -> dict[str, float]:
-    """Returns `line`, saying how many steps were skipped; raises DivergedError if nothing is left.
-
-    Skipped steps change no weight, so the last checkpoint is good; but to go on makes no sense.
-    """
-    if line["skipped"] and distributed.rank() == 0:
-        log.warning("step %d: %d steps were skipped, not finite", step, line["skipped"])
-    bad = [name for name, value in line.items() if not math.isfinite(value)]
-    if bad:
-        raise DivergedError(
-            f"{', '.join(bad)} not finite up to step {step}; the checkpoints are good, resume with "
-            "a smaller optimizer.learning_rate or engine.precision=fp32"
-        )
-    return line
-
-
-def _derived(line: dict[str, float], config: Config, rate: float) -> dict[str, float]:
-    images_per_second = config.train.batch_size / line["step_seconds"]
-    return {**line, "learning_rate": rate, "images_per_second": images_per_second}
-
-
-def _save(config: Config, engine: Engine, identity: dict[str, str | None]) -> int:
-    folder = checkpoint.save(
-        config.checkpoints,
-        step=engine.step_count,
-        pieces=engine.pieces(),
-        state={**engine.state(), "identity": identity, "config": to_tree(config)},
-        rank=distributed.rank(),
-    )
-    if distributed.rank() == 0:
-        checkpoint.prune(config.checkpoints, config.checkpoint, newest=engine.step_count)
-        log.info("saved %s", folder)
-    return engine.step_count
 
 
 def _telemetry(config: Config, engine: Engine, ranks: Ranks) -> Telemetry:

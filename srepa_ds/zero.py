@@ -6,21 +6,17 @@ fragments. This module alone knows DeepSpeed's inside; 0.19.8 is what it was rea
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from jaxtyping import Float
-from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import Parameter
-
-from srepa_ds.errors import Fault
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -133,20 +129,25 @@ def adam_step(engine: deepspeed.DeepSpeedEngine) -> int:
 def set_adam_step(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
     """Sets the number of applied steps that Adam's bias correction uses."""
     for fragment in fragments(engine, whole=True):
-        _adam_state(engine, fragment.holder)["step"].fill_(step)
+        state = _adam_state(engine, fragment.holder)
+        # A tensor of torch's AdamW, a plain number of DeepSpeedCPUAdam.
+        state["step"] = torch.full_like(state["step"], step) if _is_torchs(engine) else step
 
 
-def _adam_state(engine: deepspeed.DeepSpeedEngine, holder: Tensor) -> dict[str, Tensor]:
-    """Returns the optimizer's state of `holder`, made as AdamW's first step would make it."""
+def _adam_state(engine: deepspeed.DeepSpeedEngine, holder: Tensor) -> dict[str, Any]:
+    """Returns the optimizer's state of `holder`, made as its first step would make it."""
     optimizer = _torch_optimizer(engine)
     state = optimizer.state[holder]
     if not state:
-        fused = bool(optimizer.defaults.get("fused"))
-        device = holder.device if fused else torch.device("cpu")
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        zero = torch.zeros((), dtype=torch.float32, device=holder.device)
+        state["step"] = zero if _is_torchs(engine) else 0
         for key in MOMENTS:
             state[key] = torch.zeros_like(holder, memory_format=torch.preserve_format)
     return state
+
+
+def _is_torchs(engine: deepspeed.DeepSpeedEngine) -> bool:
+    return isinstance(_torch_optimizer(engine), torch.optim.AdamW)
 
 
 def _torch_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
@@ -212,13 +213,3 @@ def drop_unless_finite(engine: deepspeed.DeepSpeedEngine, norm: Tensor | None) -
 
     hook = engine.optimizer.register_step_pre_hook(drop)
     return False
-
-
-def faults_in(section: Mapping[str, Any]) -> Iterator[Fault]:
-    """Yields a fault for each setting of `zero_optimization` that DeepSpeed refuses."""
-    try:
-        DeepSpeedZeroConfig(**section)
-    except ValidationError as error:
-        for detail in error.errors():
-            place = ".".join(["zero_optimization", *map(str, detail["loc"])])
-            yield Fault(place, detail["msg"])

@@ -69,12 +69,23 @@ def test_a_window_is_the_mean_since_the_last(tmp_path):
     for value in (1.0, 2.0, 6.0):
         window.add({"a": torch.tensor(value), "b": torch.tensor(-value, dtype=torch.bfloat16)})
     means = window.close()
-    assert list(means) == ["a", "b", "skipped", "step_seconds"]
-    assert means["a"] == pytest.approx(3.0)
-    assert means["b"] == pytest.approx(-3.0)
-    assert means["step_seconds"] > 0
+    assert means.scalars() == {"a": pytest.approx(3.0), "b": pytest.approx(-3.0)}
+    assert means.step_seconds > 0
     window.add({"a": torch.tensor(5.0)})
-    assert window.close()["a"] == 5.0
+    assert window.close().scalars() == {"a": 5.0}
+
+
+def test_tensors_keep_their_shape_and_waiting_is_a_share_of_the_time():
+    window = Window()
+    parts = torch.arange(6.0).reshape(2, 3)
+    for factor in (1, 3):
+        window.add({"loss": torch.tensor(1.0), "parts": parts * factor})
+        time.sleep(0.02)
+    window.waited(0.01)
+    means = window.close()
+    assert torch.equal(means.tensors["parts"], parts * 2)
+    assert means.scalars() == {"loss": 1.0}
+    assert 0 < means.data_wait_share < 0.5
 
 
 class Reads(TorchDispatchMode):
@@ -96,7 +107,7 @@ def test_adding_to_a_window_reads_nothing_from_the_device():
         assert reads.count == 0
         loss.item()
         assert reads.count == 1
-    assert window.close()["loss"] == 2.0
+    assert window.close().scalars()["loss"] == 2.0
 
 
 def test_the_environment_names_versions_and_machine():
@@ -134,11 +145,11 @@ def test_skipped_steps_are_counted_and_leave_the_means_alone():
     for value, applied in ((1.0, True), (float("nan"), False), (3.0, True)):
         window.add({"loss": torch.tensor(value)}, applied=applied)
     line = window.close()
-    assert (line["loss"], line["skipped"]) == (2.0, 1)
+    assert (line.scalars()["loss"], line.skipped) == (2.0, 1)
     window.add({"loss": torch.tensor(float("nan"))}, applied=False)
     line = window.close()
-    assert math.isnan(line["loss"])
-    assert line["skipped"] == 1
+    assert math.isnan(line.scalars()["loss"])
+    assert line.skipped == 1
 
 
 def test_a_pause_is_no_time_of_steps():
@@ -146,4 +157,4 @@ def test_a_pause_is_no_time_of_steps():
     window.add({"loss": torch.tensor(1.0)})
     with window.paused():
         time.sleep(0.3)
-    assert window.close()["step_seconds"] < 0.2
+    assert window.close().step_seconds < 0.2

@@ -1,12 +1,24 @@
 """Self-attention and the backends that can compute it."""
 
+import logging
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from srepa_ds.errors import ConfigError, Fault
+
 HeadTokens = Float[Tensor, "batch heads tokens head_dim"]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_LOG = logging.getLogger("srepa_ds")
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def sdpa_attention(query: HeadTokens, key: HeadTokens, value: HeadTokens) -> HeadTokens:
@@ -20,12 +32,193 @@ def math_attention(query: HeadTokens, key: HeadTokens, value: HeadTokens) -> Hea
     return scores.softmax(dim=-1) @ value
 
 
-AttentionBackend = Callable[[Tensor, Tensor, Tensor], Tensor]
+def flash_attention_4(query: HeadTokens, key: HeadTokens, value: HeadTokens) -> HeadTokens:
+    """Returns attention by the package flash-attn-4 (kernels for Hopper and Blackwell)."""
+    return _tokens_first(import_module("flash_attn.cute").flash_attn_func, query, key, value)
 
+
+def flash_attention_2(query: HeadTokens, key: HeadTokens, value: HeadTokens) -> HeadTokens:
+    """Returns attention by the package flash-attn, version 2."""
+    return _tokens_first(import_module("flash_attn").flash_attn_func, query, key, value)
+
+
+def xformers_attention(query: HeadTokens, key: HeadTokens, value: HeadTokens) -> HeadTokens:
+    """Returns attention by `memory_efficient_attention` of the package xformers."""
+    attend = import_module("xformers.ops").memory_efficient_attention
+    return _tokens_first(attend, query, key, value)
+
+
+def _tokens_first(attend: Callable, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Returns attention by a function that takes (batch, tokens, heads, head_dim)."""
+    attended = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    # Some versions also return the logarithms of the softmax's denominators.
+    attended = attended[0] if isinstance(attended, tuple) else attended
+    return attended.transpose(1, 2)
+
+
+class _Needs(NamedTuple):
+    """What a package of CUDA kernels asks for."""
+
+    module: str
+    package: str
+    dtypes: tuple[torch.dtype, ...]
+    head_dim_multiple: int
+    max_head_dim: dict[int, int]
+    """By the major compute capability of the devices it has kernels for."""
+
+    def missing(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+        """Returns what is missing to run on `device`, or None."""
+        faults = []
+        if find_spec(self.module.partition(".")[0]) is None:
+            faults.append(f"the package {self.package} is not installed")
+        if device.type != "cuda":
+            faults.append(f"it needs a CUDA device, the model is on {device}")
+        if dtype not in self.dtypes:
+            known = " or ".join(str(known).removeprefix("torch.") for known in self.dtypes)
+            faults.append(f"it computes in {known}, not in {str(dtype).removeprefix('torch.')}")
+        if head_dim % self.head_dim_multiple or head_dim > max(self.max_head_dim.values()):
+            multiples = f"multiples of {self.head_dim_multiple}"
+            at_most = max(self.max_head_dim.values())
+            faults.append(f"its head dims are {multiples} up to {at_most}, not {head_dim}")
+        return "; ".join(faults) or self._missing_there(device, head_dim)
+
+    def _missing_there(self, device: torch.device, head_dim: int) -> str | None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major not in self.max_head_dim:
+            known = ", ".join(f"{known}.x" for known in self.max_head_dim)
+            return f"it has kernels for compute capability {known}, the device has {major}.{minor}"
+        if head_dim > self.max_head_dim[major]:
+            return f"on this device its head dims end at {self.max_head_dim[major]}, not {head_dim}"
+        try:
+            import_module(self.module)
+        except (ImportError, OSError, RuntimeError) as error:
+            return f"the package {self.package} cannot be loaded: {error}"
+        return None
+
+
+def _always(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+    return None
+
+
+class AttentionBackend(NamedTuple):
+    """A way to compute attention, and what keeps it from running somewhere."""
+
+    attend: Attend
+    unavailable: Callable[[torch.device, int, torch.dtype], str | None]
+    """Of device, head dim and dtype: a sentence saying what is missing, or None."""
+
+
+_FLASH_4 = _Needs("flash_attn.cute", "flash-attn-4", _HALF, 8, {9: 256, 10: 128})
+_FLASH_2 = _Needs(
+    "flash_attn.flash_attn_interface", "flash-attn", _HALF, 8, dict.fromkeys((8, 9, 10, 12), 256)
+)
+_XFORMERS = _Needs(
+    "xformers.ops", "xformers", (*_HALF, torch.float32), 8, dict.fromkeys((7, 8, 9, 10, 12), 256)
+)
+
+# In order of preference. torch's own kernels come before flash-attn 2 and xformers because they are
+# the same ones, or newer, without a package to match to torch and CUDA.
 ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
-    "sdpa": sdpa_attention,
-    "math": math_attention,
+    "flash_attn_4": AttentionBackend(flash_attention_4, _FLASH_4.missing),
+    "sdpa": AttentionBackend(sdpa_attention, _always),
+    "flash_attn_2": AttentionBackend(flash_attention_2, _FLASH_2.missing),
+    "xformers": AttentionBackend(xformers_attention, _XFORMERS.missing),
+    "math": AttentionBackend(math_attention, _always),
 }
+
+# What may be asked for: the first backend of the row that runs.
+ATTENTION_REQUESTS: dict[str, tuple[str, ...]] = {
+    "auto": tuple(ATTENTION_BACKENDS),
+    "flash_attn": ("flash_attn_4", "flash_attn_2"),
+    **{name: (name,) for name in ATTENTION_BACKENDS},
+}
+
+
+def runs_everywhere(request: str) -> bool:
+    """Returns whether `request` names one backend that any device, head dim and dtype suits."""
+    names = ATTENTION_REQUESTS[request]
+    return len(names) == 1 and ATTENTION_BACKENDS[names[0]].unavailable is _always
+
+
+@cache
+def choose_backend(request: str, *, device: torch.device, head_dim: int, dtype: torch.dtype) -> str:
+    """Returns the name of the first backend of `request` that runs on `device`.
+
+    Optional packages are tried on a few tokens. A request of several backends logs which it takes
+    and why not the others. With `sdpa` on a GPU, see `activate_torch_flash`. Raises ConfigError
+    naming what is missing if none runs.
+    """
+    refused: dict[str, str] = {}
+    names = ATTENTION_REQUESTS[request]
+    for name in names:
+        reason = _reason_against(name, device, head_dim, dtype)
+        if reason is None:
+            break
+        refused[name] = reason
+    else:
+        reasons = ". ".join(f"{name}: {reason}" for name, reason in refused.items())
+        advice = "use 'sdpa', which runs everywhere, or 'auto'"
+        message = f"'{request}' cannot run here ({reasons}); {advice}"
+        raise ConfigError(f"model on {device}", [Fault("model.attention", message)])
+    if len(names) > 1:
+        reasons = [f"not {other}: {reason}" for other, reason in refused.items()]
+        reasons += [f"not {other}: comes after it" for other in names[len(refused) + 1 :]]
+        _LOG.info("attention '%s' is %s here; %s", request, name, ". ".join(reasons))
+    if name == "sdpa":
+        activate_torch_flash(device=device, head_dim=head_dim, dtype=dtype)
+    return name
+
+
+def _reason_against(
+    name: str, device: torch.device, head_dim: int, dtype: torch.dtype
+) -> str | None:
+    attend, unavailable = ATTENTION_BACKENDS[name]
+    reason = unavailable(device, head_dim, dtype)
+    if reason is None and unavailable is not _always:
+        reason = _trial(attend, device, head_dim, dtype)
+    return reason
+
+
+def _trial(attend: Attend, device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Returns why `attend` fails on a few tokens there and back, or None."""
+    with torch.inference_mode(False), torch.enable_grad():
+        query, key, value = torch.ones(3, 1, 1, 16, head_dim, device=device, dtype=dtype)
+        query.requires_grad_()
+        try:
+            attend(query, key, value).float().sum().backward()
+        # Kernels compiled on the spot fail in ways of their own; each is a reason, none a fault.
+        except Exception as error:
+            return f"it fails when tried: {type(error).__name__}: {error}"
+    return None
+
+
+def activate_torch_flash(*, device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+    """Returns the flash attention that torch's `sdpa` uses instead of its own, if any.
+
+    FA4 or FA3 from torch's registry (torch.nn.attention), the first whose package is installed and
+    that computes a few tokens on `device`. torch applies it to the whole process, teachers
+    included; one that is active already stays.
+    """
+    registry = torch.nn.attention
+    listed = getattr(registry, "list_flash_attention_impls", None)
+    current = getattr(registry, "current_flash_attention_impl", None)
+    if listed is None or device.type != "cuda" or dtype not in _HALF:
+        return None
+    if current is not None and current() is not None:
+        return current()
+    for name in sorted(listed(), reverse=True):
+        try:
+            registry.activate_flash_attention_impl(name)
+        except (ImportError, OSError, RuntimeError) as error:
+            reason = str(error)
+        else:
+            reason = _trial(sdpa_attention, device, head_dim, dtype)
+            if reason is None:
+                _LOG.info("torch's sdpa uses %s in this process", name)
+                return name
+            registry.restore_flash_attention_impl()
+        _LOG.info("torch's sdpa does not use %s: %s", name, reason)
+    return None
 
 
 class Attention(nn.Module):
@@ -34,11 +227,18 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, *, num_heads: int, qk_norm: bool, backend: str):
         super().__init__()
         self.head_shape = (num_heads, hidden_size // num_heads)
-        self.attend = ATTENTION_BACKENDS[backend]
+        # A request of several backends waits for `use`, with torch's until then.
+        self.attend = sdpa_attention
+        if backend in ATTENTION_BACKENDS:
+            self.use(backend)
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.q_norm = nn.LayerNorm(self.head_shape[1]) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(self.head_shape[1]) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def use(self, backend: str) -> None:
+        """Takes a row of ATTENTION_BACKENDS from now on."""
+        self.attend = ATTENTION_BACKENDS[backend].attend
 
     def forward(
         self, tokens: Float[Tensor, "batch tokens width"]

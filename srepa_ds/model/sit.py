@@ -4,12 +4,15 @@ Module names are those of the official code: they are a file format. The model k
 alignment and draws no random number in `forward`.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from srepa_ds.model.attention import choose_backend, runs_everywhere
 from srepa_ds.model.blocks import FinalLayer, SiTBlock, StreamLayerNorm
 from srepa_ds.model.embeddings import (
     LabelEmbedding,
@@ -19,6 +22,7 @@ from srepa_ds.model.embeddings import (
     position_embedding,
 )
 from srepa_ds.model.initialisation import initialise
+from srepa_ds.model.remat import Kept, RematConfig, offloaded, run_block
 from srepa_ds.model.variants import SiTConfig
 
 
@@ -65,6 +69,8 @@ class SiT(nn.Module):
     """
 
     pos_embed: Tensor
+    _kept: tuple[Kept, ...]
+    _attention_for: tuple[torch.device, torch.dtype] | None
 
     def __init__(self, config: SiTConfig, generator: torch.Generator | None = None):
         """Builds the model on the current default device.
@@ -77,6 +83,10 @@ class SiT(nn.Module):
         self.latent_shape, self.grid = config.latent_shape, config.grid
         self.patch_size = config.shape.patch_size
         self.class_token_width = config.class_token_width
+        self._attention_for = None
+        self._attention_is_settled = runs_everywhere(config.attention)
+        self._run_block = run_block
+        self.set_remat(RematConfig())
         depth, hidden_size, _, patch_size = config.shape
         device = torch.get_default_device()
         # torch fills new layers from its global generator; on "meta" it draws nothing.
@@ -126,15 +136,53 @@ class SiT(nn.Module):
             tokens = torch.cat((cls_token[:, None], tokens), dim=1)
         stream = tokens + self.pos_embed.to(wide)
         activated = conditioning(self.t_embedder(t), self.y_embedder(labels)).to(weights)
+        if not self._attention_is_settled:
+            self._settle_attention(x_t.device, weights)
         taps: dict[int, Tensor] = {}
-        for number, block in enumerate(self.blocks, start=1):
-            stream = block(stream, activated)
+        for number, (block, kept) in enumerate(zip(self.blocks, self._kept, strict=True), start=1):
+            waits = self._offload and kept != "everything"
+            with offloaded(stream) if waits else nullcontext():
+                stream = self._run_block(block, stream, activated, kept=kept)
             if number in depths:
                 taps[number] = stream
         patches, cls_velocity = self.final_layer(stream, activated)
         velocity = unpatchify(patches.to(wide), grid=self.grid, patch_size=self.patch_size)
         hidden = tuple(taps[number] for number in depths)
         return SiTOutput(velocity, hidden, None if cls_velocity is None else cls_velocity.to(wide))
+
+    def set_remat(self, remat: RematConfig) -> None:
+        """Takes over what blocks keep for the backward pass; neither weights nor names change."""
+        # Plain values, as above.
+        self._kept = tuple(remat.kept_by(n) for n in range(1, self.config.shape.depth + 1))
+        self._offload = remat.offload
+
+    def compile_blocks(self, *, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Has torch.compile make one graph that all blocks share, checkpointing included.
+
+        The graph is made at the first forward pass, one for each shape and dtype. Weights keep
+        their names.
+        """
+        self._run_block = torch.compile(run_block, fullgraph=True, backend=backend)
+
+    def choose_attention(self, *, device: torch.device, dtype: torch.dtype) -> str:
+        """Returns the attention backend this model takes for products in `dtype` on `device`.
+
+        The first forward pass chooses too; chosen before, what is missing is known early. Raises
+        ConfigError naming it.
+        """
+        backend = choose_backend(
+            self.config.attention, device=device, head_dim=self.config.head_dim, dtype=dtype
+        )
+        for block in self.blocks:
+            block.attn.use(backend)
+        self._attention_for = (device, dtype)
+        return backend
+
+    def _settle_attention(self, device: torch.device, dtype: torch.dtype) -> None:
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        if self._attention_for != (device, dtype):
+            self.choose_attention(device=device, dtype=dtype)
 
     def _check(self, x_t: Tensor, cls_t: Tensor | None, depths: tuple[int, ...]) -> None:
         if tuple(x_t.shape[1:]) != self.latent_shape:

@@ -4,7 +4,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field, model_validator
 
-from srepa_ds.model.attention import ATTENTION_BACKENDS
+from srepa_ds.model.attention import ATTENTION_REQUESTS
 from srepa_ds.schema import Section, known_in
 
 MLP_RATIO = 4
@@ -34,6 +34,9 @@ SIT_VARIANTS = {
     "SiT-XL/2": SiTShape(depth=28, hidden_size=1152, num_heads=16, patch_size=2),
     "SiT-XL/4": SiTShape(depth=28, hidden_size=1152, num_heads=16, patch_size=4),
     "SiT-XL/8": SiTShape(depth=28, hidden_size=1152, num_heads=16, patch_size=8),
+    # Not of the paper, to scale up to: 3.04 billion weights for ImageNet at 256 px; heads of 128, the
+    # size attention kernels are fastest at, and 16 of them to share among 2, 4, 8 or 16 devices.
+    "SiT-3B/2": SiTShape(depth=40, hidden_size=2048, num_heads=16, patch_size=2),
 }
 # fmt: on
 
@@ -65,8 +68,9 @@ class SiTConfig(Section):
     qk_norm: bool = False
     """Whether queries and keys are normalised per head."""
 
-    attention: Annotated[str, known_in("attention backend", ATTENTION_BACKENDS)] = "sdpa"
-    """How attention is computed; all backends give the same numbers up to rounding."""
+    attention: Annotated[str, known_in("attention backend", ATTENTION_REQUESTS)] = "sdpa"
+    """How attention is computed; all backends give the same numbers up to rounding. `auto` takes
+    the best that runs, `flash_attn` version 4 or else 2."""
 
     depth: Size | None = None
     """The number of blocks, if not the variant's."""

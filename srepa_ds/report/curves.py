@@ -18,10 +18,13 @@ TITLES = {
     "loss_pointwise": "point-wise (negative cosine)",
     "loss_structural": "structural",
     "loss_cls": "class token's flow matching",
+    "frechet_distance": "Fréchet distance while training",
+    "ema_distance": "distance of the average from the weights",
     "gradient_norm": "gradient norm before clipping",
     "images_per_second": "images per second",
     "learning_rate": "learning rate",
     "skipped": "steps skipped",
+    "data_wait_share": "share of the time spent waiting for data",
 }
 # A range this wide is easier to read on a logarithmic axis.
 _LOG_RATIO = 4.0

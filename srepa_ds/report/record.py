@@ -71,8 +71,10 @@ def training_seconds(lines: Sequence[Line]) -> float:
     """Returns the time the recorded steps took."""
     before, total = 0.0, 0.0
     for line in lines:
-        total += line.get("step_seconds", 0.0) * (line["step"] - before)
-        before = line["step"]
+        # Distances measured on the way have lines of their own, and no steps.
+        if "step_seconds" in line:
+            total += line["step_seconds"] * (line["step"] - before)
+            before = line["step"]
     return total
 
 

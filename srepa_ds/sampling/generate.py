@@ -11,11 +11,10 @@ from srepa_ds import noise
 from srepa_ds.errors import TopologyError
 from srepa_ds.interpolant import Interpolant
 from srepa_ds.latent_codec import LatentCodec
-from srepa_ds.model.sit import SiT
 from srepa_ds.noise import Stream
 from srepa_ds.sampling.guidance import GuidedModel
 from srepa_ds.sampling.solvers import Dynamics, SamplerConfig, integrate
-from srepa_ds.sampling.state import StateLayout, state_velocity
+from srepa_ds.sampling.state import SamplingModel, StateLayout, state_velocity
 
 # Of the latents, and of the class token if the model has one.
 _START_STREAMS = (Stream.SAMPLE_START, Stream.SAMPLE_CLS_START)
@@ -64,6 +63,17 @@ def plan_chunks(config: SamplerConfig, *, rank: int, world_size: int) -> tuple[C
     return tuple(chunks[rank::world_size])
 
 
+def even_chunks(
+    num_samples: int, *, batch_size: int, rank: int, world_size: int
+) -> tuple[Chunk, ...]:
+    """Returns equal chunks for rank `rank`, as many for every rank, that hold `num_samples` at
+    least: for models that all ranks must call equally often.
+    """
+    rounds = -(-num_samples // (batch_size * world_size))
+    indices = (number * world_size + rank for number in range(rounds))
+    return tuple(Chunk(i, i * batch_size, (i + 1) * batch_size) for i in indices)
+
+
 def draw_labels(
     config: SamplerConfig, sample_ids: Int64[Tensor, "batch"], *, num_classes: int
 ) -> Int64[Tensor, "batch"]:
@@ -74,7 +84,7 @@ def draw_labels(
 
 
 def generate(
-    model: SiT,
+    model: SamplingModel,
     codec: LatentCodec,
     interpolant: Interpolant,
     config: SamplerConfig,
@@ -93,7 +103,7 @@ def generate(
 
 @torch.no_grad()
 def _generate_chunk(
-    model: SiT,
+    model: SamplingModel,
     codec: LatentCodec,
     interpolant: Interpolant,
     config: SamplerConfig,

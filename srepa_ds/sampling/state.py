@@ -5,13 +5,14 @@ Solvers, scores and guidance work element by element, so they need not know what
 
 import math
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from srepa_ds import noise
-from srepa_ds.model.sit import SiT
+from srepa_ds.model.sit import SiTOutput
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.noise import Stream
 from srepa_ds.sampling.guidance import Guidance, VelocityModel
@@ -83,7 +84,21 @@ class StateLayout:
         )
 
 
-def state_velocity(model: SiT) -> VelocityModel:
+@runtime_checkable
+class SamplingModel(Protocol):
+    """A SiT, or whoever can be asked like one."""
+
+    @property
+    def config(self) -> SiTConfig:
+        """The sizes of the model."""
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, labels: Tensor, *, cls_t: Tensor | None = None
+    ) -> SiTOutput:
+        """Returns the velocity, and that of the class token if there is one."""
+
+
+def state_velocity(model: SamplingModel) -> VelocityModel:
     """Returns the velocity of a model as a function of (state, t (b,), labels (b,))."""
     layout = StateLayout.of(model.config)
 

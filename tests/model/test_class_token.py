@@ -3,7 +3,6 @@
 import math
 import re
 
-import jaxtyping
 import pytest
 import torch
 from golden_sit import GOLDEN, golden_reg_sit
@@ -12,7 +11,6 @@ from safetensors.torch import load_file
 
 from srepa_ds.alignment.projector import ProjectorConfig, build_projector
 from srepa_ds.errors import ConfigError
-from srepa_ds.model.attention import ATTENTION_BACKENDS
 from srepa_ds.model.embeddings import position_embedding
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
@@ -38,7 +36,6 @@ def projector(width_in, hidden_width, width_out):
     return build_projector(config, width_in, width_out, None, grid=(4, 4))
 
 
-@pytest.mark.parametrize("attention", list(ATTENTION_BACKENDS))
 @torch.no_grad()
 def test_the_reference_model_is_reproduced(attention):
     golden = load_file(GOLDEN / "reg_sit.safetensors")
@@ -140,7 +137,6 @@ def test_initial_weights_are_a_plain_models_and_those_of_the_reference():
     assert not reg["wg_norm.bias"].any()
 
 
-@pytest.mark.parametrize("attention", list(ATTENTION_BACKENDS))
 @pytest.mark.parametrize("changes", [{}, {"input_size": 5, "patch_size": 1, "qk_norm": True}])
 def test_values_and_gradients_are_those_of_the_written_out_model(changes, attention):
     model = reg_model(attention=attention, **changes).double()
@@ -228,15 +224,7 @@ def test_the_class_token_enters_the_stream_of_a_bfloat16_model_unrounded():
     torch.testing.assert_close(token.var(-1, correction=0), torch.ones(3), rtol=1e-4, atol=0)
 
 
-@pytest.fixture
-def without_shape_checks():
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
-
-
-@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_the_compiled_model_is_one_graph_with_the_same_numbers():
     model, inputs, cls_t = reg_model(), tiny_inputs(), class_tokens()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

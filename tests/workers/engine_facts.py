@@ -20,7 +20,7 @@ from srepa_ds.checkpoint import CheckpointReader
 from srepa_ds.config import Config, config_from
 from srepa_ds.distributed import Ranks
 from srepa_ds.engine import Engine, StepReport
-from srepa_ds.objective import Objective, TrainingInputs
+from srepa_ds.objective import Losses, Objective, TrainingInputs
 
 ROOT = Path(__file__).parents[2]
 BATCH, NUM_TOKENS, TEACHER_WIDTH = 8, 4, 10
@@ -97,6 +97,11 @@ def global_batch(step: int) -> TrainingInputs:
     return TrainingInputs(latents, labels, t, noise, (patches,))
 
 
+def stacked(losses: Losses) -> torch.Tensor:
+    """The terms as one vector."""
+    return torch.stack([value.detach() for value in losses if value.ndim == 0])
+
+
 def share_of(batch: TrainingInputs, number: int, parts: int) -> TrainingInputs:
     """Part `number` of `parts` equal ones."""
     size = BATCH // parts
@@ -122,7 +127,7 @@ def run_step(
 
 def report_facts(prefix: str, report: StepReport) -> Facts:
     """The report, losses averaged over ranks; what each rank says of the norm and of skipping."""
-    losses = distributed.averaged(torch.stack(list(report.losses)))
+    losses = distributed.averaged(stacked(report.losses))
     said = distributed.gather((report.gradient_norm.item(), report.applied))
     return {
         f"{prefix}.losses": losses,
@@ -181,7 +186,7 @@ def plain_loop(config: Config) -> Facts:
         losses.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIPPING)
         optimizer.step()
-        facts[f"plain.{step}.losses"] = torch.stack(list(losses)).detach()
+        facts[f"plain.{step}.losses"] = stacked(losses)
         facts[f"plain.{step}.norm"] = norm.detach()
         facts[f"plain.{step}.master"] = flat()
     return facts

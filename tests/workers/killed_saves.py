@@ -1,6 +1,6 @@
 """Saves checkpoints over and over in child processes that are killed at random moments.
 
-Usage: killed_saves.py FOLDER KILLS. After each kill the newest checkpoint must be readable.
+Usage: killed_saves.py FOLDER KILLS MODE. After each kill the newest checkpoint must be readable.
 """
 
 import os
@@ -12,26 +12,25 @@ from pathlib import Path
 
 import torch
 
-from srepa_ds.checkpoint import (
-    CheckpointConfig,
-    CheckpointReader,
-    Piece,
-    newest_valid,
-    prune,
-    save,
-)
+from srepa_ds.checkpoint import CheckpointConfig, CheckpointReader, Piece, newest_valid
+from srepa_ds.checkpoint_writer import CheckpointWriter
 
 NUMEL = 50_000
-RETENTION = CheckpointConfig(keep_last=2, keep_every_steps=0)
+SAVE_EVERY = 6
 
 
-def save_for_ever(root: Path, first: int) -> None:
-    """Each step's weights are all equal to the step."""
+def save_for_ever(root: Path, first: int, mode: str) -> None:
+    """Each step's weights are all equal to the step; every sixth is saved."""
+    config = CheckpointConfig(keep_last=2, keep_every_steps=0, asynchronous=mode == "asynchronous")
+    writer = CheckpointWriter(root, config, rank=0)
+    weights = torch.empty(NUMEL)
     step = first
     while True:
-        piece = Piece("master", "w", (NUMEL,), 0, torch.full((NUMEL,), float(step)))
-        save(root, step=step, pieces=[piece], state={"step": step}, rank=0)
-        prune(root, RETENTION, newest=step)
+        weights.fill_(step)
+        if step % SAVE_EVERY == 0:
+            piece = Piece("master", "w", (NUMEL,), 0, weights)
+            writer.save(step=step, pieces=[piece], state={"step": step})
+        writer.poll()
         step += 1
 
 
@@ -46,13 +45,13 @@ def newest_step(root: Path) -> int:
     return step
 
 
-def main(root: Path, kills: int) -> None:
+def main(root: Path, kills: int, mode: str) -> None:
     moments = random.Random(0)
     before = -1
     for _ in range(kills):
         child = os.fork()
         if child == 0:
-            save_for_ever(root, before + 1)
+            save_for_ever(root, before + 1, mode)
         time.sleep(moments.uniform(0.01, 0.15))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -64,4 +63,4 @@ def main(root: Path, kills: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,101 @@
+"""Saves a run's checkpoints, while training goes on if the configuration says so."""
+
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from srepa_ds import distributed
+from srepa_ds.checkpoint import CheckpointConfig, FileEntry, UnfinishedCheckpoint, prune
+from srepa_ds.fragment_file import Piece
+
+log = logging.getLogger("srepa_ds")
+
+# Asking all ranks costs a collective and, on a GPU, a wait for the device.
+_ASK_EVERY_POLLS = 5
+
+
+class CheckpointWriter:
+    """Writes checkpoints under one folder and deletes those the retention rule does not keep.
+
+    Every method but `close` is collective: all ranks call it at the same steps. At most one
+    checkpoint is under way; a kill or an error before it is whole leaves the one before the newest.
+    """
+
+    # The thread of a rank writes that rank's file and nothing else. What ranks agree on (all files
+    # are on disk, so the manifest may be written and the folder renamed) they agree on in `poll` and
+    # `wait`, in their main threads: NCCL and gloo match collectives by their order alone, which a
+    # thread's would not have, and a second process group for threads would let ranks learn of an
+    # error at different steps, where the others wait for whoever has left.
+
+    def __init__(self, root: Path, config: CheckpointConfig, *, rank: int):
+        self._root, self._config, self._rank = root, config, rank
+        self._thread: ThreadPoolExecutor | None = None
+        if config.asynchronous:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._under_way: tuple[UnfinishedCheckpoint, Future[FileEntry]] | None = None
+        self._polls = 0
+        self._whole: int | None = None
+
+    def save(self, *, step: int, pieces: Iterable[Piece], state: dict[str, Any]) -> None:
+        """Returns once the checkpoint of `step` holds what `pieces` and `state` are now.
+
+        Without `asynchronous` it is whole then. Otherwise its predecessor is, and `poll` or `wait`
+        finish it. Raises OutputError on every rank if any could not write either of them.
+        """
+        self._finish()
+        unfinished = UnfinishedCheckpoint(
+            self._root, step=step, pieces=pieces, state=state, rank=self._rank
+        )
+        if self._thread is None:
+            self._complete(unfinished, unfinished.write)
+        else:
+            self._under_way = unfinished, self._thread.submit(unfinished.write)
+            self._polls = 0
+
+    def poll(self) -> int | None:
+        """Returns the step of a checkpoint that has become whole since last asked, or None.
+
+        For every step of training: it asks the other ranks only while a checkpoint is under way,
+        and then every fifth time. Raises OutputError on every rank if any could not write.
+        """
+        if self._under_way is not None:
+            self._polls += 1
+            written = self._under_way[1].done()
+            if self._polls % _ASK_EVERY_POLLS == 0 and not distributed.any_rank(not written):
+                self._finish()
+        return self._news()
+
+    def wait(self) -> int | None:
+        """Returns what `poll` does, after waiting for the checkpoint that is under way.
+
+        Raises OutputError on every rank if any could not write.
+        """
+        self._finish()
+        return self._news()
+
+    def close(self) -> None:
+        """Ends the thread once its file is written; a checkpoint nobody waited for is given up.
+
+        Not collective: a rank that met an error may call it alone.
+        """
+        self._under_way = None
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _finish(self) -> None:
+        if self._under_way is not None:
+            (unfinished, written), self._under_way = self._under_way, None
+            self._complete(unfinished, written.result)
+
+    def _complete(self, unfinished: UnfinishedCheckpoint, written: Callable[[], FileEntry]) -> None:
+        folder = unfinished.finish(written)
+        self._whole = unfinished.step
+        if self._rank == 0:
+            prune(self._root, self._config, newest=unfinished.step)
+            log.info("saved %s", folder)
+
+    def _news(self) -> int | None:
+        news, self._whole = self._whole, None
+        return news

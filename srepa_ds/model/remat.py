@@ -1,0 +1,274 @@
+"""Which activations of a block are kept for the backward pass and which are computed again.
+
+`activation_bytes` and `recompute_flops` say in closed form what a policy keeps and costs;
+tools/activation_memory.py counts both on the real model.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+from srepa_ds.model.variants import MLP_RATIO, SiTConfig
+from srepa_ds.schema import Section
+
+Kept = Literal["everything", "nothing", "attention", "products"]
+Precision = Literal["fp32", "bf16_autocast", "bf16"]
+
+_STREAM_BYTES = 4
+
+
+class RematConfig(Section):
+    """Activation checkpointing: memory for a second forward pass of the blocks."""
+
+    policy: Literal["none", "full", "every_k", "selective"] = "none"
+    """`full` computes every block again in the backward pass, `every_k` every k-th, `selective`
+    every block but for what `keep` names; `none` keeps everything."""
+
+    k: int = Field(default=2, ge=1)
+    """`every_k`: blocks k, 2k, 3k, ... are computed again, the others keep everything."""
+
+    keep: Literal["attention", "products"] = "attention"
+    """`selective`: keep the outputs of attention, or those of all linear maps too, so that only
+    norms, modulation and GELU are computed again."""
+
+    offload: bool = False
+    """Whether the input of each block that is computed again waits in the CPU's memory."""
+
+    def kept_by(self, number: int) -> Kept:
+        """Returns what block `number` (from 1) keeps besides its input."""
+        if self.policy == "none" or (self.policy == "every_k" and number % self.k):
+            return "everything"
+        return self.keep if self.policy == "selective" else "nothing"
+
+    @model_validator(mode="after")
+    def _offload_has_a_use(self) -> "RematConfig":
+        if self.offload and self.policy == "none":
+            raise ValueError(
+                "offload moves the inputs of blocks that are computed again, and policy 'none' "
+                "computes none again; choose another policy"
+            )
+        return self
+
+
+def run_block(
+    block: nn.Module,
+    stream: Float[Tensor, "batch tokens hidden"],
+    activated: Float[Tensor, "batch hidden"],
+    *,
+    kept: Kept,
+) -> Float[Tensor, "batch tokens hidden"]:
+    """Returns block(stream, activated), which keeps for the backward pass its input and `kept`."""
+    if kept == "everything" or not torch.is_grad_enabled():
+        return block(stream, activated)
+    contexts = {"attention": _keep_attention, "products": _keep_products}
+    return checkpoint(
+        block,
+        stream,
+        activated,
+        use_reentrant=False,
+        # Nothing in a block is drawn at random.
+        preserve_rng_state=False,
+        context_fn=contexts.get(kept, noop_context_fn),
+    )
+
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_ATTENTION_PACKAGES = ("flash_attn", "flash_attn_3", "xformers", "xformers_flash")
+
+
+def _is_attention(operator: Any) -> bool:
+    # By name: which of torch's kernels exist differs among versions, and packages bring their own.
+    name = operator.__name__
+    if operator.namespace == "aten":
+        return "_attention" in name and "backward" not in name
+    return operator.namespace in _ATTENTION_PACKAGES and ("fwd" in name or "forward" in name)
+
+
+def _attention_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return _decision(_is_attention(operator))
+
+
+def _products_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return _decision(_is_attention(operator) or operator in _PRODUCTS)
+
+
+def _decision(keep: bool) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_attention() -> Any:
+    return create_selective_checkpoint_contexts(_attention_policy)
+
+
+def _keep_products() -> Any:
+    return create_selective_checkpoint_contexts(_products_policy)
+
+
+class _OnTheCpu(NamedTuple):
+    device: torch.device
+    copy: Tensor
+
+
+def offloaded(stream: Float[Tensor, "batch tokens hidden"]) -> AbstractContextManager[Any]:
+    """Returns a context in which graphs keep `stream` in the CPU's memory, page-locked for GPUs.
+
+    Copies are queued on the current CUDA stream, without waiting for them.
+    """
+    storage = stream.untyped_storage().data_ptr()
+    pinned = stream.is_cuda
+
+    def pack(tensor: Tensor) -> Tensor | _OnTheCpu:
+        if tensor.untyped_storage().data_ptr() != storage:
+            return tensor
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+        return _OnTheCpu(tensor.device, copy.copy_(tensor, non_blocking=pinned))
+
+    def unpack(packed: Tensor | _OnTheCpu) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        return packed.copy.to(packed.device, non_blocking=pinned)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+class ActivationBytes(NamedTuple):
+    """What a forward pass leaves for the backward pass, without weights and their copies."""
+
+    device: int
+    host: int
+    """Offloaded."""
+    transient: int
+    """On the device besides, while the backward pass has one block computed again."""
+
+
+def activation_bytes(
+    config: SiTConfig,
+    *,
+    batch: int,
+    precision: Precision,
+    remat: RematConfig | None = None,
+    device_type: Literal["cpu", "cuda"] = "cuda",
+) -> ActivationBytes:
+    """Returns the bytes of activations that the graph of one SiT forward pass keeps.
+
+    Holds for attention that keeps its output and the logarithm of the softmax's denominator
+    (flash, memory-efficient; on the CPU too), not for `math`, and for blocks run without
+    torch.compile. Weights' bfloat16 copies under autocast are not counted.
+    """
+    remat = remat or RematConfig()
+    sizes = _Sizes.of(config, precision, device_type)
+    kept = [remat.kept_by(number) for number in range(1, config.shape.depth + 1)]
+    # Each block's output is the next one's input, and the last one's that of the final layer.
+    inputs = [sizes.stream if remat.offload and one != "everything" else 0 for one in kept]
+    inside = [_block_bytes(sizes, one) + sizes.stream for one in kept]
+    ends = sizes.stream + _ends_bytes(config, sizes)
+    again = [_block_bytes(sizes, "everything") - _block_bytes(sizes, one) for one in kept]
+    # An input that waits elsewhere comes back for its block.
+    transient = [one + back for one, back in zip(again, inputs, strict=True)]
+    return ActivationBytes(
+        device=batch * (ends + sum(inside) - sum(inputs)),
+        host=batch * sum(inputs),
+        transient=batch * max(transient),
+    )
+
+
+class _Sizes(NamedTuple):
+    """Bytes per image."""
+
+    stream: int
+    """Tokens in the dtype of the residual stream."""
+    tokens: int
+    """Tokens in the dtype of the products."""
+    gated: int
+    """The output of a branch as the gated sum keeps it."""
+    per_token: int
+    """One float32 number for every token."""
+    log_sums: int
+    """The logarithms of attention's denominators."""
+    normed_heads: int
+    """What normalising queries and keys keeps."""
+    modulation: int
+    """Shifts, scales and gates in the dtype of the stream."""
+    modulation_product: int
+    """The same in the dtype of the products."""
+
+    @classmethod
+    def of(cls, config: SiTConfig, precision: Precision, device_type: str) -> "_Sizes":
+        width = 4 if precision == "fp32" else 2
+        tokens = config.num_tokens + config.num_prefix_tokens
+        hidden, heads = config.shape.hidden_size, config.shape.num_heads
+        # CUDA's autocast widens all operands of the gated sum, the CPU's does not.
+        widened = precision == "bf16_autocast" and device_type == "cuda"
+        return cls(
+            stream=_STREAM_BYTES * tokens * hidden,
+            tokens=width * tokens * hidden,
+            gated=(4 if widened else width) * tokens * hidden,
+            per_token=4 * tokens,
+            log_sums=4 * tokens * heads,
+            normed_heads=_normed_heads_bytes(config, precision, tokens) if config.qk_norm else 0,
+            modulation=6 * _STREAM_BYTES * hidden,
+            modulation_product=6 * width * hidden,
+        )
+
+
+def _normed_heads_bytes(config: SiTConfig, precision: Precision, tokens: int) -> int:
+    hidden, heads = config.shape.hidden_size, config.shape.num_heads
+    statistics = 2 * 4 * tokens * heads
+    # Besides the inputs, which are part of qkv: the rounded output; under autocast also the
+    # float32 input that it was made of.
+    output = (4 if precision == "fp32" else 2) * tokens * hidden
+    widened = 4 * tokens * hidden if precision == "bf16_autocast" else 0
+    return 2 * (statistics + output + widened)
+
+
+def _block_bytes(sizes: _Sizes, kept: Kept) -> int:
+    """Returns the bytes that a block keeps besides its input and its output."""
+    attention = sizes.tokens + sizes.log_sums
+    if kept == "nothing":
+        return 0
+    if kept == "attention":
+        return attention
+    qkv, hidden = 3 * sizes.tokens, MLP_RATIO * sizes.tokens
+    if kept == "products":
+        return attention + qkv + hidden + 2 * sizes.tokens + sizes.modulation_product
+    # Twice: the norm's output and statistics, 1 + scale, the modulated tokens, a branch's output.
+    norms = 2 * (sizes.stream + 2 * sizes.per_token + sizes.modulation // 6 + sizes.tokens)
+    middle = sizes.stream
+    perceptron = 2 * hidden
+    branches = norms + 2 * sizes.gated + middle
+    return branches + qkv + sizes.normed_heads + attention + perceptron + sizes.modulation
+
+
+def _ends_bytes(config: SiTConfig, sizes: _Sizes) -> int:
+    """Returns the bytes kept before the first and after the last block, streams not counted."""
+    norm = sizes.stream + 2 * sizes.per_token + sizes.tokens
+    channels, height, width = config.latent_shape
+    return norm + 4 * channels * height * width
+
+
+def recompute_flops(config: SiTConfig, *, batch: int, remat: RematConfig) -> int:
+    """Returns the FLOPs of matrix products in one backward pass that only repeat the forward pass.
+
+    A multiplication and its addition count as two.
+    """
+    blocks = range(1, config.shape.depth + 1)
+    return batch * sum(_repeated_flops(config, remat.kept_by(number)) for number in blocks)
+
+
+def _repeated_flops(config: SiTConfig, kept: Kept) -> int:
+    hidden = config.shape.hidden_size
+    tokens = config.num_tokens + config.num_prefix_tokens
+    linear = 2 * (4 + 2 * MLP_RATIO) * tokens * hidden**2 + 2 * 6 * hidden**2
+    attention = 4 * tokens**2 * hidden
+    repeated = {"everything": 0, "products": 0, "attention": linear}
+    return repeated.get(kept, linear + attention)

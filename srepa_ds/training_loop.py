@@ -1,0 +1,238 @@
+"""The loop of a training run: steps, the record, checkpoints, and what happens when it diverges."""
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from srepa_ds import checkpoint, distributed
+from srepa_ds.checkpoint import CheckpointReader
+from srepa_ds.config import Config
+from srepa_ds.distributed import Ranks
+from srepa_ds.engine import Engine, StepReport
+from srepa_ds.errors import DataError, DivergedError
+from srepa_ds.feed import Feed
+from srepa_ds.monitor import Monitor
+from srepa_ds.objective import TIME_BINS
+from srepa_ds.optim import learning_rate
+from srepa_ds.schema import to_tree
+from srepa_ds.telemetry import Telemetry, Window, WindowMeans
+from srepa_ds.throughput import peak_memory_gb, throughput
+
+log = logging.getLogger("srepa_ds")
+
+SKIPPED = "skipped.jsonl"
+"""Where the samples of skipped steps are written."""
+
+# Asking all ranks costs a collective and, on a GPU, a wait for the device.
+_STOP_CHECK_STEPS = 5
+
+
+@dataclass
+class TrainingLoop:
+    """Everything a run is made of, and how far it has come."""
+
+    config: Config
+    ranks: Ranks
+    engine: Engine
+    feed: Feed
+    telemetry: Telemetry
+    monitor: Monitor
+    identity: dict[str, str | None]
+    stop: list[int]
+    """Signals received by this rank."""
+
+    window: Window = field(default_factory=Window)
+    saved_at: int = -1
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+
+    def run(self) -> bool:
+        """Returns whether the run came to its end; False if a signal stopped it, after saving."""
+        engine, total = self.engine, self.config.train.steps
+        if engine.step_count >= total:
+            log.info("already trained to step %d, nothing to do", engine.step_count)
+        self.saved_at = engine.step_count
+        while engine.step_count < total:
+            rate = learning_rate(self.config.optimizer, engine.step_count)
+            report = engine.step(self.feed.step(), learning_rate=rate)
+            self._count(report)
+            step, last = engine.step_count, engine.step_count == total
+            if last or step % self.config.train.log_every_steps == 0:
+                self._record(rate)
+            if last or step % self.config.checkpoint.every_steps == 0:
+                self._paused(self._save)
+            if self.monitor.is_due(step):
+                self._paused(self._look)
+            if step % _STOP_CHECK_STEPS == 0 and distributed.any_rank(bool(self.stop)):
+                break
+        if self.saved_at != engine.step_count:
+            self._save()
+        if engine.step_count < total:
+            step = engine.step_count
+            log.info("stopped by a signal at step %d; run the same command to go on", step)
+        return engine.step_count >= total
+
+    def _paused(self, action: Callable[[], None]) -> None:
+        with self.window.paused():
+            action()
+
+    def _count(self, report: StepReport) -> None:
+        """Takes a step's losses into the record; deals with one that was skipped."""
+        losses = report.losses._asdict()
+        by_time = losses.pop("flow_by_time")
+        device = by_time.device
+        tensors = {f"loss_{name}": value for name, value in losses.items()}
+        tensors |= {"gradient_norm": report.gradient_norm.to(device), "by_time": by_time}
+        self.window.add(tensors, applied=report.applied)
+        self.window.waited(self.feed.waited())
+        self.skipped_in_a_row = 0 if report.applied else self.skipped_in_a_row + 1
+        if report.applied:
+            return
+        self._explain(report)
+        if self.skipped_in_a_row >= self.config.train.max_skipped_steps:
+            self._roll_back()
+
+    def _explain(self, report: StepReport) -> None:
+        """Says which term of a skipped step was not finite, and keeps its samples. Collective."""
+        gathered = distributed.gather((self.feed.unusable(), self.feed.sample_ids()))
+        _raise_for_teachers(self.config, [unusable for unusable, _ in gathered])
+        step = self.engine.step_count
+        values = distributed.averaged(torch.stack(_terms(report))).tolist()
+        names = ("flow", "pointwise", "structural", "cls")
+        culprits = [n for n, value in zip(names, values, strict=True) if not math.isfinite(value)]
+        culprits = culprits or ["gradient"]
+        sample_ids = [number for _, ids in gathered for number in ids]
+        if self.ranks.is_main:
+            log.warning("step %d skipped: %s not finite", step, ", ".join(culprits))
+            line = {"step": step, "not_finite": culprits, "sample_ids": sample_ids}
+            with (self.config.run.folder / SKIPPED).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _roll_back(self) -> None:
+        """Returns to the last good checkpoint, and goes on behind the samples that failed."""
+        settings, failed_at = self.config.train, self.engine.step_count
+        self.rollbacks += 1
+        self.skipped_in_a_row = 0
+        source = distributed.on_main(lambda: checkpoint.newest_valid(self.config.checkpoints))
+        if source is None or self.rollbacks > settings.max_rollbacks:
+            went_before = f" after {self.rollbacks - 1} rollbacks" if source else ""
+            raise DivergedError(
+                f"{settings.max_skipped_steps} steps in a row were not finite up to step "
+                f"{failed_at}{went_before}; checkpoints are good, the samples are listed in "
+                f"{self.config.run.folder / SKIPPED}: look at them, or resume with a smaller "
+                "optimizer.learning_rate or engine.precision=fp32"
+            )
+        seen = self.engine.samples_seen
+        reader = distributed.together(lambda: CheckpointReader(source))
+        self.engine.restore(reader)
+        # The data goes on where it was: the same samples would only fail again.
+        self.engine.samples_seen = seen
+        self.feed.continue_at(self.engine.step_count)
+        self.telemetry.rewind(self.engine.step_count)
+        self.window, self.saved_at = Window(), self.engine.step_count
+        log.warning(
+            "rolled back from step %d to %s (%d of %d times)",
+            failed_at,
+            source,
+            self.rollbacks,
+            settings.max_rollbacks,
+        )
+
+    def _record(self, rate: float) -> None:
+        if self.window.is_empty:
+            # A rollback has just begun it anew.
+            return
+        means, step = self.window.close(), self.engine.step_count
+        line = _line(means, self.config, self.ranks) | {
+            "learning_rate": rate,
+            "ema_distance": self.engine.ema_distance().item(),
+            "peak_memory_gb": peak_memory_gb(self.ranks.device),
+        }
+        bad = [name for name, value in line.items() if not math.isfinite(value)]
+        if not bad:
+            self.telemetry.record(step, line)
+        elif means.skipped == 0:
+            raise DivergedError(
+                f"{', '.join(bad)} not finite up to step {step}; the checkpoints are good, resume "
+                "with a smaller optimizer.learning_rate or engine.precision=fp32"
+            )
+
+    def _look(self) -> None:
+        sheet, scores = self.monitor.look(self.engine, self.engine.step_count)
+        if sheet is not None:
+            self.telemetry.picture(self.engine.step_count, sheet)
+        if scores:
+            self.telemetry.record(self.engine.step_count, scores)
+
+    def _save(self) -> None:
+        config, step = self.config, self.engine.step_count
+        extra: dict[str, Any] = {"identity": self.identity, "config": to_tree(config)}
+        folder = checkpoint.save(
+            config.checkpoints,
+            step=step,
+            pieces=self.engine.pieces(),
+            state={**self.engine.state(), **extra},
+            rank=self.ranks.rank,
+        )
+        if self.ranks.is_main:
+            checkpoint.prune(config.checkpoints, config.checkpoint, newest=step)
+            log.info("saved %s", folder)
+        self.saved_at = step
+
+
+def _terms(report: StepReport) -> list[torch.Tensor]:
+    losses = report.losses
+    return [losses.flow, losses.pointwise, losses.structural, losses.cls]
+
+
+def _raise_for_teachers(config: Config, by_rank: list[dict[int, list[int]]]) -> None:
+    """Raises DataError, on all ranks, for samples that a teacher has no finite tokens for.
+
+    A frozen teacher would fail on them again in every epoch.
+    """
+    for number, alignment in enumerate(config.alignments):
+        sample_ids = sorted({i for found in by_rank for i in found.get(number, [])})
+        if not sample_ids:
+            continue
+        teacher = alignment.teacher
+        shown = ", ".join(map(str, sample_ids[:10])) + (", ..." if len(sample_ids) > 10 else "")
+        error = DataError(
+            f"alignments.{number}.teacher: '{teacher.name or teacher.resolved.architecture}' gives "
+            f"tokens that are not finite for sample(s) {shown} of {config.data.folder}; check its "
+            "weights, or set its dtype to fp32"
+        )
+        error.on_all_ranks = True
+        raise error
+
+
+def _line(means: WindowMeans, config: Config, ranks: Ranks) -> dict[str, float]:
+    """Returns what the record says of a window."""
+    scalars = means.scalars()
+    sums, counts = means.tensors["by_time"]
+    by_time = {
+        f"flow_t{(number + 0.5) / TIME_BINS:.2f}": (sums[number] / counts[number]).item()
+        for number in range(TIME_BINS)
+        if counts[number] > 0
+    }
+    cosine = {}
+    if any(alignment.pointwise for alignment in config.alignments):
+        cosine = {"alignment_cosine": -scalars["loss_pointwise"]}
+    return {
+        **scalars,
+        **cosine,
+        **by_time,
+        "skipped": means.skipped,
+        "step_seconds": means.step_seconds,
+        "data_wait_share": means.data_wait_share,
+        **throughput(
+            config.model,
+            images_per_second=config.train.batch_size / means.step_seconds,
+            world_size=ranks.world_size,
+            device=ranks.device,
+        ),
+    }

@@ -1,0 +1,208 @@
+"""Saves beside training, asserted on each of two ranks. Usage: concurrent_saves.py FOLDER [killed].
+
+With `killed` rank 1 is killed while it saves.
+"""
+
+import os
+import resource
+import signal
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from srepa_ds import distributed
+from srepa_ds.checkpoint import (
+    CheckpointConfig,
+    CheckpointReader,
+    fault_of,
+    newest_valid,
+    step_folder,
+    steps_in,
+)
+from srepa_ds.checkpoint_writer import CheckpointWriter
+from srepa_ds.errors import OutputError
+from srepa_ds.fragment_file import Piece
+
+NUMEL = 300_000
+CONFIG = CheckpointConfig(keep_last=2, keep_every_steps=0, asynchronous=True)
+
+
+class Training:
+    """A weight of which each rank owns a half, and steps that add one to all of it."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+        self.weight = torch.zeros(NUMEL // 2)
+        self.state = {"count": [0]}
+        self.step_count = 0
+
+    def step(self) -> None:
+        self.weight.add_(1)
+        self.step_count += 1
+        self.state["count"][0] = self.step_count
+        # What training does meanwhile: collectives of its own.
+        total = torch.ones(())
+        dist.all_reduce(total)
+        assert total == 2
+
+    def save(self, writer: CheckpointWriter) -> None:
+        piece = Piece("master", "w", (NUMEL,), self.rank * (NUMEL // 2), self.weight)
+        writer.save(step=self.step_count, pieces=[piece], state=self.state)
+
+
+def assert_holds(folder: Path, step: int) -> None:
+    reader = CheckpointReader(folder)
+    assert fault_of(folder) is None
+    assert torch.equal(reader.tensor("master", "w"), torch.full((NUMEL,), float(step)))
+    assert reader.state["count"] == [step]
+    assert reader.state["step"] == step
+
+
+def the_moment_of_the_save_is_what_is_stored(root: Path, rank: int) -> None:
+    training = Training(rank)
+    with closing(CheckpointWriter(root, CONFIG, rank=rank)) as writer:
+        news = []
+        for _ in range(60):
+            training.step()
+            if training.step_count in (3, 4, 40):
+                training.save(writer)
+            news.append((training.step_count, writer.poll()))
+        last = writer.wait()
+        whole = [step for _, step in news if step is not None] + [last] * (last is not None)
+        # The third's is finished by the fourth's save, at the latest, and then nobody asked.
+        assert whole in ([4, 40], [3, 4, 40]), whole
+        assert distributed.gather(news) == [news, news]
+        assert writer.poll() is None
+        assert writer.wait() is None
+    for step in (4, 40):
+        assert_holds(step_folder(root, step), step)
+    assert [folder.name for folder in steps_in(root)] == ["step-0000004", "step-0000040"]
+    assert {path.name for path in root.iterdir()} == {"latest", "step-0000004", "step-0000040"}
+
+
+def a_full_disk_of_one_rank_is_an_error_on_both(root: Path, rank: int) -> None:
+    for ending in ("poll", "wait", "save"):
+        place = root / ending
+        training = Training(rank)
+        with closing(CheckpointWriter(place, CONFIG, rank=rank)) as writer:
+            training.step()
+            training.save(writer)
+            assert writer.wait() == 1
+            training.step()
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            limit = NUMEL if rank == 1 else soft
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            training.save(writer)
+            met_at = None
+            with pytest.raises(OutputError, match="cannot write the checkpoint .*too large") as met:
+                for _ in range(100_000):
+                    training.step()
+                    met_at = training.step_count
+                    if ending == "poll":
+                        writer.poll()
+                    elif ending == "wait":
+                        writer.wait()
+                    else:
+                        training.save(writer)
+            assert met.value.on_all_ranks
+            assert distributed.gather(met_at) == [met_at] * 2
+            distributed.barrier()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert {path.name for path in place.iterdir()} == {"latest", "step-0000001"}
+            # The next one has room.
+            training.step()
+            step = training.step_count
+            training.save(writer)
+            assert writer.wait() == step
+        assert_holds(step_folder(place, step), step)
+
+
+def a_place_that_is_a_file_is_an_error_at_once(root: Path, rank: int) -> None:
+    place = root / "file"
+    distributed.on_main(lambda: (root.mkdir(), place.write_text("mine")))
+    training = Training(rank)
+    for config in (CONFIG, CheckpointConfig()):
+        with closing(CheckpointWriter(place, config, rank=rank)) as writer:
+            with pytest.raises(OutputError, match="cannot write the checkpoint"):
+                training.save(writer)
+            assert writer.wait() is None
+
+
+def synchronous_ones_are_whole_when_saved(root: Path, rank: int) -> None:
+    training = Training(rank)
+    writer = CheckpointWriter(root, CheckpointConfig(keep_last=1, keep_every_steps=0), rank=rank)
+    with closing(writer):
+        for _ in range(2):
+            training.step()
+            training.save(writer)
+            assert newest_valid(root) == step_folder(root, training.step_count)
+            distributed.barrier()
+        assert writer.poll() == 2
+        assert writer.poll() is None
+        assert writer.wait() is None
+    assert_holds(step_folder(root, 2), 2)
+    assert len(steps_in(root)) == 1
+
+
+def who_leaves_leaves_the_previous_one(root: Path, rank: int) -> None:
+    training = Training(rank)
+    with closing(CheckpointWriter(root, CONFIG, rank=rank)) as writer:
+        training.step()
+        training.save(writer)
+        assert writer.wait() == 1
+        training.step()
+        training.save(writer)
+    distributed.barrier()
+    assert newest_valid(root) == step_folder(root, 1)
+    assert (root / ".writing-step-0000002").is_dir()
+    with closing(CheckpointWriter(root, CONFIG, rank=rank)) as writer:
+        training.step()
+        training.save(writer)
+        assert writer.wait() == 3
+    assert not list(root.glob(".writing*"))
+
+
+def killed_while_writing(root: Path, rank: int) -> None:
+    """Rank 1 is killed between its save and anything that could finish it."""
+    training = Training(rank)
+    writer = CheckpointWriter(root, CONFIG, rank=rank)
+    training.step()
+    training.save(writer)
+    assert writer.wait() == 1
+    training.step()
+    training.save(writer)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(RuntimeError):
+        writer.wait()
+    assert newest_valid(root) == step_folder(root, 1)
+    assert_holds(step_folder(root, 1), 1)
+
+
+CASES = (
+    the_moment_of_the_save_is_what_is_stored,
+    a_full_disk_of_one_rank_is_an_error_on_both,
+    a_place_that_is_a_file_is_an_error_at_once,
+    synchronous_ones_are_whole_when_saved,
+    who_leaves_leaves_the_previous_one,
+)
+
+
+def main(root: Path, kill: bool) -> None:
+    torch.set_num_threads(1)
+    ranks = distributed.initialize()
+    if kill:
+        killed_while_writing(root / "killed", ranks.rank)
+        os._exit(0)
+    for case in CASES:
+        case(root / case.__name__, ranks.rank)
+        distributed.barrier()
+    distributed.leave(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), kill=sys.argv[2:] == ["killed"])
