@@ -25,9 +25,7 @@ class KeptTensors(TorchDispatchMode):
         self._made: dict[int, StorageWeakRef] = {}
         self._num_bytes: dict[int, int] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Returns func(*args, **kwargs), having noted the storages it made."""
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = func(*args, **(kwargs or {}))
