@@ -23,7 +23,7 @@ from torch import Tensor
 from srepa_ds import distributed
 from srepa_ds.errors import CheckpointError, OutputError, SRepaError
 from srepa_ds.files import flush_to_disk, sha256_of, write_aside
-from srepa_ds.fragment_file import Piece, snapshot_of, write_snapshot
+from srepa_ds.fragment_file import FileEntry, Piece, snapshot_of, write_snapshot
 from srepa_ds.schema import Section
 
 FORMAT = "srepa_ds.checkpoint"
@@ -35,9 +35,6 @@ _LATEST = "latest"
 _PREFIX = "step-"
 _ASIDE = ".writing-"
 _FOREIGN = "of format"
-
-FileEntry = dict[str, Any]
-"""A file's size and sha256, as the manifest names them: `bytes`, `sha256`."""
 
 log = logging.getLogger("srepa_ds")
 
@@ -138,9 +135,9 @@ class UnfinishedCheckpoint:
         self.step = step
         self.folder = step_folder(root, step)
         self._root, self._rank = root, rank
+        self._file = f"fragments-{rank:05d}.safetensors"
         self._aside = root / f"{_ASIDE}{self.folder.name}"
         distributed.on_main(lambda: _make_aside(root, self._aside))
-        self._file = f"fragments-{rank:05d}.safetensors"
         self._snapshot = snapshot_of(pieces, label=f"{FORMAT} {VERSION}")
         # A copy, because the run goes on while this is written.
         self._document = copy.deepcopy(state)
@@ -253,12 +250,8 @@ def fault_of(folder: Path) -> str | None:
 
 def steps_in(root: Path) -> list[Path]:
     """Returns the checkpoint folders under `root`, oldest first, valid or not."""
-    folders = [
-        path
-        for path in root.glob(f"{_PREFIX}*")
-        if path.is_dir() and path.name.removeprefix(_PREFIX).isdigit()
-    ]
-    return sorted(folders, key=_step_of)
+    named = [path for path in root.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit()]
+    return sorted((path for path in named if path.is_dir()), key=_step_of)
 
 
 def newest_valid(root: Path) -> Path | None:

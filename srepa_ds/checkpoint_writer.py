@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from srepa_ds import distributed
-from srepa_ds.checkpoint import CheckpointConfig, FileEntry, UnfinishedCheckpoint, prune
-from srepa_ds.fragment_file import Piece
+from srepa_ds.checkpoint import CheckpointConfig, UnfinishedCheckpoint, prune
+from srepa_ds.fragment_file import FileEntry, Piece
 
 log = logging.getLogger("srepa_ds")
 
@@ -23,11 +23,11 @@ class CheckpointWriter:
     checkpoint is under way; a kill or an error before it is whole leaves the one before the newest.
     """
 
-    # The thread of a rank writes that rank's file and nothing else. What ranks agree on (all files
-    # are on disk, so the manifest may be written and the folder renamed) they agree on in `poll` and
-    # `wait`, in their main threads: NCCL and gloo match collectives by their order alone, which a
-    # thread's would not have, and a second process group for threads would let ranks learn of an
-    # error at different steps, where the others wait for whoever has left.
+    # A rank's thread writes that rank's file and nothing else. Whether all files are on disk, so
+    # that the manifest may follow and the folder be renamed, the main threads ask each other, in
+    # `poll` and `wait`: collectives are matched by their order alone, which a thread's would not
+    # have among training's; and with a process group of the threads' own, ranks would learn of an
+    # error at different steps, and those who go on would wait for those who have left.
 
     def __init__(self, root: Path, config: CheckpointConfig, *, rank: int):
         self._root, self._config, self._rank = root, config, rank

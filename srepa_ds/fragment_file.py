@@ -22,6 +22,9 @@ from torch import Tensor
 # 64 MiB. Page-locked memory comes in powers of two, so nothing of it is lost.
 CHUNK_NUMEL = 1 << 24
 
+FileEntry = dict[str, Any]
+"""A file's size and sha256, as a manifest names them: `bytes`, `sha256`."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -108,8 +111,8 @@ def _header(pieces: list[Piece], label: str) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_snapshot(path: Path, snapshot: Snapshot) -> dict[str, Any]:
-    """Returns the file's size and sha256 (`bytes`, `sha256`) once all of it is on disk.
+def write_snapshot(path: Path, snapshot: Snapshot) -> FileEntry:
+    """Returns the file's size and sha256 once all of it is on disk.
 
     May run in a thread: it waits outside the interpreter's lock. Raises OSError.
     """
@@ -119,7 +122,7 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> dict[str, Any]:
     with path.open("wb") as file:
         file.write(snapshot.header)
         for chunk in snapshot.chunks:
-            content = memoryview(chunk.numpy()).cast("B")
+            content = chunk.view(torch.uint8).numpy().data
             file.write(content)
             digest.update(content)
             size += len(content)
