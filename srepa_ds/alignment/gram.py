@@ -54,8 +54,9 @@ Row = dict[str, int | float]
 DENSE_UP_TO: Row = {"cpu": 1024, "cuda": 0}
 FEATURE_ABOVE: Row = {"cpu": 2.0, "cuda": 1.9}
 
-# Images are worked on together until their temporaries reach this many elements.
-WORKING_SET_ELEMENTS: Row = {"cpu": 1 << 20, "cuda": 1 << 23}
+# Images are worked on together until their temporaries reach this many elements. CPU: two images of
+# 256 tokens at width 1,024 were faster than one or four.
+WORKING_SET_ELEMENTS: Row = {"cpu": 5 << 18, "cuda": 1 << 23}
 
 EPSILON = 1e-12
 
@@ -251,7 +252,7 @@ def _through_unit(unit: Tensor, norm: Tensor, gradient: Tensor) -> Tensor:
 
     The gradient handed in is used up.
     """
-    along = (unit * gradient).sum(-1, keepdim=True)
+    along = torch.linalg.vecdot(unit, gradient).unsqueeze(-1)
     # Below the clamp the denominator is a constant and nothing is projected out.
     along.masked_fill_(norm < EPSILON, 0)
     return gradient.addcmul_(unit, along, value=-1)
