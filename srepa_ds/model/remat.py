@@ -4,6 +4,7 @@
 tools/activation_memory.py counts both on the real model.
 """
 
+import inspect
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,6 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 from srepa_ds.model.variants import MLP_RATIO, SiTConfig
@@ -42,7 +42,8 @@ class RematConfig(Section):
     norms, modulation and GELU are computed again."""
 
     offload: bool = False
-    """Whether the input of each block that is computed again waits in the CPU's memory."""
+    """Whether the input of each block that is computed again waits in the CPU's memory. What
+    `selective` keeps stays on the device."""
 
     def kept_by(self, number: int) -> Kept:
         """Returns what block `number` (from 1) keeps besides its input."""
@@ -70,18 +71,23 @@ def run_block(
     """Returns block(stream, activated), which keeps for the backward pass its input and `kept`."""
     if kept == "everything" or not torch.is_grad_enabled():
         return block(stream, activated)
-    contexts = {"attention": _keep_attention, "products": _keep_products}
+    settings: dict[str, Any] = {}
+    if kept == "attention":
+        settings = {"context_fn": _keep_attention, **_BESIDE_HOOKS}
+    elif kept == "products":
+        settings = {"context_fn": _keep_products, **_BESIDE_HOOKS}
+    # Nothing in a block is drawn at random, so no generator's state is worth restoring.
     return checkpoint(
-        block,
-        stream,
-        activated,
-        use_reentrant=False,
-        # Nothing in a block is drawn at random.
-        preserve_rng_state=False,
-        context_fn=contexts.get(kept, noop_context_fn),
+        block, stream, activated, use_reentrant=False, preserve_rng_state=False, **settings
     )
 
 
+# What is kept selectively stays on the device; newer versions of torch want that said.
+_BESIDE_HOOKS = {
+    name: False
+    for name in inspect.signature(checkpoint).parameters
+    if name == "respect_saved_tensors_hooks"
+}
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 _ATTENTION_PACKAGES = ("flash_attn", "flash_attn_3", "xformers", "xformers_flash")
 
@@ -215,20 +221,22 @@ class _Sizes(NamedTuple):
             gated=(4 if widened else width) * tokens * hidden,
             per_token=4 * tokens,
             log_sums=4 * tokens * heads,
-            normed_heads=_normed_heads_bytes(config, precision, tokens) if config.qk_norm else 0,
+            normed_heads=(
+                _normed_heads_bytes(config, width, widened=widened) if config.qk_norm else 0
+            ),
             modulation=6 * _STREAM_BYTES * hidden,
             modulation_product=6 * width * hidden,
         )
 
 
-def _normed_heads_bytes(config: SiTConfig, precision: Precision, tokens: int) -> int:
+def _normed_heads_bytes(config: SiTConfig, width: int, *, widened: bool) -> int:
+    tokens = config.num_tokens + config.num_prefix_tokens
     hidden, heads = config.shape.hidden_size, config.shape.num_heads
-    statistics = 2 * 4 * tokens * heads
-    # Besides the inputs, which are part of qkv: the rounded output; under autocast also the
-    # float32 input that it was made of.
-    output = (4 if precision == "fp32" else 2) * tokens * hidden
-    widened = 4 * tokens * hidden if precision == "bf16_autocast" else 0
-    return 2 * (statistics + output + widened)
+    statistics = 2 * 2 * 4 * tokens * heads
+    # The normalised queries and keys, and attention's output a second time: it has their layout,
+    # not that of the projection after it. CUDA's autocast normalises in float32.
+    numbers = 3 * width + (2 * 4 if widened else 0)
+    return statistics + numbers * tokens * hidden
 
 
 def _block_bytes(sizes: _Sizes, kept: Kept) -> int:

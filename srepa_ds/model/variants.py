@@ -34,8 +34,8 @@ SIT_VARIANTS = {
     "SiT-XL/2": SiTShape(depth=28, hidden_size=1152, num_heads=16, patch_size=2),
     "SiT-XL/4": SiTShape(depth=28, hidden_size=1152, num_heads=16, patch_size=4),
     "SiT-XL/8": SiTShape(depth=28, hidden_size=1152, num_heads=16, patch_size=8),
-    # Not of the paper, to scale up to: 3.04 billion weights for ImageNet at 256 px; heads of 128, the
-    # size attention kernels are fastest at, and 16 of them to share among 2, 4, 8 or 16 devices.
+    # Of no paper, to scale up to: 3.04 billion weights for ImageNet at 256 px; heads of 128, which
+    # every attention kernel has, and 16 of them, which 2, 4, 8 or 16 devices can share.
     "SiT-3B/2": SiTShape(depth=40, hidden_size=2048, num_heads=16, patch_size=2),
 }
 # fmt: on

@@ -1,0 +1,102 @@
+import logging
+import re
+
+import pytest
+import torch
+from plain_sit import tiny_config, tiny_inputs
+
+from srepa_ds.errors import ConfigError
+from srepa_ds.model.attention import (
+    ATTENTION_BACKENDS,
+    ATTENTION_REQUESTS,
+    activate_torch_flash,
+    choose_backend,
+)
+from srepa_ds.model.sit import SiT
+
+CPU = torch.device("cpu")
+DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
+
+
+def softmax_attention(query, key, value):
+    scores = torch.einsum("bhid,bhjd->bhij", query, key) / query.shape[-1] ** 0.5
+    return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), value)
+
+
+def waves(length, head_dim, device, dtype):
+    numbers = torch.arange(4 * 2 * length * head_dim).reshape(4, 1, 2, length, head_dim)
+    waves = (numbers * 0.377).sin() + (numbers * 0.0131).cos()
+    return [wave.to(device, dtype).requires_grad_() for wave in waves]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("length", [256, 257, 1000, 1024])
+@pytest.mark.parametrize("head_dim", [64, 72])
+@pytest.mark.parametrize("device", DEVICES, ids=["cpu", "cuda"])
+@pytest.mark.parametrize("name", list(ATTENTION_BACKENDS))
+def test_values_and_gradients_are_those_of_softmax(name, device, head_dim, length, dtype):
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    reason = ATTENTION_BACKENDS[name].unavailable(device, head_dim, dtype)
+    if reason is not None:
+        pytest.skip(reason)
+    *given, weight = waves(length, head_dim, device, dtype)
+    attended = ATTENTION_BACKENDS[name].attend(*given)
+    found = attended, *torch.autograd.grad(attended, given, weight.detach())
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    expected = softmax_attention(*exact)
+    expected = expected, *torch.autograd.grad(expected, exact, weight.detach().double())
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    for tensor, same in zip(found, expected, strict=True):
+        assert tensor.dtype == dtype
+        assert ((tensor.double() - same).norm() / same.norm()).item() < bound
+
+
+@pytest.mark.parametrize("request_", ["flash_attn", "flash_attn_2", "flash_attn_4", "xformers"])
+def test_what_is_missing_is_named_at_the_first_forward_pass(request_):
+    model = SiT(tiny_config(attention=request_, hidden_size=36))
+    with pytest.raises(ConfigError) as caught:
+        model(*tiny_inputs())
+    message = str(caught.value)
+    assert f"model.attention: '{request_}' cannot run here" in message
+    assert "it needs a CUDA device, the model is on cpu" in message
+    assert "not 12" in message
+    assert "use 'sdpa'" in message
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        model.choose_attention(device=CPU, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["flash_attn_2", "flash_attn_4", "xformers"])
+def test_every_missing_thing_is_named(name):
+    unavailable = ATTENTION_BACKENDS[name].unavailable
+    reason = unavailable(CPU, 264, torch.float64)
+    assert "needs a CUDA device" in reason
+    assert "not in float64" in reason
+    assert "multiples of 8 up to 256, not 264" in reason
+    assert "head dims" not in unavailable(CPU, 72, torch.bfloat16)
+    assert "computes in" not in unavailable(CPU, 72, torch.bfloat16)
+
+
+def test_auto_takes_the_best_that_runs_and_says_why_not_the_others(caplog):
+    choose_backend.cache_clear()
+    caplog.set_level(logging.INFO, logger="srepa_ds")
+    inputs = tiny_inputs()
+    model, plain = SiT(tiny_config(attention="auto")), SiT(tiny_config())
+    assert torch.equal(model(*inputs).velocity, plain(*inputs).velocity)
+    model(*inputs)
+    assert model.choose_attention(device=CPU, dtype=torch.float32) == "sdpa"
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("attention 'auto' is sdpa here; not flash_attn_4: ")
+    assert re.search("flash_attn_4:.*needs a CUDA device", message)
+    assert "not math: comes after it" in message
+
+
+def test_every_request_is_of_rows_of_the_table():
+    assert ATTENTION_REQUESTS.keys() == {*ATTENTION_BACKENDS, "auto", "flash_attn"}
+    assert {name for names in ATTENTION_REQUESTS.values() for name in names} == {
+        *ATTENTION_BACKENDS
+    }
+
+
+def test_torch_keeps_its_own_kernels_on_the_cpu():
+    assert activate_torch_flash(device=CPU, head_dim=64, dtype=torch.bfloat16) is None
