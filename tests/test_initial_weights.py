@@ -61,7 +61,7 @@ def repa_file(path: Path, model: Objective, ema: Objective) -> None:
     """What REPA's trainer saves: model, average, optimizer, and its pickled settings."""
     parameters = [torch.nn.Parameter(value) for value in official(model).values()]
     optimizer = torch.optim.AdamW(parameters)
-    sum(p.sum() for p in parameters[1:]).backward()
+    torch.stack([p.sum() for p in parameters[1:]]).sum().backward()
     optimizer.step()
     args = argparse.Namespace(model="SiT-XL/2", enc_type="dinov2-vit-b", proj_coeff=0.5, lr=1e-4)
     torch.save(
