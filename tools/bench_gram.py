@@ -60,7 +60,7 @@ def measure(device: str, kind: str, count: int, width: int, images: int, rounds:
         else:
             elapsed, peaks[name] = traced(loss, student, teacher)
             times[name] = [elapsed]
-    # The traced run warms up; where it takes minutes, it is the measurement.
+    # The traced run warms up; where it takes minutes (no rounds), it is the measurement.
     rounds = 0 if device == "cpu" and count >= 16384 else min(rounds, max(3, 16384 // count))
     for name in [name for _ in range(rounds) for name in peaks]:
         times[name] = [*times[name], seconds(table[name], student, teacher)]
@@ -68,10 +68,10 @@ def measure(device: str, kind: str, count: int, width: int, images: int, rounds:
     rows = []
     for name in [*table, chosen]:
         label = f"auto ({name})" if len(rows) == len(table) else name
-        timed = times.get(name, [])
-        median = statistics.median(timed[1:] or timed) if timed else None
+        timed = times.get(name, [])[-rounds:]
+        spread = (statistics.median(timed), min(timed)) if timed else (None, None)
         where = (device, kind, count, width, images, label)
-        rows.append(Row(*where, median, peaks.get(name), needs.get(name)))
+        rows.append(Row(*where, *spread, peaks.get(name), needs.get(name)))
     return rows
 
 

@@ -46,12 +46,12 @@ def test_memory_is_what_a_known_function_takes(tool):
 
 def test_memory_is_predicted_from_small_runs(tool, monkeypatch):
     measure = tool("gram_measure")
-    monkeypatch.setattr(measure, "PROBES", (256, 512))
+    monkeypatch.setattr(measure, "PROBES", (512, 1024))
     for name in (measure.PRINTED, "tiled"):
         loss = measure.losses("kl", "cpu")[name]
-        predicted = measure.predicted_bytes(loss, images=2, count=1024, width=16, device="cpu")
-        _, peak = measure.traced(loss, *measure.tokens(2, 1024, 16, "cpu"))
-        assert predicted == pytest.approx(peak, rel=0.2)
+        predicted = measure.predicted_bytes(loss, images=2, count=2048, width=16, device="cpu")
+        _, peak = measure.traced(loss, *measure.tokens(2, 2048, 16, "cpu"))
+        assert predicted == pytest.approx(peak, rel=0.05)
 
 
 def test_what_does_not_fit_is_not_run_but_listed(tool, monkeypatch):
@@ -79,8 +79,9 @@ def test_the_tool_writes_table_json_and_plot(tmp_path):
     }.items():
         of_kind = [row for row in found if row["kind"] == kind and row["tokens"] == 8]
         assert [row["algorithm"] for row in of_kind] == names
-        assert all(row["seconds"] > 0 and row["extra_bytes"] > 0 for row in of_kind)
+        assert all(row["seconds"] >= row["fastest_seconds"] > 0 for row in of_kind)
+        assert all(row["extra_bytes"] > 0 for row in of_kind)
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert len(lines) == 2 + len(rows)
-    assert {line.count("|") for line in lines} == {11}
+    assert {line.count("|") for line in lines} == {13}
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
