@@ -228,7 +228,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_shape = (num_heads, hidden_size // num_heads)
         # A request of several backends waits for `use`, with torch's until then.
-        self.attend = sdpa_attention
+        self.attend: Attend = sdpa_attention
         if backend in ATTENTION_BACKENDS:
             self.use(backend)
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)

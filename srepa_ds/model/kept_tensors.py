@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from srepa_ds.model.attention import Attention
 from srepa_ds.model.remat import Precision, RematConfig
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
@@ -100,7 +101,7 @@ def _make_fake(model: SiT, precision: Precision, device_type: str) -> None:
         for name, weight in module.named_parameters(recurse=False):
             fake = torch.empty(weight.shape, dtype=dtype, device=device_type)
             setattr(module, name, nn.Parameter(fake))
-        if device_type == "cuda" and hasattr(module, "attend"):
+        if device_type == "cuda" and isinstance(module, Attention):
             # torch's choice among kernels asks the device, which is not there.
             module.attend = _cuda_flash_attention
     model.pos_embed = torch.empty(model.pos_embed.shape, device=device_type)

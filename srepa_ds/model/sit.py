@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from srepa_ds.model.attention import choose_backend, runs_everywhere
+from srepa_ds.model.attention import Attention, choose_backend, runs_everywhere
 from srepa_ds.model.blocks import FinalLayer, SiTBlock, StreamLayerNorm
 from srepa_ds.model.embeddings import (
     LabelEmbedding,
@@ -173,8 +173,9 @@ class SiT(nn.Module):
         backend = choose_backend(
             self.config.attention, device=device, head_dim=self.config.head_dim, dtype=dtype
         )
-        for block in self.blocks:
-            block.attn.use(backend)
+        for module in self.blocks.modules():
+            if isinstance(module, Attention):
+                module.use(backend)
         self._attention_for = (device, dtype)
         return backend
 
