@@ -10,10 +10,12 @@ from srepa_ds.alignment.alignment import AlignmentConfig
 from srepa_ds.alignment.teachers import TeacherConfig
 from srepa_ds.checkpoint import CheckpointConfig
 from srepa_ds.data.loader import DataConfig
-from srepa_ds.deepspeed_json import load_deepspeed_json
+from srepa_ds.deepspeed_json import load_deepspeed_json, stage_of
 from srepa_ds.ema import MAIN, EmaConfig, RelativeLength
 from srepa_ds.errors import ConfigError, Fault
+from srepa_ds.initial_weights import InitialWeightsConfig
 from srepa_ds.latent_codec import CodecConfig
+from srepa_ds.model.remat import RematConfig
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.model.weights import exported_step
 from srepa_ds.objective import ObjectiveConfig
@@ -55,6 +57,9 @@ class TrainConfig(Section):
     log_every_steps: int = Field(default=50, ge=1)
     """Optimizer steps between lines of the record."""
 
+    init_from: InitialWeightsConfig | None = None
+    """Weights to begin with instead of random ones; a run that resumes does not ask for them."""
+
     max_skipped_steps: int = Field(default=10, ge=1)
     """Steps in a row whose losses or gradients are not finite, after which the run goes back to
     its last good checkpoint and on behind these samples."""
@@ -72,6 +77,13 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16_autocast", "bf16"] = "bf16"
     """`bf16`: weights and activations in bf16 with fp32 masters, moments and EMA. `bf16_autocast`:
     fp32 weights, matrix products in bf16, as the paper's runs."""
+
+    remat: RematConfig = RematConfig()
+    """Activation checkpointing: memory for a second forward pass of the blocks."""
+
+    compile: bool = False
+    """Whether torch.compile makes one graph that all blocks share, for a minute or so at the
+    start; not under stage 3, whose hooks it cannot trace."""
 
     overlap_teachers: bool = False
     """Whether teachers run one micro batch ahead on a CUDA stream of their own, beside the student;
@@ -321,11 +333,24 @@ def _batch_divides(train: TrainConfig) -> Iterator[Fault]:
 
 def _deepspeed_json_is_sound(engine: EngineConfig) -> Iterator[Fault]:
     try:
-        load_deepspeed_json(engine.deepspeed)
+        document = load_deepspeed_json(engine.deepspeed)
     except ConfigError as error:
         for fault in error.faults:
             words = (f"{error.source}:", fault.path, fault.message)
             yield Fault("engine.deepspeed", " ".join(filter(None, words)))
+        return
+    if engine.compile and stage_of(document) == 3:
+        yield Fault(
+            "engine.compile",
+            f"torch.compile cannot trace the hooks of ZeRO stage 3 ({engine.deepspeed}); choose a "
+            "stage of 0 to 2, or set it to false",
+        )
+    if engine.precision == "bf16_autocast" and "communication_data_type" in document:
+        yield Fault(
+            "engine.deepspeed",
+            f"{engine.deepspeed}: communication_data_type means nothing to precision "
+            "bf16_autocast, which reduces gradients in fp32; remove it",
+        )
 
 
 CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {

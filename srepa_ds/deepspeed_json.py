@@ -5,6 +5,7 @@ settings of another stage: a misspelt one would silently change nothing.
 """
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,13 +45,15 @@ class Setting(NamedTuple):
 
 def _is_count(value: Any) -> bool:
     # JSON's 2e8 is a float; DeepSpeed takes it as the whole number it is.
-    return type(value) in (int, float) and value >= 0 and value == int(value)
+    return type(value) in (int, float) and value >= 0 and float(value).is_integer()
 
 
 SWITCH = Kind(lambda value: isinstance(value, bool), "true or false")
 COUNT = Kind(_is_count, "a whole number of at least 0")
 SIZE = Kind(lambda value: _is_count(value) and value > 0, "a whole number of at least 1")
-FACTOR = Kind(lambda value: type(value) in (int, float) and value > 0, "a number above 0")
+FACTOR = Kind(
+    lambda value: type(value) in (int, float) and 0 < value < math.inf, "a number above 0"
+)
 OBJECT = Kind(lambda value: isinstance(value, dict), "an object")
 STAGE = Kind(lambda value: type(value) is int and value in range(4), "0, 1, 2 or 3")
 DEVICE = Kind(lambda value: value in ("cpu", "none"), '"cpu" or "none"')
@@ -157,9 +160,7 @@ def _faults(document: Mapping[str, Any]) -> Iterator[Fault]:
             yield from _misfits(f"zero_optimization.{name}.", zero[name], OFFLOAD_SETTINGS)
 
 
-def _misfits(
-    prefix: str, section: Mapping[str, Any], kinds: Mapping[str, Kind]
-) -> Iterator[Fault]:
+def _misfits(prefix: str, section: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Iterator[Fault]:
     for name in sorted(section):
         if name not in kinds:
             yield Fault(prefix + name, f"unknown or not supported here; {nearest(name, kinds)}")

@@ -138,6 +138,8 @@ class Engine:
         applied = finite and self._deepspeed.was_step_applied()
         if applied:
             self.ema.update(self._masters(), step=self.step_count)
+        else:
+            zero.forget_gradients(self._deepspeed)
         norm = self._deepspeed.get_global_grad_norm() if norm is None else norm
         norm = torch.as_tensor(norm, dtype=torch.float32)
         means = [torch.stack(values).mean(0) for values in zip(*reports, strict=True)]

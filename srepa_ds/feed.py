@@ -158,7 +158,9 @@ def _one_ahead(prepared: Iterator[Prepared], device: torch.device) -> Iterator[P
 
     def launch() -> tuple[Prepared, torch.cuda.Event]:
         with torch.cuda.stream(stream):
-            return next(prepared), stream.record_event()
+            item, ready = next(prepared), torch.cuda.Event()
+            ready.record(stream)
+        return item, ready
 
     ahead = launch()
     while True:

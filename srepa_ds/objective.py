@@ -221,11 +221,14 @@ class Objective(nn.Module):
 
 
 def _by_time(values: Tensor, t: Tensor) -> Tensor:
-    """Returns sums and counts of `values` in each part of t; a product, so nothing is atomic."""
+    """Returns sums and counts of `values` in each part of t.
+
+    Without scattering, so nothing is atomic, and without a matrix product, which autocast rounds.
+    """
     part = (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
     inside = part[:, None] == torch.arange(TIME_BINS, device=t.device)
     inside = inside.to(values.dtype)
-    return torch.stack((values @ inside, inside.sum(0)))
+    return torch.stack(((values[:, None] * inside).sum(0), inside.sum(0)))
 
 
 def official_name(name: str) -> str:

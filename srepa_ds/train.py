@@ -10,6 +10,7 @@ from srepa_ds import distributed, run_folder
 from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.alignment.teachers import Teacher, load_teacher
 from srepa_ds.checkpoint import CheckpointReader
+from srepa_ds.checkpoint_writer import CheckpointWriter
 from srepa_ds.config import Config
 from srepa_ds.data.loader import BatchLoader
 from srepa_ds.data.shards import ShardDataset
@@ -19,6 +20,7 @@ from srepa_ds.engine import Engine, deepspeed_config, micro_batch_size
 from srepa_ds.errors import ConfigError, DataError, Fault
 from srepa_ds.feed import Feed
 from srepa_ds.files import sha256_of
+from srepa_ds.initial_weights import initialise_from
 from srepa_ds.latent_codec import LatentCodec, build_codec
 from srepa_ds.launcher import stop_requested
 from srepa_ds.monitor import Monitor
@@ -56,7 +58,8 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
                 config, identity, allow_change=allow_config_change
             )
         )
-        engine = stack.enter_context(closing(_build_engine(config, targets, ranks)))
+        objective = _build_objective(config, targets, ranks, begins=source is None)
+        engine = stack.enter_context(closing(Engine(objective, config, ranks)))
         if source is not None:
             _resume(engine, source)
         arrangement = deepspeed_config(config, ranks.world_size)
@@ -73,7 +76,9 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
             device=ranks.device,
             first_step=engine.step_count,
         )
-        loop = TrainingLoop(config, ranks, engine, feed, telemetry, monitor, identity, stop)
+        writer = CheckpointWriter(config.checkpoints, config.checkpoint, rank=ranks.rank)
+        stack.enter_context(closing(writer))
+        loop = TrainingLoop(config, ranks, engine, feed, telemetry, monitor, writer, identity, stop)
         return loop.run()
 
 
@@ -119,7 +124,10 @@ def _loader(config: Config, dataset: ShardDataset, engine: Engine, ranks: Ranks)
     )
 
 
-def _build_engine(config: Config, targets: tuple[Target, ...], ranks: Ranks) -> Engine:
+def _build_objective(
+    config: Config, targets: tuple[Target, ...], ranks: Ranks, *, begins: bool
+) -> Objective:
+    """Returns what is trained, with the weights that a run begins with if it `begins`."""
     objective = Objective(
         config.model,
         config.objective,
@@ -127,7 +135,20 @@ def _build_engine(config: Config, targets: tuple[Target, ...], ranks: Ranks) -> 
         teachers=tuple(TeacherShape(target.width, target.grid) for target in targets),
         generator=torch.Generator().manual_seed(config.run.seed),
     )
-    return Engine(objective, config, ranks)
+    if begins and config.train.init_from is not None:
+        settings = config.train.init_from
+        distributed.together(lambda: initialise_from(objective, settings))
+    objective.sit.set_remat(config.engine.remat)
+    if config.engine.compile:
+        objective.sit.compile_blocks()
+    distributed.together(
+        lambda: objective.sit.choose_attention(device=ranks.device, dtype=_products_dtype(config))
+    )
+    return objective
+
+
+def _products_dtype(config: Config) -> torch.dtype:
+    return torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
 
 
 def _check_data(config: Config, dataset: ShardDataset, codec: LatentCodec, ranks: Ranks) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from srepa_ds import checkpoint, distributed
 from srepa_ds.checkpoint import CheckpointReader
+from srepa_ds.checkpoint_writer import CheckpointWriter
 from srepa_ds.config import Config
 from srepa_ds.distributed import Ranks
 from srepa_ds.engine import Engine, StepReport
@@ -42,6 +43,7 @@ class TrainingLoop:
     feed: Feed
     telemetry: Telemetry
     monitor: Monitor
+    writer: CheckpointWriter
     identity: dict[str, str | None]
     stop: list[int]
     """Signals received by this rank."""
@@ -68,10 +70,12 @@ class TrainingLoop:
                 self._paused(self._save)
             if self.monitor.is_due(step):
                 self._paused(self._look)
+            self.writer.poll()
             if step % _STOP_CHECK_STEPS == 0 and distributed.any_rank(bool(self.stop)):
                 break
         if self.saved_at != engine.step_count:
             self._save()
+        self.writer.wait()
         if engine.step_count < total:
             step = engine.step_count
             log.info("stopped by a signal at step %d; run the same command to go on", step)
@@ -118,6 +122,7 @@ class TrainingLoop:
         settings, failed_at = self.config.train, self.engine.step_count
         self.rollbacks += 1
         self.skipped_in_a_row = 0
+        self.writer.wait()
         source = distributed.on_main(lambda: checkpoint.newest_valid(self.config.checkpoints))
         if source is None or self.rollbacks > settings.max_rollbacks:
             went_before = f" after {self.rollbacks - 1} rollbacks" if source else ""
@@ -157,6 +162,8 @@ class TrainingLoop:
         if not bad:
             self.telemetry.record(step, line)
         elif means.skipped == 0:
+            # The last good checkpoint may still be on its way.
+            self.writer.wait()
             raise DivergedError(
                 f"{', '.join(bad)} not finite up to step {step}; the checkpoints are good, resume "
                 "with a smaller optimizer.learning_rate or engine.precision=fp32"
@@ -170,19 +177,13 @@ class TrainingLoop:
             self.telemetry.record(self.engine.step_count, scores)
 
     def _save(self) -> None:
-        config, step = self.config, self.engine.step_count
-        extra: dict[str, Any] = {"identity": self.identity, "config": to_tree(config)}
-        folder = checkpoint.save(
-            config.checkpoints,
-            step=step,
+        extra: dict[str, Any] = {"identity": self.identity, "config": to_tree(self.config)}
+        self.writer.save(
+            step=self.engine.step_count,
             pieces=self.engine.pieces(),
             state={**self.engine.state(), **extra},
-            rank=self.ranks.rank,
         )
-        if self.ranks.is_main:
-            checkpoint.prune(config.checkpoints, config.checkpoint, newest=step)
-            log.info("saved %s", folder)
-        self.saved_at = step
+        self.saved_at = self.engine.step_count
 
 
 def _terms(report: StepReport) -> list[torch.Tensor]:

@@ -213,3 +213,14 @@ def drop_unless_finite(engine: deepspeed.DeepSpeedEngine, norm: Tensor | None) -
 
     hook = engine.optimizer.register_step_pre_hook(drop)
     return False
+
+
+def forget_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Drops the gradients of a skipped step where DeepSpeed does not.
+
+    Under stage 2 with offload and bf16 weights it would add the next step's to them, so that one
+    gradient that is not finite would make all later steps be skipped.
+    """
+    if getattr(engine.optimizer, "cpu_offload", False):
+        for group in engine.optimizer.averaged_gradients:
+            engine.optimizer.averaged_gradients[group] = None

@@ -2,29 +2,71 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from srepa_ds.deepspeed_json import OWNED_BY_YAML, load_deepspeed_json
-from srepa_ds.errors import ConfigError
-from srepa_ds.zero import faults_in
+from srepa_ds.config import EngineConfig, _deepspeed_json_is_sound
+from srepa_ds.deepspeed_json import (
+    ALLOWED,
+    OFFLOAD_SETTINGS,
+    OWNED_BY_YAML,
+    ZERO_SETTINGS,
+    load_deepspeed_json,
+    offloads_optimizer,
+    stage_of,
+)
+from srepa_ds.errors import ConfigError, Fault
 
 DEEPSPEED = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 
 
+def written(tmp_path: Path, document: Any) -> Path:
+    path = tmp_path / "ds.json"
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return path
+
+
+def faults(tmp_path: Path, document: Any) -> list[Fault]:
+    with pytest.raises(ConfigError) as caught:
+        load_deepspeed_json(written(tmp_path, document))
+    return list(caught.value.faults)
+
+
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.name)
-def test_every_shipped_deepspeed_json_is_accepted(path):
-    assert load_deepspeed_json(path)["zero_optimization"]["stage"] in range(4)
-    assert not list(faults_in(load_deepspeed_json(path)["zero_optimization"]))
+def test_every_shipped_deepspeed_json_is_accepted_and_is_what_its_name_says(path):
+    document = load_deepspeed_json(path)
+    assert stage_of(document) == int(path.stem[4])
+    assert offloads_optimizer(document) == path.stem.endswith("offload")
+    DeepSpeedZeroConfig(**document["zero_optimization"])
+
+
+def test_every_setting_we_take_is_one_of_deepspeeds():
+    fields = DeepSpeedZeroConfig.model_fields
+    assert set(ZERO_SETTINGS) <= {field.alias or name for name, field in fields.items()}
+    for name in ("offload_optimizer", "offload_param"):
+        for setting in OFFLOAD_SETTINGS:
+            value = "cpu" if setting == "device" else True
+            config = DeepSpeedZeroConfig(stage=3, **{name: {setting: value}})
+            assert getattr(getattr(config, name), setting) == value
+
+
+@pytest.mark.parametrize("name", ZERO_SETTINGS)
+def test_what_we_take_deepspeed_takes(tmp_path, name):
+    kind, stages = ZERO_SETTINGS[name]
+    values = [False, True, 0, 1, 2e8, 2.5, -1, "cpu", {"device": "cpu"}]
+    held = [value for value in values if kind.holds(value)]
+    assert held
+    for value in held:
+        document = {"zero_optimization": {"stage": max(stages), name: value}}
+        assert load_deepspeed_json(written(tmp_path, document)) == document
+        DeepSpeedZeroConfig(**document["zero_optimization"])
 
 
 @pytest.mark.parametrize("key", OWNED_BY_YAML)
 def test_a_deepspeed_json_that_repeats_the_yaml_is_refused(tmp_path, key):
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, key: 1}))
-    with pytest.raises(ConfigError) as caught:
-        load_deepspeed_json(path)
-    (fault,) = caught.value.faults
+    (fault,) = faults(tmp_path, {"zero_optimization": {"stage": 2}, key: 1})
     assert fault.path == key
     assert f"belongs to the YAML ({OWNED_BY_YAML[key]})" in fault.message
 
@@ -34,19 +76,84 @@ def test_a_deepspeed_json_that_repeats_the_yaml_is_refused(tmp_path, key):
     [
         ("{", "is not JSON"),
         ("[]", "must be a JSON object"),
+        ('{"dump_state": true, "dump_state": false}', "the key 'dump_state' stands twice"),
         ('{"zero_optimisation": {"stage": 3}}', "did you mean 'zero_optimization'"),
-        ('{"zero_optimization": 2}', '"stage" of 0 to 3'),
-        ('{"zero_optimization": {"stage": 4}}', '"stage" of 0 to 3'),
-        ('{"zero_optimization": {"stage": "2"}}', '"stage" of 0 to 3'),
+        ('{"zero_optimization": 2}', r"must be an object \(given: 2\)"),
+        ('{"zero_optimization": {"stage": 4}}', "must be 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": true}}', "must be 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": "2"}}', r'must be 0, 1, 2 or 3 \(given: "2"\)'),
+        ('{"communication_data_type": "bf32"}', '"fp32", "bf16" or "fp16"'),
+        ('{"gradient_predivide_factor": 0}', "a number above 0"),
+        ('{"wall_clock_breakdown": 1}', "must be true or false"),
     ],
 )
 def test_a_deepspeed_json_that_is_none_is_refused(tmp_path, text, words):
-    path = tmp_path / "ds.json"
-    path.write_text(text)
     with pytest.raises(ConfigError, match=words):
-        load_deepspeed_json(path)
+        load_deepspeed_json(written(tmp_path, text))
 
 
-def test_a_misspelt_setting_of_zero_is_named():
-    (fault,) = faults_in({"stage": 2, "reduce_bucket_siz": 1})
-    assert fault.path == "zero_optimization.reduce_bucket_siz"
+@pytest.mark.parametrize(
+    ("section", "path", "words"),
+    [
+        ({"stage": 2, "reduce_bucket_siz": 1}, "reduce_bucket_siz", "mean 'reduce_bucket_size'"),
+        ({"stage": 2, "reduce_bucket_size": 0}, "reduce_bucket_size", "at least 1 (given: 0)"),
+        ({"stage": 2, "reduce_bucket_size": "2e8"}, "reduce_bucket_size", "whole number"),
+        ({"stage": 1, "overlap_comm": "no"}, "overlap_comm", 'true or false (given: "no")'),
+        ({"stage": 3, "memory_efficient_linear": True}, "memory_efficient_linear", "wrong grad"),
+        ({"stage": 2, "sub_group_size": 1}, "sub_group_size", "means nothing to stage 2"),
+        ({"stage": 1, "offload_optimizer": {}}, "offload_optimizer", "choose stage 2 or 3"),
+        ({"stage": 2, "offload_param": {}}, "offload_param", "choose stage 3"),
+        ({"offload_optimizer": {}}, "offload_optimizer", "means nothing to stage 0"),
+        ({"stage": 3, "offload_param": "cpu"}, "offload_param", "must be an object"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, "offload_param.device", '"cpu" or'),
+        ({"stage": 3, "offload_param": {"pin": True}}, "offload_param.pin", "pin_memory"),
+        ({"stage": 2, "cpu_offload": True}, "cpu_offload", "not supported here"),
+    ],
+)  # fmt: skip
+def test_a_fault_inside_is_named(tmp_path, section, path, words):
+    (fault,) = faults(tmp_path, {"zero_optimization": section})
+    assert fault.path == f"zero_optimization.{path}"
+    assert words in fault.message
+
+
+def test_all_faults_are_named_at_once(tmp_path):
+    document = {
+        "train_batch_size": 8,
+        "dump_stat": True,
+        "zero_optimization": {
+            "stage": 2,
+            "reduce_bucket_size": -1,
+            "stage3_max_live_parameters": 1,
+            "offload_optimizer": {"device": "gpu", "pinned": True},
+        },
+    }
+    # A string in place of a number, and one where nothing is.
+    document["zero_optimization"]["allgather_bucket_size"] = None
+    assert {fault.path for fault in faults(tmp_path, document)} == {
+        "train_batch_size",
+        "dump_stat",
+        "zero_optimization.reduce_bucket_size",
+        "zero_optimization.stage3_max_live_parameters",
+        "zero_optimization.allgather_bucket_size",
+        "zero_optimization.offload_optimizer.device",
+        "zero_optimization.offload_optimizer.pinned",
+    }
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), [], None])
+def test_no_value_is_too_strange(tmp_path, value):
+    document = {"zero_optimization": {"stage": 2, "reduce_bucket_size": value}}
+    (fault,) = faults(tmp_path, document)
+    assert fault.path == "zero_optimization.reduce_bucket_size"
+    assert set(ALLOWED).isdisjoint(OWNED_BY_YAML)
+
+
+def test_what_the_rest_of_the_engine_forbids_is_named(tmp_path):
+    document = {"communication_data_type": "bf16", "zero_optimization": {"stage": 3}}
+    path = written(tmp_path, document)
+    assert not list(_deepspeed_json_is_sound(EngineConfig(deepspeed=path)))
+    engine = EngineConfig(deepspeed=path, precision="bf16_autocast", compile=True)
+    compiled, communication = _deepspeed_json_is_sound(engine)
+    assert compiled.path == "engine.compile"
+    assert "stage 3" in compiled.message
+    assert "communication_data_type means nothing" in communication.message

@@ -1,8 +1,10 @@
 """What the engine does, whatever the ZeRO stage, the precision and the number of ranks.
 
-`workers/engine_facts.py` runs the engines and writes down what they did; here it is judged.
+`workers/engine_facts.py` runs the engines and writes down what they did; here it is judged. An
+arrangement is a file of `ds_configs`: a ZeRO stage, with or without offload.
 """
 
+import subprocess
 from collections.abc import Callable
 from functools import cache
 
@@ -16,10 +18,11 @@ from srepa_ds.engine import micro_batch_size
 from srepa_ds.errors import TopologyError
 
 KINDS = ("master", "ema", "exp_avg", "exp_avg_sq")
-STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
+ARRANGEMENTS = ("0", "1", "2", "3", "2-offload", "3-offload")
+PRECISIONS = ("fp32", "bf16_autocast", "bf16")
 # Stage 2 first: its checkpoint is what the others restore.
+ORDER = sorted(ARRANGEMENTS, key=lambda arrangement: arrangement != "2")
 QUICK = ["2-fp32", "0-fp32"]
-SLOW = ["2-bf16", "0-bf16", "1-fp32", "1-bf16", "3-fp32", "3-bf16"]
 SAVED_STEP, LAST_STEP = 3, 4
 EMA_DECAY = 0.7
 # The masters' change in bf16 against fp32's, whose gradients they follow to some percent.
@@ -28,7 +31,14 @@ BF16_CHANGE = 0.1
 BF16_SPLIT_CHANGE, BF16_SPLIT_NORM = 0.02, 5e-3
 
 Facts = dict[str, Tensor]
-Lookup = Callable[[int, int, str], Facts]
+Lookup = Callable[[int, str, str], Facts]
+
+
+def arrangements_on(world_size: int, precision: str) -> list[str]:
+    """What is tried: everything on two ranks, on one what has a path of its own there."""
+    if world_size == 2:
+        return ORDER
+    return [] if precision == "bf16_autocast" else [name for name in ORDER if len(name) == 1]
 
 
 def cases(*, ranks: tuple[int, ...] = (2, 1), precisions: tuple[str, ...] = PRECISIONS):
@@ -36,15 +46,25 @@ def cases(*, ranks: tuple[int, ...] = (2, 1), precisions: tuple[str, ...] = PREC
     return [
         pytest.param(
             world_size,
-            stage,
+            arrangement,
             precision,
-            id=f"{world_size}ranks-zero{stage}-{precision}",
-            marks=[] if world_size == 2 and f"{stage}-{precision}" in QUICK else [pytest.mark.slow],
+            id=f"{world_size}ranks-zero{arrangement}-{precision}",
+            marks=[]
+            if world_size == 2 and f"{arrangement}-{precision}" in QUICK
+            else [pytest.mark.slow],
         )
         for world_size in ranks
         for precision in precisions
-        for stage in STAGES
+        for arrangement in arrangements_on(world_size, precision)
     ]
+
+
+def batch_with(case: str, world_size: int, precision: str) -> tuple[str, ...]:
+    """The cases one worker runs, of one precision: autocast leaves traces in DeepSpeed."""
+    if world_size == 2 and case in QUICK:
+        return tuple(QUICK)
+    batch = [f"{name}-{precision}" for name in arrangements_on(world_size, precision)]
+    return tuple(name for name in batch if world_size == 1 or name not in QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +73,21 @@ def lookup(tmp_path_factory: pytest.TempPathFactory) -> Lookup:
     folder = tmp_path_factory.mktemp("facts")
 
     @cache
-    def quick() -> None:
-        run_worker("engine_facts", 2, folder, *QUICK)
+    def failure(world_size: int, batch: tuple[str, ...]) -> Exception | None:
+        # Kept, so that a worker that fails is not run again for each of its tests.
+        try:
+            run_worker("engine_facts", world_size, folder, *batch)
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            return error
+        return None
 
-    @cache
-    def slow() -> None:
-        quick()
-        run_worker("engine_facts", 2, folder, *SLOW)
-
-    @cache
-    def alone() -> None:
-        slow()
-        run_worker("engine_facts", 1, folder, *QUICK, *SLOW)
-
-    @cache
-    def find(world_size: int, stage: int, precision: str) -> Facts:
-        case = f"{stage}-{precision}"
-        run = alone if world_size == 1 else quick if case in QUICK else slow
-        run()
+    def find(world_size: int, arrangement: str, precision: str) -> Facts:
+        if (world_size, arrangement) != (2, "2"):
+            find(2, "2", precision)
+        case = f"{arrangement}-{precision}"
+        error = failure(world_size, batch_with(case, world_size, precision))
+        if error is not None:
+            raise error
         return load_file(folder / f"{world_size}-{case}.safetensors")
 
     return find
@@ -81,12 +98,12 @@ def change(found: Tensor, expected: Tensor, start: Tensor) -> float:
     return ((found - expected).norm() / (expected - start).norm()).item()
 
 
-each_case = pytest.mark.parametrize(("world_size", "stage", "precision"), cases())
+each_case = pytest.mark.parametrize(("world_size", "arrangement", "precision"), cases())
 
 
 @each_case
-def test_it_starts_from_the_initial_weights_to_the_bit(lookup, world_size, stage, precision):
-    facts = lookup(world_size, stage, precision)
+def test_it_starts_from_the_initial_weights_to_the_bit(lookup, world_size, arrangement, precision):
+    facts = lookup(world_size, arrangement, precision)
     initial = facts["plain.0.master"]
     assert not torch.equal(initial, initial.bfloat16().float())
     assert torch.equal(facts["0.master"], initial)
@@ -98,16 +115,16 @@ def test_it_starts_from_the_initial_weights_to_the_bit(lookup, world_size, stage
 
 
 @each_case
-def test_all_ranks_fragments_are_every_weight_once(lookup, world_size, stage, precision):
-    facts = lookup(world_size, stage, precision)
+def test_all_ranks_fragments_are_every_weight_once(lookup, world_size, arrangement, precision):
+    facts = lookup(world_size, arrangement, precision)
     for moment in ("0", "1", "bad", f"{LAST_STEP}", "split.2", "restored", "restored.next"):
         for kind in KINDS:
             assert (facts[f"{moment}.{kind}.times"] == 1).all(), (moment, kind)
 
 
 @each_case
-def test_each_rank_keeps_its_share_of_the_average(lookup, world_size, stage, precision):
-    facts = lookup(world_size, stage, precision)
+def test_each_rank_keeps_its_share_of_the_average(lookup, world_size, arrangement, precision):
+    facts = lookup(world_size, arrangement, precision)
     total = facts["0.ema"].numel() * 4
     shares = facts["ema_bytes"].tolist()
     assert len(shares) == world_size
@@ -116,8 +133,8 @@ def test_each_rank_keeps_its_share_of_the_average(lookup, world_size, stage, pre
 
 
 @each_case
-def test_the_average_is_the_unsharded_recursion(lookup, world_size, stage, precision):
-    facts = lookup(world_size, stage, precision)
+def test_the_average_is_the_unsharded_recursion(lookup, world_size, arrangement, precision):
+    facts = lookup(world_size, arrangement, precision)
     # In float64: of the 1e-7 (weights reach 0.9), rounding twice would take the larger part.
     average = facts["plain.0.master"].double()
     for step in (1, 2, 3, LAST_STEP):
@@ -126,9 +143,9 @@ def test_the_average_is_the_unsharded_recursion(lookup, world_size, stage, preci
         assert change(facts[f"{step}.ema"], facts[f"{step}.master"], facts["0.ema"]) > 0.1
 
 
-@pytest.mark.parametrize(("world_size", "stage", "precision"), cases(precisions=("fp32",)))
-def test_fp32_is_the_plain_loop(lookup, world_size, stage, precision):
-    facts = lookup(world_size, stage, precision)
+@pytest.mark.parametrize(("world_size", "arrangement", "precision"), cases(precisions=("fp32",)))
+def test_fp32_is_the_plain_loop(lookup, world_size, arrangement, precision):
+    facts = lookup(world_size, arrangement, precision)
     start = facts["plain.0.master"]
     for step in range(1, LAST_STEP + 1):
         plain = {key: facts[f"plain.{step}.{key}"] for key in ("losses", "norm", "master")}
@@ -141,9 +158,11 @@ def test_fp32_is_the_plain_loop(lookup, world_size, stage, precision):
         assert change(facts[f"{step}.master"], plain["master"], start) < 1e-5
 
 
-@pytest.mark.parametrize(("world_size", "stage", "precision"), cases(precisions=("bf16",)))
-def test_bf16_follows_the_plain_loop(lookup, world_size, stage, precision):
-    facts = lookup(world_size, stage, precision)
+@pytest.mark.parametrize(
+    ("world_size", "arrangement", "precision"), cases(precisions=("bf16_autocast", "bf16"))
+)
+def test_bf16_follows_the_plain_loop(lookup, world_size, arrangement, precision):
+    facts = lookup(world_size, arrangement, precision)
     start = facts["plain.0.master"]
     for step in (1, 2):
         plain = {key: facts[f"plain.{step}.{key}"] for key in ("losses", "norm", "master")}
@@ -154,25 +173,29 @@ def test_bf16_follows_the_plain_loop(lookup, world_size, stage, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("world_size", [2, 1])
+@pytest.mark.parametrize(
+    ("world_size", "precision"),
+    [(2, "fp32"), (2, "bf16_autocast"), (2, "bf16"), (1, "fp32"), (1, "bf16")],
+)
 def test_the_stages_agree(lookup, world_size, precision):
-    two = lookup(world_size, 2, precision)
-    for stage in (0, 1, 3):
-        facts = lookup(world_size, stage, precision)
+    two = lookup(world_size, "2", precision)
+    # Stages sum in different orders, and under autocast the last bit of a weight may round apart.
+    losses, weights = (5e-3, BF16_SPLIT_CHANGE) if precision == "bf16_autocast" else (1e-5, 1e-5)
+    for arrangement in arrangements_on(world_size, precision):
+        facts = lookup(world_size, arrangement, precision)
         for step in range(1, LAST_STEP + 1):
             for key in (f"{step}.losses", f"{step}.norms"):
-                torch.testing.assert_close(facts[key], two[key], rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(facts[key], two[key], rtol=losses, atol=losses / 10)
             found, expected = facts[f"{step}.master"], two[f"{step}.master"]
-            assert change(found, expected, two["0.master"]) < 1e-5
+            assert change(found, expected, two["0.master"]) < weights
         assert facts[f"{LAST_STEP}.counts"].tolist() == two[f"{LAST_STEP}.counts"].tolist()
 
 
 @each_case
-def test_accumulation_does_not_change_training(lookup, world_size, stage, precision):
-    facts = lookup(world_size, stage, precision)
+def test_accumulation_does_not_change_training(lookup, world_size, arrangement, precision):
+    facts = lookup(world_size, arrangement, precision)
     losses, small, norm, weights = 1e-5, 1e-6, 1e-5, 1e-5
-    if precision == "bf16":
+    if precision != "fp32":
         # The point-wise term is a mean of cosines of both signs, near zero.
         losses, small, norm, weights = 5e-3, 1e-3, BF16_SPLIT_NORM, BF16_SPLIT_CHANGE
     for step in (1, 2):
@@ -186,8 +209,10 @@ def test_accumulation_does_not_change_training(lookup, world_size, stage, precis
 
 @each_case
 @pytest.mark.parametrize("prefix", ["", "split."])
-def test_one_ranks_bad_loss_skips_the_step_on_all(lookup, world_size, stage, precision, prefix):
-    facts = lookup(world_size, stage, precision)
+def test_one_ranks_bad_loss_skips_the_step_on_all(
+    lookup, world_size, arrangement, precision, prefix
+):
+    facts = lookup(world_size, arrangement, precision)
     before, after = (SAVED_STEP, LAST_STEP) if not prefix else (2, 3)
     assert not facts[f"{prefix}bad.applied"].any()
     assert len(facts[f"{prefix}bad.applied"]) == world_size
@@ -205,9 +230,9 @@ def test_one_ranks_bad_loss_skips_the_step_on_all(lookup, world_size, stage, pre
 
 
 @each_case
-def test_every_rank_computes_with_the_masters(lookup, world_size, stage, precision):
-    facts = lookup(world_size, stage, precision)
-    if stage == 3:
+def test_every_rank_computes_with_the_masters(lookup, world_size, arrangement, precision):
+    facts = lookup(world_size, arrangement, precision)
+    if arrangement.startswith("3"):
         assert "0.copies" not in facts
         return
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -219,8 +244,8 @@ def test_every_rank_computes_with_the_masters(lookup, world_size, stage, precisi
 
 
 @each_case
-def test_a_checkpoint_of_two_ranks_stage_2_continues(lookup, world_size, stage, precision):
-    facts, saved = lookup(world_size, stage, precision), lookup(2, 2, precision)
+def test_a_checkpoint_of_two_ranks_stage_2_continues(lookup, world_size, arrangement, precision):
+    facts, saved = lookup(world_size, arrangement, precision), lookup(2, "2", precision)
     for kind in KINDS:
         assert torch.equal(facts[f"restored.{kind}"], saved[f"{SAVED_STEP}.{kind}"]), kind
     assert facts["restored.counts"].tolist() == [SAVED_STEP, SAVED_STEP]
@@ -232,6 +257,23 @@ def test_a_checkpoint_of_two_ranks_stage_2_continues(lookup, world_size, stage, 
     bound = 1e-5 if precision == "fp32" or world_size == 2 else BF16_SPLIT_CHANGE
     assert change(found, expected, saved["0.master"]) < bound
     assert facts["restored.next.applied"].all()
+
+
+@each_case
+def test_the_flow_loss_by_time_is_not_rounded(lookup, world_size, arrangement, precision):
+    facts = lookup(world_size, arrangement, precision)
+    for step in ("1", "split.1"):
+        sums, counts = facts[f"{step}.flow_by_time"].double()
+        flow = facts[f"{step}.losses"][1].double()
+        torch.testing.assert_close(sums.sum() / counts.sum(), flow, rtol=1e-6, atol=0)
+
+
+@each_case
+def test_a_resumed_run_is_the_same_to_the_bit(lookup, world_size, arrangement, precision):
+    facts = lookup(world_size, arrangement, precision)
+    assert not torch.equal(facts["split.3.master"], facts["split.2.master"])
+    for key in ("losses", "norms", *KINDS):
+        assert torch.equal(facts[f"resumed.3.{key}"], facts[f"split.3.{key}"]), key
 
 
 def test_the_batch_is_shared_in_whole_samples():

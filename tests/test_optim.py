@@ -45,6 +45,42 @@ def test_the_learning_rate_grows_to_its_value_and_stays():
     assert learning_rate(OptimizerConfig(learning_rate=0.4), 0) == 0.4
 
 
+def test_the_learning_rate_falls_along_half_a_cosine():
+    config = OptimizerConfig(
+        learning_rate=0.4,
+        schedule="cosine",
+        warmup_steps=2,
+        decay_steps=6,
+        minimum_learning_rate=0.1,
+    )
+    rates = [learning_rate(config, step) for step in range(9)]
+    half = 0.3 * (1 - 0.5**0.5) / 2
+    falling = [0.4, 0.4 - half, 0.25, 0.1 + half, 0.1]
+    assert rates == pytest.approx([0.2, 0.4, *falling, 0.1, 0.1])
+    assert rates[6] == 0.1
+    whole = OptimizerConfig(learning_rate=0.4, schedule="cosine", decay_steps=4)
+    assert [learning_rate(whole, step) for step in (0, 2, 4)] == pytest.approx([0.4, 0.2, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"decay_steps": 5}, "belong to schedule: cosine"),
+        ({"minimum_learning_rate": 1e-5}, "belong to schedule: cosine"),
+        ({"schedule": "cosine"}, "needs decay_steps beyond warmup_steps 0"),
+        ({"schedule": "cosine", "warmup_steps": 5, "decay_steps": 5}, "beyond warmup_steps 5"),
+        (
+            {"schedule": "cosine", "decay_steps": 5, "minimum_learning_rate": 1e-3},
+            "minimum_learning_rate 0.001 is above learning_rate 0.0001",
+        ),
+        ({"cpu_adam": "numpy"}, "'torch' or 'deepspeed'"),
+    ],
+)
+def test_a_schedule_that_is_none_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        OptimizerConfig(**settings)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.9)}, {"epsilon": 0.0}, {"learning_rate": 0.0},

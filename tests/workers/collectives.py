@@ -42,7 +42,7 @@ def values(rank: int) -> None:
     window = Window()
     for loss in (1.0, 3.0):
         window.add({"loss": torch.tensor(loss + 4 * rank)})
-    assert window.close()["loss"] == 4.0
+    assert window.close().scalars()["loss"] == 4.0
 
 
 def errors(rank: int) -> None:

@@ -1,8 +1,9 @@
 """Runs small engines one after the other and writes down what they did, for tests to judge.
 
-Usage: engine_facts.py FOLDER STAGE-PRECISION... Case 3-bf16 on 2 ranks is written to
-FOLDER/2-3-bf16.safetensors. Two ranks' stage 2 leaves a checkpoint, which every later case of its
-precision restores.
+Usage: engine_facts.py FOLDER ARRANGEMENT-PRECISION... The arrangement is the name of a file in
+ds_configs without `zero`. Case 3-offload-bf16 on 2 ranks is written to
+FOLDER/2-3-offload-bf16.safetensors. Two ranks' stage 2 leaves a checkpoint, which every later case
+of its precision restores.
 """
 
 import json
@@ -33,24 +34,27 @@ KINDS = ("master", "ema", "exp_avg", "exp_avg_sq")
 Facts = dict[str, Tensor]
 
 
-def experiment(folder: Path, stage: int, precision: str, accumulation: int) -> Config:
+def experiment(
+    folder: Path, arrangement: str, precision: str, accumulation: int, **optimizer: str
+) -> Config:
     """A model whose odd sizes make ranks' shares begin and end inside weights."""
-    document = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text())
+    document = json.loads((ROOT / f"ds_configs/zero{arrangement}.json").read_text())
     settings = document["zero_optimization"]
+    stage = settings["stage"]
     if stage > 0:
         # Several buckets, as a large model has.
         settings["reduce_bucket_size"] = 5_000
     if stage == 3:
         # Some weights stay gathered, others do not, as in a large model.
         settings["stage3_param_persistence_threshold"] = 500
-    deepspeed = folder / f"zero{stage}.json"
+    deepspeed = folder / f"zero{arrangement}.json"
     distributed.together(
         lambda: deepspeed.write_text(json.dumps(document)) if distributed.rank() == 0 else None
     )
     spec = {"architecture": "vit_tiny_patch16_224", "width": TEACHER_WIDTH}
     spec |= {"patch_size": 2, "input_size": 4}
     alignment = {
-        "teacher": {"spec": spec},
+        "teacher": {"spec": spec, "weights": "unused.safetensors"},
         "depth": 2,
         "projector": {"hidden_width": 13},
         "pointwise": {"weight": 1.0},
@@ -68,6 +72,7 @@ def experiment(folder: Path, stage: int, precision: str, accumulation: int) -> C
                 "weight_decay": WEIGHT_DECAY,
                 "epsilon": EPSILON,
                 "gradient_clipping": CLIPPING,
+                **optimizer,
             },
             "ema": {"decay": 0.7},
             "train": {"steps": 6, "batch_size": BATCH, "accumulation_steps": accumulation},
@@ -131,6 +136,7 @@ def report_facts(prefix: str, report: StepReport) -> Facts:
     said = distributed.gather((report.gradient_norm.item(), report.applied))
     return {
         f"{prefix}.losses": losses,
+        f"{prefix}.flow_by_time": distributed.averaged(report.losses.flow_by_time),
         f"{prefix}.norms": torch.tensor([norm for norm, _ in said]),
         f"{prefix}.applied": torch.tensor([applied for _, applied in said]),
     }
@@ -159,9 +165,9 @@ def state_facts(prefix: str, engine: Engine, shapes: dict[str, torch.Size]) -> F
     return facts
 
 
-def copies_facts(prefix: str, engine: Engine, stage: int) -> Facts:
+def copies_facts(prefix: str, engine: Engine, arrangement: str) -> Facts:
     """The weights every rank computes with, one row per rank; under stage 3 none has them all."""
-    if stage == 3:
+    if arrangement.startswith("3"):
         return {}
     module = engine._deepspeed.module
     mine = torch.cat([p.detach().float().flatten() for p in module.parameters()])
@@ -192,9 +198,29 @@ def plain_loop(config: Config) -> Facts:
     return facts
 
 
-def train(folder: Path, stage: int, precision: str, ranks: Ranks) -> Facts:
+def keep(engine: Engine, folder: Path, *, step: int, ranks: Ranks) -> None:
+    """Writes a checkpoint."""
+    checkpoint.save(
+        folder, step=step, pieces=engine.pieces(), state=engine.state(), rank=ranks.rank
+    )
+
+
+def resumed(config: Config, folder: Path, *, step: int, ranks: Ranks) -> Engine:
+    """An engine built with other weights that has taken over a checkpoint."""
+    objective = objective_of(config)
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            parameter.add_(1.0)
+    engine = Engine(objective, config, ranks)
+    reader = CheckpointReader(checkpoint.step_folder(folder, step))
+    engine.check(reader)
+    engine.restore(reader)
+    return engine
+
+
+def train(folder: Path, arrangement: str, precision: str, ranks: Ranks) -> Facts:
     """Three good steps, a checkpoint, a bad step, a good one; each step's state."""
-    config = experiment(folder, stage, precision, accumulation=1)
+    config = experiment(folder, arrangement, precision, accumulation=1)
     facts = plain_loop(config)
     objective = objective_of(config)
     shapes = {name: parameter.shape for name, parameter in objective.named_parameters()}
@@ -203,30 +229,25 @@ def train(folder: Path, stage: int, precision: str, ranks: Ranks) -> Facts:
     (averages,) = engine.ema.averages.values()
     mine = sum(average.numel() * average.element_size() for average in averages)
     facts["ema_bytes"] = torch.tensor(distributed.gather(mine))
-    facts |= state_facts("0", engine, shapes) | copies_facts("0", engine, stage)
+    facts |= state_facts("0", engine, shapes) | copies_facts("0", engine, arrangement)
     for step in range(1, SAVED_STEP + 1):
         facts |= report_facts(f"{step}", run_step(engine, ranks, step))
         facts |= state_facts(f"{step}", engine, shapes)
-    if (ranks.world_size, stage) == (2, 2):
-        checkpoint.save(
-            folder / f"saved-{precision}",
-            step=SAVED_STEP,
-            pieces=engine.pieces(),
-            state=engine.state(),
-            rank=ranks.rank,
-        )
+    if (ranks.world_size, arrangement) == (2, "2"):
+        keep(engine, folder / f"saved-{precision}", step=SAVED_STEP, ranks=ranks)
     facts |= report_facts("bad", run_step(engine, ranks, GOOD_STEPS, bad_micro_step=0))
-    facts |= state_facts("bad", engine, shapes) | copies_facts("bad", engine, stage)
+    facts |= state_facts("bad", engine, shapes) | copies_facts("bad", engine, arrangement)
     facts |= report_facts(f"{GOOD_STEPS}", run_step(engine, ranks, GOOD_STEPS))
     facts |= state_facts(f"{GOOD_STEPS}", engine, shapes)
-    facts |= copies_facts(f"{GOOD_STEPS}", engine, stage)
+    facts |= copies_facts(f"{GOOD_STEPS}", engine, arrangement)
     engine.close()
     return facts
 
 
-def accumulate(folder: Path, stage: int, precision: str, ranks: Ranks) -> Facts:
-    """The same steps in two micro steps each; then one whose first micro step alone is bad."""
-    config = experiment(folder, stage, precision, accumulation=2)
+def accumulate(folder: Path, arrangement: str, precision: str, ranks: Ranks) -> Facts:
+    """The same steps in two micro steps each, with a checkpoint after two; then one step whose
+    first micro step alone is bad, and a good one, which a resumed engine takes as well."""
+    config = experiment(folder, arrangement, precision, accumulation=2)
     objective = objective_of(config)
     shapes = {name: parameter.shape for name, parameter in objective.named_parameters()}
     engine = Engine(objective, config, ranks)
@@ -234,27 +255,26 @@ def accumulate(folder: Path, stage: int, precision: str, ranks: Ranks) -> Facts:
     for step in (1, 2):
         facts |= report_facts(f"split.{step}", run_step(engine, ranks, step, accumulation=2))
     facts |= state_facts("split.2", engine, shapes)
+    saved = folder / f"split-{ranks.world_size}-{arrangement}-{precision}"
+    keep(engine, saved, step=2, ranks=ranks)
     report = run_step(engine, ranks, 3, accumulation=2, bad_micro_step=0)
     facts |= report_facts("split.bad", report) | state_facts("split.bad", engine, shapes)
     facts |= report_facts("split.3", run_step(engine, ranks, 3, accumulation=2))
     facts |= state_facts("split.3", engine, shapes)
     engine.close()
+    engine = resumed(config, saved, step=2, ranks=ranks)
+    facts |= report_facts("resumed.3", run_step(engine, ranks, 3, accumulation=2))
+    facts |= state_facts("resumed.3", engine, shapes)
+    engine.close()
     return facts
 
 
-def restore(folder: Path, stage: int, precision: str, ranks: Ranks) -> Facts:
+def restore(folder: Path, arrangement: str, precision: str, ranks: Ranks) -> Facts:
     """The checkpoint of two ranks' stage 2 taken over, and the step after it."""
-    config = experiment(folder, stage, precision, accumulation=1)
-    objective = objective_of(config)
-    with torch.no_grad():
-        for parameter in objective.parameters():
-            parameter.add_(1.0)
-    shapes = {name: parameter.shape for name, parameter in objective.named_parameters()}
-    engine = Engine(objective, config, ranks)
-    reader = CheckpointReader(checkpoint.step_folder(folder / f"saved-{precision}", SAVED_STEP))
-    engine.check(reader)
-    engine.restore(reader)
-    facts = state_facts("restored", engine, shapes) | copies_facts("restored", engine, stage)
+    config = experiment(folder, arrangement, precision, accumulation=1)
+    shapes = {name: value.shape for name, value in objective_of(config).named_parameters()}
+    engine = resumed(config, folder / f"saved-{precision}", step=SAVED_STEP, ranks=ranks)
+    facts = state_facts("restored", engine, shapes) | copies_facts("restored", engine, arrangement)
     facts |= report_facts("restored.next", run_step(engine, ranks, GOOD_STEPS))
     facts |= state_facts("restored.next", engine, shapes)
     engine.close()
@@ -265,10 +285,10 @@ def main(folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     ranks = distributed.initialize()
     for case in cases:
-        stage, precision = int(case[0]), case[2:]
+        arrangement, precision = case.rsplit("-", 1)
         facts: Facts = {}
         for part in (train, accumulate, restore):
-            facts |= part(folder, stage, precision, ranks)
+            facts |= part(folder, arrangement, precision, ranks)
         if ranks.is_main:
             whole = {name: value.contiguous() for name, value in facts.items()}
             save_file(whole, folder / f"{ranks.world_size}-{case}.safetensors")

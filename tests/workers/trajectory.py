@@ -33,7 +33,8 @@ def experiment(mode: str, deepspeed: str) -> Config:
             "width": 48,
             "patch_size": 16,
             "input_size": 64,
-        }
+        },
+        "weights": "unused.safetensors",
     }
     terms = MODES[mode]
     alignment = {"teacher": teacher, "depth": 2, "projector": {"hidden_width": 96}, **(terms or {})}

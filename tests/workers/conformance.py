@@ -1,0 +1,145 @@
+"""Takes three steps with every engine of one precision, and with a plain loop, for a test to judge.
+
+Usage: conformance.py FOLDER PRECISION ARRANGEMENT.ACCUMULATION.REMAT... An arrangement is the name
+of a file in ds_configs without `zero`. Writes FOLDER/PRECISION.safetensors: of each case and each
+plain loop the losses, the gradients before clipping and the weights after each step, flat; and the
+sizes of the weights they consist of.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+from engine_facts import (
+    BATCH,
+    CLIPPING,
+    EPSILON,
+    LEARNING_RATE,
+    WEIGHT_DECAY,
+    experiment,
+    global_batch,
+    objective_of,
+    report_facts,
+    run_step,
+    share_of,
+    stacked,
+    state_facts,
+)
+from safetensors.torch import save_file
+from torch import Tensor
+
+from srepa_ds import distributed
+from srepa_ds.config import Config
+from srepa_ds.distributed import Ranks
+from srepa_ds.engine import Engine
+from srepa_ds.model.remat import RematConfig
+
+STEPS = (1, 2, 3)
+# The second keeps matrix products, which DeepSpeed's own linear map would spoil under stage 3.
+REMAT = {
+    "none": RematConfig(),
+    "products": RematConfig(policy="selective", keep="products"),
+    "full": RematConfig(policy="full"),
+}
+
+Facts = dict[str, Tensor]
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    """All values as one vector in float32."""
+    return torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+
+
+def plain_loop(config: Config, precision: str, parts: int) -> Facts:
+    """One process, no DeepSpeed: gradients of `parts` equal shares of the batch, summed in fp32."""
+    model = objective_of(config)
+    weights = list(model.parameters())
+    masters = [weight.detach().clone() for weight in weights]
+    optimizer = torch.optim.AdamW(
+        masters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, eps=EPSILON, foreach=False
+    )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    facts: Facts = {}
+    for step in STEPS:
+        for weight, master in zip(weights, masters, strict=True):
+            weight.data, master.grad = master.to(dtype), torch.zeros_like(master)
+        shares = []
+        for number in range(parts):
+            model.zero_grad()
+            with autocast if precision == "bf16_autocast" else nullcontext():
+                losses = model(*share_of(global_batch(step), number, parts))
+            (losses.total / parts).backward()
+            for weight, master in zip(weights, masters, strict=True):
+                master.grad += weight.grad
+            shares.append(stacked(losses))
+        facts[f"{step}.losses"] = torch.stack(shares).mean(0)
+        facts[f"{step}.gradient"] = flat([master.grad for master in masters])
+        torch.nn.utils.clip_grad_norm_(masters, CLIPPING)
+        optimizer.step()
+        facts[f"{step}.master"] = flat(masters)
+    return facts
+
+
+def engine_facts(config: Config, remat: str, ranks: Ranks) -> Facts:
+    """The same steps taken by the engine."""
+    objective = objective_of(config)
+    objective.sit.set_remat(REMAT[remat])
+    shapes = {name: weight.shape for name, weight in objective.named_parameters()}
+    engine = Engine(objective, config, ranks)
+    gradients = watched(engine)
+    facts: Facts = {}
+    for step in STEPS:
+        report = run_step(engine, ranks, step, accumulation=config.train.accumulation_steps)
+        facts |= report_facts(f"{step}", report) | state_facts(f"{step}", engine, shapes)
+        facts[f"{step}.gradient"] = gradients.pop()
+        assert not gradients
+    engine.close()
+    return {
+        name: facts[name]
+        for step in STEPS
+        for name in (f"{step}.losses", f"{step}.gradient", f"{step}.master")
+    }
+
+
+def watched(engine: Engine) -> list[Tensor]:
+    """A list to which each optimizer step adds the whole gradient it is about to take."""
+    inner, found = engine._deepspeed, []
+    take: Callable[[], None] = inner.step
+
+    def step() -> None:
+        if inner.is_gradient_accumulation_boundary():
+            found.append(flat([safe_get_full_grad(p).clone() for p in inner.module.parameters()]))
+        take()
+
+    inner.step = step
+    return found
+
+
+def main(folder: Path, precision: str, cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    ranks = distributed.initialize()
+    facts: Facts = {}
+    config = experiment(folder, "0", "fp32", 1)
+    weights = list(objective_of(config).parameters())
+    facts["sizes"] = torch.tensor([weight.numel() for weight in weights])
+    facts["0.master"] = flat(weights)
+    for parts in (1, ranks.world_size, 2 * ranks.world_size):
+        assert BATCH % parts == 0
+        found = plain_loop(config, precision, parts)
+        facts |= {f"plain.{parts}.{name}": value for name, value in found.items()}
+    for case in cases:
+        arrangement, accumulation, remat = case.split(".")
+        config = experiment(folder, arrangement, precision, int(accumulation))
+        found = engine_facts(config, remat, ranks)
+        facts |= {f"{case}.{name}": value for name, value in found.items()}
+    if ranks.is_main:
+        save_file(facts, folder / f"{precision}.safetensors")
+    distributed.leave(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
