@@ -29,6 +29,17 @@ def test_every_method_shown_is_a_valid_experiment(text):
     assert len(config.alignments) == len(shown["alignments"])
 
 
+@pytest.mark.parametrize("text", blocks("training.md"))
+def test_every_setting_of_a_run_shown_is_one(text):
+    shown = yaml.safe_load(text)
+    extractor = {"name": "dinov2-vit-b"}
+    tree = {**BASE, "evaluate": {"reference": "data/test", "extractor": extractor}, **shown}
+    config = config_from(tree, source="docs/training.md")
+    for section, settings in shown.items():
+        for name in settings:
+            assert getattr(getattr(config, section), name) is not None
+
+
 @pytest.mark.parametrize(
     "page", ["README.md", *sorted(f"docs/{p.name}" for p in DOCS.glob("*.md"))]
 )

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -33,7 +34,7 @@ def test_every_schedule_starts_whole_never_rises_and_ends_at_nothing(kind):
     settings = {} if kind == "constant" else {"end_step": 40}
     values = factors(range(60), kind=kind, **settings)
     assert values[0] == 1.0
-    assert all(later <= earlier for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(values))
     assert values[40] == (1.0 if kind == "constant" else pytest.approx(0.0, abs=1e-15))
 
 
