@@ -108,6 +108,7 @@ class Engine:
             config=document,
             dist_init_required=False,
         )
+        zero.hide_gathering(self._deepspeed)
         if config.engine.precision == "bf16":
             # DeepSpeed casts the module before it clones the masters; give them back their bits.
             zero.set_masters(self._deepspeed, lambda f: _run_of(initial[f.name], f))

@@ -8,6 +8,7 @@ fragments. This module alone knows DeepSpeed's inside; 0.19.8 is what it was rea
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import deepspeed
@@ -224,3 +225,25 @@ def forget_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
     if getattr(engine.optimizer, "cpu_offload", False):
         for group in engine.optimizer.averaged_gradients:
             engine.optimizer.averaged_gradients[group] = None
+
+
+def hide_gathering(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Hides what stage 3 does around each module from selective activation checkpointing.
+
+    That compares the operations of a block with those of its repetition; but which weights are
+    gathered together, and when, differs between the two.
+    """
+    if not isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return
+    hooks = engine.optimizer.parameter_offload
+    for when, direction in product(("pre", "post"), ("forward", "backward")):
+        name = f"{when}_sub_module_{direction}_function"
+        setattr(hooks, name, _hidden(getattr(hooks, name)))
+
+
+def _hidden(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    def call(module: Any) -> None:
+        with torch._C._DisableTorchDispatch():
+            function(module)
+
+    return call
