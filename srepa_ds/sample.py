@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from srepa_ds import distributed
-from srepa_ds.config import Config, SampleConfig
+from srepa_ds.config import Config
 from srepa_ds.distributed import Ranks
 from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.interpolant import INTERPOLANTS
@@ -16,6 +16,7 @@ from srepa_ds.sampling.provenance import Provenance, describe
 from srepa_ds.sampling.solvers import SamplerConfig, count_evaluations
 from srepa_ds.sampling.writer import ChunkWriter
 from srepa_ds.schema import validated
+from srepa_ds.sections import SampleConfig
 from srepa_ds.telemetry import environment, steps_shown
 
 log = logging.getLogger("srepa_ds")

@@ -261,6 +261,9 @@ CASES = [
          ("engine.deepspeed", "train_batch_size belongs to the YAML (train.batch_size)")),
     Case("no DeepSpeed file", nothing, "train CONFIG engine.deepspeed=zero9.json",
          ("engine.deepspeed: zero9.json: No such file",)),
+    Case("compiling under stage 3", nothing,
+         "train CONFIG engine.compile=true engine.deepspeed=ds_configs/zero3.json",
+         ("engine.compile: torch.compile cannot trace the hooks of ZeRO stage 3",)),
     # The data.
     Case("no data folder", no_data, "train CONFIG", ("shards: no such data folder", "prepare")),
     Case("unfinished data", no_index, "train CONFIG", ("index.json: missing", "prepare")),

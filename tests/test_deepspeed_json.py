@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from srepa_ds.config import EngineConfig, _deepspeed_json_is_sound
+from srepa_ds.cross_checks import _deepspeed_json_is_sound
 from srepa_ds.deepspeed_json import (
     ALLOWED,
     OFFLOAD_SETTINGS,
@@ -18,6 +18,7 @@ from srepa_ds.deepspeed_json import (
     stage_of,
 )
 from srepa_ds.errors import ConfigError, Fault
+from srepa_ds.sections import EngineConfig
 
 DEEPSPEED = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from srepa_ds import distributed
-from srepa_ds.config import Config, EvaluateConfig
+from srepa_ds.config import Config
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import DataError, OutputError, SRepaError
 from srepa_ds.files import sha256_of, write_aside
@@ -20,6 +20,7 @@ from srepa_ds.report.page import page
 from srepa_ds.report.pictures import samples_section
 from srepa_ds.report.record import Line
 from srepa_ds.sampling.sample_set import read_provenance
+from srepa_ds.sections import EvaluateConfig
 
 log = logging.getLogger("srepa_ds")
 T = TypeVar("T")
