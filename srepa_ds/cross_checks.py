@@ -73,17 +73,6 @@ def _monitor_can_judge(monitor: MonitorConfig, evaluate: EvaluateConfig | None) 
         )
 
 
-def _blocks_can_be_compiled(engine: EngineConfig) -> Iterator[Fault]:
-    try:
-        stage = stage_of(load_deepspeed_json(engine.deepspeed))
-    except ConfigError:
-        # Its faults are reported elsewhere.
-        return
-    if engine.compile and stage == 3:
-        reason = "torch.compile cannot trace the hooks of ZeRO stage 3; choose a stage below"
-        yield Fault("engine.compile", reason)
-
-
 def _batch_divides(train: TrainConfig) -> Iterator[Fault]:
     if train.batch_size % train.accumulation_steps:
         yield Fault(
@@ -120,5 +109,5 @@ CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {
     ("evaluate",): (_extractor_can_be_had,),
     ("monitor", "evaluate"): (_monitor_can_judge,),
     ("train",): (_batch_divides,),
-    ("engine",): (_deepspeed_json_is_sound, _blocks_can_be_compiled),
+    ("engine",): (_deepspeed_json_is_sound,),
 }

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from srepa_ds.alignment.alignment import TermFactors
 from srepa_ds.alignment.teachers import Teacher, TeacherTokens
 from srepa_ds.config import Config
 from srepa_ds.data.batch import Batch
@@ -49,6 +48,8 @@ class Feed:
         self._waited = 0.0
         self._count = 0
         overlapped = config.engine.overlap_teachers and device.type == "cuda"
+        self._num_ahead = int(overlapped)
+        self._is_scheduled = any(alignment.is_scheduled for alignment in config.alignments)
         prepared = self._prepared(batches)
         self._ready = _one_ahead(prepared, device) if overlapped else prepared
 
@@ -61,7 +62,8 @@ class Feed:
 
     def continue_at(self, step: int) -> None:
         """Takes what comes next as the micro batches of optimizer step `step` (from 0) and on."""
-        self._first_step, self._count = step, 0
+        # What is prepared ahead has the factors of an earlier step, and is delivered first.
+        self._first_step, self._count = step, self._num_ahead
 
     def sample_ids(self) -> list[int]:
         """Returns the samples of the last step, of this rank alone. Waits for the device."""
@@ -105,7 +107,7 @@ class Feed:
             positions=batch.positions,
             seed=config.run.seed,
         )
-        factors = tuple(alignment.factors_at(step) for alignment in config.alignments)
+        factors = tuple(tuple(alignment.factors_at(step)) for alignment in config.alignments)
         tokens = self._tokens(batch, factors)
         inputs = drawn._replace(
             teacher_patches=tuple(
@@ -113,13 +115,13 @@ class Feed:
                 for t, f in zip(tokens, factors, strict=True)
             ),
             teacher_cls=tuple(None if t is None else t.cls for t in tokens),
-            factors=self._on_device(factors),
+            factors=factors if self._is_scheduled else None,
         )
         finite = tuple(None if t is None else _finite(t) for t in tokens)
         return Prepared(inputs, batch.sample_ids, finite)
 
     def _tokens(
-        self, batch: Batch, factors: tuple[TermFactors, ...]
+        self, batch: Batch, factors: tuple[tuple[float, float], ...]
     ) -> tuple[TeacherTokens | None, ...]:
         """Returns each teacher's tokens, None where nobody needs them any more."""
         stored = iter(batch.teacher_tokens)
@@ -135,11 +137,6 @@ class Feed:
                 assert teacher is not None
                 found.append(teacher.tokens(batch.pixels))
         return tuple(found)
-
-    def _on_device(self, factors: tuple[TermFactors, ...]) -> Tensor | None:
-        if not any(alignment.is_scheduled for alignment in self._config.alignments):
-            return None
-        return torch.tensor(factors, dtype=torch.float32, device=self._device)
 
 
 def _finite(tokens: TeacherTokens) -> Bool[Tensor, "batch"]:

@@ -1,7 +1,7 @@
 """What is minimised: flow matching plus alignment, in one module that owns every trained weight."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,7 @@ from srepa_ds.alignment.alignment import (
     AlignmentConfig,
     AlignmentLosses,
     TeacherShape,
+    TermFactors,
     alignment_losses,
     idle_losses,
     projector_of,
@@ -62,8 +63,9 @@ class TrainingInputs(NamedTuple):
     """One per alignment, None without a class token; may be left empty if no term needs any."""
     cls_noise: Float[Tensor, "batch teacher_width"] | None = None
     """For the class token of the first teacher, where the model carries it."""
-    factors: Float[Tensor, "alignments 2"] | None = None
-    """What schedules make of the point-wise and structural weights; None: all are 1."""
+    factors: tuple[tuple[float, float], ...] | None = None
+    """What schedules make of each alignment's point-wise and structural weight; None: all are 1.
+    Numbers of the host, so that a term that is over costs nothing."""
 
 
 class Losses(NamedTuple):
@@ -139,9 +141,7 @@ class Objective(nn.Module):
             for alignment, teacher in zip(alignments, teachers, strict=True)
         )
 
-    def forward(
-        self, *inputs: Tensor | tuple[Tensor | None, ...] | None, predict: bool = False
-    ) -> Losses | SiTOutput:
+    def forward(self, *inputs: Any, predict: bool = False) -> Losses | SiTOutput:
         """Returns the losses of one micro batch, given the fields of `TrainingInputs`.
 
         With `predict`, the model's output for x_t, t, labels and a class token or None: sampling
@@ -150,7 +150,7 @@ class Objective(nn.Module):
         if predict:
             x_t, t, labels, *cls_t = inputs
             return self.sit(x_t, t, labels, cls_t=cls_t[0] if cls_t else None)
-        return self._losses(TrainingInputs(*inputs))  # type: ignore[arg-type]
+        return self._losses(TrainingInputs(*inputs))
 
     def _losses(self, given: TrainingInputs) -> Losses:
         noised = self._interpolant.noised(given.latents, given.noise, given.t)
@@ -173,7 +173,8 @@ class Objective(nn.Module):
         for number, terms in enumerate(self._alignment_losses(output.hidden, given)):
             pointwise = pointwise + terms.pointwise / count
             structural = structural + terms.structural / count
-            total = total + self._weighted(number, terms, given.factors) / count
+            factors = (1.0, 1.0) if given.factors is None else given.factors[number]
+            total = total + self._weighted(number, terms, factors) / count
         by_time = _by_time(flow_of_sample.detach(), given.t)
         terms = (pointwise.detach(), structural.detach(), cls.detach())
         return Losses(total, flow, *terms, by_time)
@@ -191,33 +192,37 @@ class Objective(nn.Module):
     ) -> Iterator[AlignmentLosses]:
         """Yields the terms of each alignment in turn."""
         cls_tokens = given.teacher_cls or (None,) * len(self._alignments)
-        for alignment, projector, states, patches, cls, teacher_grid in zip(
+        all_factors = given.factors or ((1.0, 1.0),) * len(self._alignments)
+        for alignment, projector, states, patches, cls, teacher_grid, factors in zip(
             self._alignments,
             self.projectors,
             hidden,
             given.teacher_patches,
             cls_tokens,
             self._teacher_grids,
+            all_factors,
             strict=True,
         ):
             grid = self.sit.grid
             if patches is None:
                 yield idle_losses(alignment, projector, states, grid=grid)
                 continue
-            tokens = TeacherTokens(patches, cls)
             yield alignment_losses(
-                alignment, projector, states, tokens, grid=grid, teacher_grid=teacher_grid
+                alignment,
+                projector,
+                states,
+                TeacherTokens(patches, cls),
+                grid=grid,
+                teacher_grid=teacher_grid,
+                factors=TermFactors(*factors),
             )
 
-    def _weighted(self, number: int, terms: AlignmentLosses, factors: Tensor | None) -> Tensor:
+    def _weighted(
+        self, number: int, terms: AlignmentLosses, factors: tuple[float, float]
+    ) -> Tensor:
         alignment = self._alignments[number]
-        values = (
-            alignment.pointwise_weight * terms.pointwise,
-            alignment.structural_weight * terms.structural,
-        )
-        if factors is None:
-            return values[0] + values[1]
-        return factors[number, 0] * values[0] + factors[number, 1] * values[1]
+        pointwise = factors[0] * alignment.pointwise_weight * terms.pointwise
+        return pointwise + factors[1] * alignment.structural_weight * terms.structural
 
 
 def _by_time(values: Tensor, t: Tensor) -> Tensor:

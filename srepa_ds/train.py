@@ -1,6 +1,7 @@
 """`srepa-ds train`: from shards to checkpoints; the same command resumes."""
 
 import logging
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from srepa_ds import distributed, run_folder
 from srepa_ds.alignment.alignment import TeacherShape
+from srepa_ds.alignment.gram_triton import unavailable as triton_unavailable
 from srepa_ds.alignment.teachers import Teacher, load_teacher
 from srepa_ds.checkpoint import CheckpointReader
 from srepa_ds.checkpoint_writer import CheckpointWriter
@@ -193,6 +195,16 @@ def _open_targets(config: Config, dataset: ShardDataset, ranks: Ranks) -> tuple[
         for number, (target, alignment) in enumerate(zip(targets, config.alignments, strict=True))
         if target.grid != config.model.grid and alignment.resampling is None
     ]
+    faults += _triton_faults(config, ranks.device)
     if faults:
         raise ConfigError("configuration", faults)
     return targets
+
+
+def _triton_faults(config: Config, device: torch.device) -> Iterator[Fault]:
+    for number, alignment in enumerate(config.alignments):
+        if alignment.structural is not None and alignment.structural.algorithm == "triton":
+            reason = triton_unavailable(device)
+            if reason is not None:
+                path = f"alignments.{number}.structural.algorithm"
+                yield Fault(path, f"'triton' cannot run here: {reason}; choose auto")

@@ -126,24 +126,37 @@ def test_factors_scale_the_terms_of_each_alignment():
     both = {"pointwise": {"weight": 2.0}, "structural": {"kind": "mse", "weight": 3.0}}
     objective = objective_of(alignment(depth=1, **both), alignment(depth=2, **both))
     inputs = inputs_of(2)
-    factors = torch.tensor([[0.5, 0.0], [1.0, 0.25]])
-    first = objective(*inputs._replace(factors=torch.tensor([[1.0, 0.0], [0.0, 0.0]])))
-    scaled, whole = objective(*inputs._replace(factors=factors)), objective(*inputs)
-    ones = objective(*inputs._replace(factors=torch.ones(2, 2)))
+    whole = objective(*inputs)
+    ones = objective(*inputs._replace(factors=((1.0, 1.0), (1.0, 1.0))))
     torch.testing.assert_close(ones.total, whole.total)
-    # The record keeps the terms themselves, whatever their weights are by now.
-    assert (scaled.pointwise, scaled.structural) == (whole.pointwise, whole.structural)
-    base = objective(*inputs._replace(factors=torch.zeros(2, 2))).total
-    shares = [
-        objective(*inputs._replace(factors=torch.zeros(2, 2).index_put_(place, torch.ones(()))))
-        for place in ((torch.tensor(i), torch.tensor(j)) for i in range(2) for j in range(2))
-    ]
-    expected = base + sum(
-        factor * (share.total - base)
-        for factor, share in zip(factors.flatten().tolist(), shares, strict=True)
-    )
+    alone = {}
+    for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        factors = [[0.0, 0.0], [0.0, 0.0]]
+        factors[place[0]][place[1]] = 1.0
+        alone[place] = objective(*inputs._replace(factors=tuple(map(tuple, factors))))
+    scaled = objective(*inputs._replace(factors=((0.5, 0.0), (1.0, 0.25))))
+    shares = {(0, 0): 0.5, (1, 0): 1.0, (1, 1): 0.25}
+    rest = scaled.flow + 0.03 * scaled.cls
+    expected = rest + sum(f * (alone[place].total - rest) for place, f in shares.items())
     torch.testing.assert_close(scaled.total, expected)
-    torch.testing.assert_close(first.total, shares[0].total)
+    # The record keeps the terms themselves; one that is over is not computed any more.
+    torch.testing.assert_close(scaled.pointwise, whole.pointwise)
+    torch.testing.assert_close(scaled.structural, alone[1, 1].structural)
+
+
+def test_a_projector_whose_last_term_is_over_still_takes_part():
+    terms = {
+        "pointwise": {"weight": 1.0},
+        "structural": {"kind": "mse", "weight": 1.0, "tokens": "hidden"},
+    }
+    objective = objective_of(alignment(depth=1, **terms))
+    inputs = inputs_of()
+    losses = objective(*inputs._replace(factors=((0.0, 1.0),)))
+    assert losses.pointwise == 0 < losses.structural
+    losses.total.backward()
+    for parameter in objective.projectors.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() == 0
 
 
 def test_a_teacher_that_is_over_leaves_zeros_and_whole_gradients():
@@ -154,7 +167,7 @@ def test_a_teacher_that_is_over_leaves_zeros_and_whole_gradients():
     over = inputs._replace(
         teacher_patches=(None, None),
         teacher_cls=(inputs.teacher_cls[0], None),
-        factors=torch.zeros(2, 2),
+        factors=((0.0, 0.0), (0.0, 0.0)),
     )
     losses = objective(*over)
     assert (losses.pointwise, losses.structural) == (0, 0)

@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
+import yaml
 from algorithm_one import algorithm_one
 from step_case import MODES, PLAIN, Case
 
@@ -112,7 +113,7 @@ def _config(case: Case) -> Config:
         branch = tree["engine"] if path != "attention" else tree["model"]
         for section in sections:
             branch = branch.setdefault(section, {})
-        branch[last] = {"true": True, "false": False}.get(value, value)
+        branch[last] = yaml.safe_load(value)
     if MODES[case.mode]:
         # Nothing is read from it: the teacher has random weights.
         teacher = {"name": case.teacher, "weights": "unused.safetensors"}

@@ -1,6 +1,5 @@
 """The alignment of one block of the model with one teacher: its settings and its losses."""
 
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -162,24 +161,28 @@ def alignment_losses(
     *,
     grid: Grid,
     teacher_grid: Grid,
+    factors: "TermFactors | None" = None,
 ) -> AlignmentLosses:
     """Returns the terms of `config` for the model's states `hidden`, at least float32.
+
+    A term whose factor is 0 is over: it is not computed, and comes out as an absent one.
 
     `grid` is that of the model's patch tokens, which come last in `hidden`; what stands before them
     is its class token. The teacher's tokens are normalised before they are resampled. Raises
     ValueError for token counts that do not fit.
     """
-    states = _split(hidden, grid)
+    pointwise, structural = _live(config, factors)
+    spaces = {"projected"} if pointwise else set()
+    spaces |= {structural.tokens} if structural else set()
+    absent = hidden.new_zeros((), dtype=compute_dtype(hidden, teacher.patches))
+    losses = AlignmentLosses(absent, absent)
+    if config.has_projector and "projected" not in spaces:
+        losses = idle_losses(config, projector, hidden, grid=grid)
     target = target_tokens(config, teacher, grid=grid, teacher_grid=teacher_grid)
     student = {
-        name: side._replace(
-            patches=student_patches(config, side.patches, grid=grid, teacher_grid=teacher_grid)
-        )
-        for name, side in _student_sides(config, projector, states, hidden)
+        space: _student_side(config, projector, hidden, space, grid, teacher_grid)
+        for space in sorted(spaces)
     }
-    pointwise, structural = config.pointwise, config.structural
-    absent = hidden.new_zeros((), dtype=compute_dtype(hidden, target.patches))
-    losses = AlignmentLosses(absent, absent)
     if pointwise is not None:
         sides = _sequences(student["projected"], target, include_cls=pointwise.include_cls)
         losses = losses._replace(pointwise=pointwise_cosine(*sides))
@@ -187,6 +190,18 @@ def alignment_losses(
         sides = _sequences(student[structural.tokens], target, include_cls=structural.include_cls)
         losses = losses._replace(structural=structural_loss(structural, *sides))
     return losses
+
+
+def _live(
+    config: AlignmentConfig, factors: TermFactors | None
+) -> tuple[PointwiseConfig | None, StructuralConfig | None]:
+    """Returns the terms that are not over."""
+    if factors is None:
+        return config.pointwise, config.structural
+    return (
+        config.pointwise if factors.pointwise else None,
+        config.structural if factors.structural else None,
+    )
 
 
 def target_tokens(
@@ -227,11 +242,12 @@ def idle_losses(
     Every trained weight takes part in every step on every rank, which ZeRO relies on; one image is
     enough for that.
     """
-    first = hidden[:1].detach()
-    sides = dict(_student_sides(config, projector, _split(first, grid), first))
     zero = hidden.new_zeros((), dtype=compute_dtype(hidden, hidden))
-    touched = sides["projected"].patches.sum().to(zero.dtype) * 0 if config.has_projector else zero
-    return AlignmentLosses(touched, zero)
+    if not config.has_projector:
+        return AlignmentLosses(zero, zero)
+    first = hidden[:1].detach()
+    projected = _student_side(config, projector, first, "projected", grid, grid).patches
+    return AlignmentLosses(projected.sum().to(zero.dtype) * 0, zero)
 
 
 class _Side(NamedTuple):
@@ -251,19 +267,26 @@ def _split(hidden: Tensor, grid: Grid) -> _Side:
     return _Side(hidden[:, num_prefix:], hidden[:, 0] if num_prefix else None)
 
 
-def _student_sides(
-    config: AlignmentConfig, projector: nn.Module, states: _Side, hidden: Tensor
-) -> Iterator[tuple[str, _Side]]:
-    """Yields the student's tokens under each name by which a term asks for them."""
-    if config.projects_cls:
-        if states.cls is None:
-            raise ValueError("include_cls needs a model that carries a class token")
+def _student_side(
+    config: AlignmentConfig,
+    projector: nn.Module,
+    hidden: Tensor,
+    space: str,
+    grid: Grid,
+    teacher_grid: Grid,
+) -> _Side:
+    """Returns the student's tokens as the terms of a space see them, on the common grid."""
+    states = _split(hidden, grid)
+    if config.projects_cls and states.cls is None:
+        raise ValueError("include_cls needs a model that carries a class token")
+    if space == "hidden":
+        patches, cls = states
+    elif config.projects_cls:
         projected = projector(hidden)
-        yield "projected", _Side(projected[:, 1:], projected[:, 0])
-    elif config.has_projector:
-        yield "projected", _Side(projector(states.patches), None)
-    if config.structural is not None and config.structural.tokens == "hidden":
-        yield "hidden", states
+        patches, cls = projected[:, 1:], projected[:, 0]
+    else:
+        patches, cls = projector(states.patches), None
+    return _Side(student_patches(config, patches, grid=grid, teacher_grid=teacher_grid), cls)
 
 
 def _sequences(

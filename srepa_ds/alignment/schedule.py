@@ -30,7 +30,8 @@ class ScheduleConfig(Section):
     """The last step with the whole weight (linear, cosine)."""
 
     end_step: int | None = Field(default=None, ge=1)
-    """The first step without the term; its teacher is not asked any more from here on."""
+    """The first step without the term; once all terms of an alignment have ended, its teacher is
+    not asked any more."""
 
     @model_validator(mode="after")
     def _has_an_end(self) -> "ScheduleConfig":

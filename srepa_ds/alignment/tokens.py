@@ -58,9 +58,9 @@ def resampled(
     if source == target:
         return patch_tokens
     dtype = torch.promote_types(patch_tokens.dtype, torch.float32)
-    place = {"dtype": dtype, "device": patch_tokens.device}
     rows, columns = (
-        _axis_weights(old, new, mode).to(**place) for old, new in zip(source, target, strict=True)
+        _axis_weights(old, new, mode, dtype, patch_tokens.device)
+        for old, new in zip(source, target, strict=True)
     )
     with torch.autocast(patch_tokens.device.type, enabled=False):
         grid = patch_tokens.to(dtype).unflatten(1, source)
@@ -68,11 +68,17 @@ def resampled(
 
 
 @lru_cache(maxsize=64)
-def _axis_weights(old: int, new: int, mode: str) -> Float[Tensor, "new old"]:
-    """Returns the matrix that interpolates one axis: the interpolation of each unit vector."""
+def _axis_weights(
+    old: int, new: int, mode: str, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "new old"]:
+    """Returns the matrix that interpolates one axis: the interpolation of each unit vector.
+
+    Kept where it is used, because a copy in every step would have the host wait for the device.
+    """
     # Along the width: torch's antialiased kernels skip the height of images one pixel wide.
     units = torch.eye(old, dtype=torch.float64)[:, None, None]
-    return interpolate(units, size=(1, new), **_INTERPOLATIONS[mode])[:, 0, 0].T  # type: ignore[arg-type]
+    weights = interpolate(units, size=(1, new), **_INTERPOLATIONS[mode])[:, 0, 0].T  # type: ignore[arg-type]
+    return weights.to(dtype=dtype, device=device)
 
 
 def spatially_normalised(

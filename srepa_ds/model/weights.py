@@ -145,7 +145,8 @@ def read_model(folder: Path) -> ExportedModel:
         config = validated(SiTConfig, model_tree, source=str(folder / DOCUMENT))
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
-    model = SiT(config, None)
+    # How attention is computed is no part of a model: what trained it may not run here.
+    model = SiT(config.model_copy(update={"attention": "sdpa"}), None)
     wanted = {k: v for k, v in tensors.items() if not k.startswith(_TRAINING_ONLY)}
     try:
         model.load_state_dict(wanted)
