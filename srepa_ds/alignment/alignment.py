@@ -94,12 +94,8 @@ class AlignmentConfig(Section):
         0 for an absent term. Once both are 0 the alignment is over and needs no teacher; a weight
         that is configured as 0 keeps its factor, and its term is measured.
         """
-        return TermFactors(
-            *(
-                weight_factor(term.schedule, step) if term else 0.0
-                for term in (self.pointwise, self.structural)
-            )
-        )
+        terms = (self.pointwise, self.structural)
+        return TermFactors(*(weight_factor(t.schedule, step) if t else 0.0 for t in terms))
 
     @property
     def is_scheduled(self) -> bool:
@@ -297,8 +293,6 @@ def _sequences(
         return student.patches, target.patches
     if student.cls is None or target.cls is None:
         raise ValueError("include_cls needs a class token of the model and of the teacher")
-    return _joined(student.patches, student.cls), _joined(target.patches, target.cls)
-
-
-def _joined(patches: Tensor, cls: Tensor) -> Tensor:
-    return torch.cat((cls[:, None].to(patches.dtype), patches), dim=1)
+    sides = ((student.patches, student.cls), (target.patches, target.cls))
+    first, second = (torch.cat((cls[:, None].to(p.dtype), p), dim=1) for p, cls in sides)
+    return first, second
