@@ -61,6 +61,15 @@ class CheckpointReader:
     """Reads any run of any stored tensor, whatever ranks it was written by."""
 
     def __init__(self, folder: Path):
+        """Opens a checkpoint that was found valid; raises CheckpointError if it cannot be read."""
+        try:
+            self._open(folder)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder} cannot be read on this rank: {error}; every rank needs the run's folder"
+            ) from error
+
+    def _open(self, folder: Path) -> None:
         self.folder = folder
         self.state: dict[str, Any] = json.loads((folder / _STATE).read_text())
         self._shapes: dict[str, list[int]] = self.state["shapes"]
@@ -213,9 +222,12 @@ def _finish(
         (aside / _MANIFEST).write_text(json.dumps(_MARK | {"files": files}, indent=1))
         flush_to_disk(aside / _MANIFEST)
         flush_to_disk(aside)
-        if final.exists():
-            shutil.rmtree(final)
+        # One of the same step is moved, not deleted, until this one has its name.
+        replaced = root / f"{_ASIDE}replaced-{final.name}"
+        if final.is_dir():
+            final.rename(replaced)
         aside.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
         write_aside(root / _LATEST, lambda pointer: pointer.write_text(final.name + "\n"))
         flush_to_disk(root)
 

@@ -3,8 +3,11 @@
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from srepa_ds import distributed
 from srepa_ds.checkpoint import CheckpointConfig, UnfinishedCheckpoint, prune
@@ -33,7 +36,9 @@ class CheckpointWriter:
         self._root, self._config, self._rank = root, config, rank
         self._thread: ThreadPoolExecutor | None = None
         if config.asynchronous:
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+            self._thread = ThreadPoolExecutor(
+                max_workers=1, thread_name_prefix="checkpoint", initializer=_same_device()
+            )
         self._under_way: tuple[UnfinishedCheckpoint, Future[FileEntry]] | None = None
         self._polls = 0
         self._whole: int | None = None
@@ -99,3 +104,10 @@ class CheckpointWriter:
     def _news(self) -> int | None:
         news, self._whole = self._whole, None
         return news
+
+
+def _same_device() -> Callable[[], None] | None:
+    """Returns what makes a new thread use this one's GPU, which is not the first for every rank."""
+    if not torch.cuda.is_available():
+        return None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())

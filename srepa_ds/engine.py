@@ -97,8 +97,10 @@ class Engine:
     def __init__(self, objective: Objective, config: Config, ranks: Ranks):
         _quieten(ranks)
         self._device = ranks.device
+        self._shapes = {name: tuple(p.shape) for name, p in objective.named_parameters()}
+        # DeepSpeed casts the module before it clones the masters; these give them back their bits.
+        initial = _clones(objective) if config.engine.precision == "bf16" else {}
         objective.to(ranks.device)
-        initial = {name: p.detach().clone() for name, p in objective.named_parameters()}
         parameters = [p for p in objective.parameters() if p.requires_grad]
         document = deepspeed_config(config, ranks.world_size)
         self._deepspeed, *_ = deepspeed.initialize(
@@ -109,12 +111,11 @@ class Engine:
             dist_init_required=False,
         )
         zero.hide_gathering(self._deepspeed)
-        if config.engine.precision == "bf16":
-            # DeepSpeed casts the module before it clones the masters; give them back their bits.
+        self._is_dealt_out = stage_of(document) == 0 and ranks.world_size > 1
+        if initial:
             zero.set_masters(self._deepspeed, lambda f: _run_of(initial[f.name], f))
             # Building the bf16 optimizer of stage 0 takes a step with zero gradients.
             zero.set_adam_step(self._deepspeed, 0)
-        self._shapes = {name: tuple(value.shape) for name, value in initial.items()}
         self.ema = ShardedEma(config.ema, self._masters())
         self.step_count = 0
         self.samples_seen = 0
@@ -173,19 +174,24 @@ class Engine:
 
         Raises CheckpointError if pieces are missing; `check` first.
         """
-        for fragment in zero.fragments(self._deepspeed, whole=True):
+        distributed.together(lambda: self._read_own(reader))
+        zero.publish_masters(self._deepspeed)
+        zero.set_adam_step(self._deepspeed, reader.state["adam_step"])
+        self.step_count = reader.state["step"]
+        self.samples_seen = reader.state["samples_seen"]
+
+    @torch.no_grad()
+    def _read_own(self, reader: CheckpointReader) -> None:
+        for fragment in self._whole():
             for key in zero.MOMENTS:
                 target = zero.moment(self._deepspeed, fragment, key)
                 target.copy_(_stored(reader, key, fragment))
-        zero.set_masters(self._deepspeed, lambda f: _stored(reader, "master", f))
-        zero.set_adam_step(self._deepspeed, reader.state["adam_step"])
+            fragment.master.copy_(_stored(reader, "master", fragment))
         for kind, averages in self.ema.averages.items():
             # An average that was not kept so far begins with the weights of today.
             source = kind if reader.names(kind) else "master"
             for fragment, average in zip(zero.fragments(self._deepspeed), averages, strict=True):
                 average.copy_(_stored(reader, source, fragment))
-        self.step_count = reader.state["step"]
-        self.samples_seen = reader.state["samples_seen"]
 
     def ema_distance(self) -> Tensor:
         """Returns |average - masters| / |masters| over all weights, of the main EMA. Collective."""
@@ -204,10 +210,10 @@ class Engine:
         """
         masters = [fragment.master.clone() for fragment in self._whole()]
         self._set_masters(list(self._averages_over(self._whole())))
-        try:
-            yield
-        finally:
-            self._set_masters(masters)
+        # Not in a `finally`: to give them back is collective, and after an error of one rank the
+        # others may be anywhere. The run is over then, and its checkpoints are good.
+        yield
+        self._set_masters(masters)
 
     def _whole(self) -> list[zero.Fragment]:
         return zero.fragments(self._deepspeed, whole=True)
@@ -222,7 +228,8 @@ class Engine:
         own = {f.name: (f, a) for f, a in zip(held, self.ema.averages[MAIN], strict=True)}
         for fragment in wanted:
             part, average = own.get(fragment.name, (None, None))
-            if average is not None and average.numel() == fragment.numel:
+            if not self._is_dealt_out:
+                assert average is not None
                 yield average
                 continue
             gathered = torch.zeros_like(fragment.master)
@@ -265,6 +272,10 @@ def _optimizer(
             "optimizer.cpu_adam: deepspeed needs a C++ compiler and ninja to build its kernel "
             f"({error.__cause__ or error}); install them or choose optimizer.cpu_adam=torch"
         ) from error
+
+
+def _clones(objective: Objective) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in objective.named_parameters()}
 
 
 def _run_of(tensor: Tensor, fragment: zero.Fragment) -> Tensor:

@@ -44,7 +44,7 @@ class Feed:
         self._teachers = teachers
         self._device = device
         self._first_step = first_step
-        self._last_step: list[Prepared] = []
+        self._last_step: list[tuple[Tensor, tuple[Tensor | None, ...]]] = []
         self._waited = 0.0
         self._count = 0
         overlapped = config.engine.overlap_teachers and device.type == "cuda"
@@ -57,8 +57,10 @@ class Feed:
         """Yields the micro batches of one optimizer step; the next call forgets them."""
         self._last_step = []
         for _ in range(self._config.train.accumulation_steps):
-            self._last_step.append(next(self._ready))
-            yield self._last_step[-1].inputs
+            prepared = next(self._ready)
+            # Not its inputs: with accumulation they would pile up.
+            self._last_step.append((prepared.sample_ids, prepared.finite))
+            yield prepared.inputs
 
     def continue_at(self, step: int) -> None:
         """Takes what comes next as the micro batches of optimizer step `step` (from 0) and on."""
@@ -67,7 +69,7 @@ class Feed:
 
     def sample_ids(self) -> list[int]:
         """Returns the samples of the last step, of this rank alone. Waits for the device."""
-        return [number for p in self._last_step for number in p.sample_ids.tolist()]
+        return [number for sample_ids, _ in self._last_step for number in sample_ids.tolist()]
 
     def waited(self) -> float:
         """Returns the seconds spent waiting for batches since the last call."""
@@ -80,10 +82,10 @@ class Feed:
         Of this rank alone. Waits for the device, so ask only when a step has failed.
         """
         found: dict[int, list[int]] = {}
-        for prepared in self._last_step:
-            for number, finite in enumerate(prepared.finite):
+        for sample_ids, by_alignment in self._last_step:
+            for number, finite in enumerate(by_alignment):
                 if finite is not None and not bool(finite.all()):
-                    ids = prepared.sample_ids[~finite].tolist()
+                    ids = sample_ids[~finite].tolist()
                     found[number] = sorted({*found.get(number, []), *ids})
         return found
 

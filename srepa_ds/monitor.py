@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from srepa_ds import distributed
-from srepa_ds.alignment.teachers import load_teacher
+from srepa_ds.alignment.teachers import Teacher, load_teacher
 from srepa_ds.config import Config
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import Ranks
@@ -54,6 +54,8 @@ class Monitor:
         self._codec = codec
         self._ranks = ranks
         self._real = _reference(config, codec) if config.monitor.evaluate_every_steps else None
+        # Now, because a fault in it should not wait for the first evaluation.
+        self._extractor = None if self._real is None else _extractor(config, self._real)
         self._real_statistics: FeatureStatistics | None = None
 
     def is_due(self, step: int) -> bool:
@@ -94,13 +96,9 @@ class Monitor:
 
     def _distance(self, engine: Engine) -> float:
         count, device = self._config.monitor.num_evaluated, self._ranks.device
-        assert self._config.evaluate is not None
         assert self._real is not None
-        extractor = load_teacher(
-            self._config.evaluate.extractor,
-            resolution=self._real.image_shape[1:],
-            device=device,
-        )
+        assert self._extractor is not None
+        extractor = self._extractor.to(device)
 
         def seen(images: Tensor) -> Tensor:
             return extractor.classify(images.to(device)).pooled.cpu()
@@ -112,7 +110,10 @@ class Monitor:
             for batch in self._drawn(engine, count)
             if int(batch.sample_ids[0]) < count
         )
-        return frechet_distance(_over_ranks(drawn, device), self._real_statistics)
+        drawn_statistics = _over_ranks(drawn, device)
+        # Between looks its memory is the student's.
+        self._extractor = extractor.cpu()
+        return frechet_distance(drawn_statistics, self._real_statistics)
 
     def _drawn(self, engine: Engine, count: int) -> Iterator[ImageBatch]:
         sampler = self._sampler(count)
@@ -158,6 +159,11 @@ def _reference(config: Config, codec: LatentCodec) -> ShardDataset:
             f"{config.model.latent_shape}; set evaluate.reference to images of the same size"
         )
     return dataset
+
+
+def _extractor(config: Config, real: ShardDataset) -> Teacher:
+    assert config.evaluate is not None
+    return load_teacher(config.evaluate.extractor, resolution=real.image_shape[1:], device="cpu")
 
 
 def _over_ranks(features: Iterator[Tensor], device: torch.device) -> FeatureStatistics:

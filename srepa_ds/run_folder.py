@@ -21,9 +21,13 @@ _SAFE_TO_CHANGE = (
     *("run.folder", "engine", "checkpoint", "export", "sample", "evaluate", "monitor"),
     *("data.folder", "data.num_workers", "data.prefetch_batches"),
     *("train.steps", "train.log_every_steps", "train.accumulation_steps"),
+    *("model.attention", "optimizer.cpu_adam"),
     *("train.max_skipped_steps", "train.max_rollbacks", "train.init_from"),
 )
-_SAFE_ANYWHERE = (".teacher.weights",)
+_SAFE_ANYWHERE = (
+    *(".teacher.weights", ".teacher.compile"),
+    *(".structural.algorithm", ".structural.tile"),
+)
 
 
 @contextmanager

@@ -180,14 +180,12 @@ class Telemetry:
         """Appends one line of the record and shows the progress."""
         if not self._is_main:
             return
-        try:
+        with despite_full_disk(RECORD):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
-        except OSError as error:
-            # The run is worth more than its record; the next checkpoint says it more clearly.
-            log.warning("cannot write the record: %s", error.strerror)
-        for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+        with despite_full_disk("tensorboard"):
+            for name, value in values.items():
+                self._board.add_scalar(f"train/{name}", value, step)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, text=_short_line(values))
         else:
@@ -197,21 +195,24 @@ class Telemetry:
         """Drops the record after `step`: steps that are about to be taken again."""
         if not self._is_main:
             return
-        self._file.close()
-        _keep_until(self._folder / RECORD, step)
+        with despite_full_disk(RECORD):
+            self._file.close()
+            _keep_until(self._folder / RECORD, step)
         self._file = (self._folder / RECORD).open("a", encoding="utf-8")
+        with despite_full_disk("tensorboard"):
+            self._board.close()
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
 
     def picture(self, step: int, image: Image.Image) -> None:
         """Keeps a picture drawn at `step`: as a file of the run's folder, and in TensorBoard."""
         if not self._is_main:
             return
         path = self._folder / PICTURES / f"step-{step:07d}.png"
-        try:
+        with despite_full_disk(PICTURES):
             path.parent.mkdir(exist_ok=True)
             write_aside(path, lambda aside: image.save(aside, format="PNG"))
-        except OSError as error:
-            log.warning("cannot write %s: %s", path, error.strerror)
-        self._board.add_image("samples", np.asarray(image), step, dataformats="HWC")
+        with despite_full_disk("tensorboard"):
+            self._board.add_image("samples", np.asarray(image), step, dataformats="HWC")
 
     def __enter__(self) -> "Telemetry":
         return self
@@ -224,8 +225,22 @@ class Telemetry:
         if self._is_main:
             if self._progress is not None:
                 self._progress.stop()
-            self._file.close()
-            self._board.close()
+            for opened, name in ((self._file, RECORD), (self._board, "tensorboard")):
+                with despite_full_disk(name):
+                    opened.close()
+
+
+@contextmanager
+def despite_full_disk(name: str) -> Iterator[None]:
+    """Makes a warning of an OSError met in the block.
+
+    A run is worth more than what it says of itself; its next checkpoint says more clearly what is
+    wrong with the disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        log.warning("cannot write %s: %s", name, error.strerror or error)
 
 
 def _line(values: Mapping[str, float]) -> str:

@@ -21,7 +21,7 @@ from srepa_ds.monitor import Monitor
 from srepa_ds.objective import TIME_BINS
 from srepa_ds.optim import learning_rate
 from srepa_ds.schema import to_tree
-from srepa_ds.telemetry import Telemetry, Window, WindowMeans
+from srepa_ds.telemetry import Telemetry, Window, WindowMeans, despite_full_disk
 from srepa_ds.throughput import peak_memory_gb, throughput
 
 log = logging.getLogger("srepa_ds")
@@ -66,9 +66,10 @@ class TrainingLoop:
             step, last = engine.step_count, engine.step_count == total
             if last or step % self.config.train.log_every_steps == 0:
                 self._record(rate)
-            if last or step % self.config.checkpoint.every_steps == 0:
+            if last or self._is_save_due(step):
                 self._paused(self._save)
-            if self.monitor.is_due(step):
+            # After a rollback this step was looked at before.
+            if report.applied and self.monitor.is_due(step):
                 self._paused(self._look)
             self.writer.poll()
             if step % _STOP_CHECK_STEPS == 0 and distributed.any_rank(bool(self.stop)):
@@ -80,6 +81,14 @@ class TrainingLoop:
             step = engine.step_count
             log.info("stopped by a signal at step %d; run the same command to go on", step)
         return engine.step_count >= total
+
+    def _is_save_due(self, step: int) -> bool:
+        """Returns whether a checkpoint is to be written; not of a state that fails right now.
+
+        It could become the one a rollback returns to, and good ones would be deleted for it.
+        """
+        due = step % self.config.checkpoint.every_steps == 0
+        return due and self.skipped_in_a_row == 0 and self.saved_at != step
 
     def _paused(self, action: Callable[[], None]) -> None:
         with self.window.paused():
@@ -114,8 +123,9 @@ class TrainingLoop:
         if self.ranks.is_main:
             log.warning("step %d skipped: %s not finite", step, ", ".join(culprits))
             line = {"step": step, "not_finite": culprits, "sample_ids": sample_ids}
-            with (self.config.run.folder / SKIPPED).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with despite_full_disk(SKIPPED):
+                with (self.config.run.folder / SKIPPED).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
 
     def _roll_back(self) -> None:
         """Returns to the last good checkpoint, and goes on behind the samples that failed."""
