@@ -244,8 +244,13 @@ def despite_full_disk(name: str) -> Iterator[None]:
 
 
 def _line(values: Mapping[str, float]) -> str:
-    shown = [f"{name} {value:.4g}" for name, value in values.items()]
+    """Returns what a log shows of a line of the record: what is there and not nought."""
+    shown = [f"{name} {value:.4g}" for name, value in values.items() if _is_shown(name) and value]
     return "  ".join(shown)
+
+
+def _is_shown(name: str) -> bool:
+    return not name.startswith(("flow_t", "tflops", "peak_", "data_", "step_", "alignment_"))
 
 
 def _short_line(values: Mapping[str, float]) -> str:
