@@ -8,12 +8,13 @@ from typing import Any
 
 from pydantic import Field
 
-from srepa_ds.errors import ConfigError, DataError
-from srepa_ds.schema import Section, validated
+from srepa_ds.data.index_document import INDEX_NAME as INDEX_NAME
+from srepa_ds.data.index_document import read_index_document
+from srepa_ds.errors import DataError
+from srepa_ds.schema import Section
 
 FORMAT = "srepa-ds shards"
 VERSION = 1
-INDEX_NAME = "index.json"
 PREPARE_HINT = "prepare it with `srepa-ds prepare CONFIG`"
 
 
@@ -77,30 +78,17 @@ def read_index(folder: Path) -> ShardIndex:
     Raises DataError if the folder or its index is missing, or the index is not a valid one of
     this version or contradicts itself.
     """
-    path = folder / INDEX_NAME
     if not folder.is_dir():
         raise DataError(f"{folder}: no such data folder; {PREPARE_HINT}, or correct the path")
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path}: missing, so this is no finished data set; {PREPARE_HINT}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); {_again(folder)}") from error
-    found = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
-    if found != FORMAT:
-        raise DataError(f"{path}: expected an index of format '{FORMAT}', found {found!r}")
-    if tree.get("version") != VERSION:
-        raise DataError(
-            f"{path}: expected version {VERSION} of the format, found {tree.get('version')!r}; "
-            f"{_again(folder)} with this version of srepa-ds"
-        )
-    try:
-        index = validated(ShardIndex, tree, source=str(path))
-    except ConfigError as error:
-        raise DataError(f"{error}\n{_again(folder)}") from error
-    _check_sums(path, index)
+    index = read_index_document(
+        folder,
+        ShardIndex,
+        format_name=FORMAT,
+        version=VERSION,
+        missing=f"this is no finished data set; {PREPARE_HINT}",
+        again=_again(folder),
+    )
+    _check_sums(folder / INDEX_NAME, index)
     return index
 
 

@@ -9,10 +9,9 @@ from typing import Any
 from pydantic import Field
 
 from srepa_ds.data.headers import Form, metadata_of
-from srepa_ds.data.shard_index import INDEX_NAME
+from srepa_ds.data.index_document import INDEX_NAME, read_index_document
 from srepa_ds.data.stored_tokens import Storage
-from srepa_ds.errors import ConfigError, DataError
-from srepa_ds.schema import Section, validated
+from srepa_ds.schema import Section
 
 TOKEN_FORMAT = "srepa-ds teacher tokens"
 TOKEN_VERSION = 1
@@ -147,27 +146,14 @@ def read_token_index(folder: Path) -> TokenIndex:
 
     Raises DataError if it is missing, unreadable, or none of this version.
     """
-    path = folder / INDEX_NAME
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path}: missing, so these tokens are not finished; go on with {PREPARE_TEACHER}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); {again(folder)}") from error
-    found = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
-    if found != TOKEN_FORMAT:
-        raise DataError(f"{path}: expected an index of format '{TOKEN_FORMAT}', found {found!r}")
-    if tree.get("version") != TOKEN_VERSION:
-        raise DataError(
-            f"{path}: expected version {TOKEN_VERSION} of the format, found "
-            f"{tree.get('version')!r}; {again(folder)}"
-        )
-    try:
-        return validated(TokenIndex, tree, source=str(path))
-    except ConfigError as error:
-        raise DataError(f"{error}\n{again(folder)}") from error
+    return read_index_document(
+        folder,
+        TokenIndex,
+        format_name=TOKEN_FORMAT,
+        version=TOKEN_VERSION,
+        missing=f"these tokens are not finished; go on with {PREPARE_TEACHER}",
+        again=again(folder),
+    )
 
 
 def again(folder: Path) -> str:

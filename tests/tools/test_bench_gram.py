@@ -57,12 +57,10 @@ def test_memory_is_predicted_from_small_runs(tool, monkeypatch):
 def test_what_does_not_fit_is_not_run_but_listed(tool, monkeypatch):
     bench = tool("bench_gram")
     monkeypatch.setattr(bench, "free_bytes", lambda device: 1)
-    monkeypatch.setattr(bench, "PROBES", (4, 8))
-    monkeypatch.setattr(bench, "predicted_bytes", lambda loss, **size: 3.0 * 2**30)
-    rows = bench.measure("cpu", "kl", 32, 8, 1, 1)
-    assert all(row.seconds is None for row in rows)
+    rows = bench.measure("cpu", "kl", 8192, 8, 1, 1)
+    assert all(row.seconds is None and row.needed_bytes > 0 for row in rows)
     table = tool("gram_report").markdown(rows)
-    assert table.count("does not fit: needs 3 GiB") == len(rows)
+    assert table.count("does not fit: needs ") == len(rows)
 
 
 def test_the_tool_writes_table_json_and_plot(tmp_path):

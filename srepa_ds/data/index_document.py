@@ -1,0 +1,39 @@
+"""The JSON index of a folder: written last, so a folder without one is not finished."""
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from srepa_ds.errors import ConfigError, DataError
+from srepa_ds.schema import Section, validated
+
+Index = TypeVar("Index", bound=Section)
+INDEX_NAME = "index.json"
+
+
+def read_index_document(
+    folder: Path, schema: type[Index], *, format_name: str, version: int, missing: str, again: str
+) -> Index:
+    """Returns the index of `folder`; `missing` and `again` say what to do where it is none.
+
+    Raises DataError if it is missing, unreadable, or none of this format and version.
+    """
+    path = folder / INDEX_NAME
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing, so {missing}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error}); {again}") from error
+    found = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
+    if found != format_name:
+        raise DataError(f"{path}: expected an index of format '{format_name}', found {found!r}")
+    if tree.get("version") != version:
+        raise DataError(
+            f"{path}: expected version {version} of the format, found {tree.get('version')!r}; "
+            f"{again} with this version of srepa-ds"
+        )
+    try:
+        return validated(schema, tree, source=str(path))
+    except ConfigError as error:
+        raise DataError(f"{error}\n{again}") from error
