@@ -5,7 +5,7 @@ import math
 import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 SINUSOID_WIDTH = 256
 _MAX_PERIOD = 10000.0
@@ -71,20 +71,33 @@ class PatchEmbedding(nn.Module):
         return self.proj(x_t.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
 
+class WideLinear(nn.Linear):
+    """A linear map computed in float32 or wider, whatever autocast and its weights' dtype say."""
+
+    def forward(self, input: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch outputs"]:
+        """Returns the mapped vectors in the weights' dtype, but at least float32."""
+        # Here and not around the perceptron: ZeRO-3 gathers weights for the module that owns them.
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(input.device.type, enabled=False):
+            return linear(input.to(wide), self.weight.to(wide), self.bias.to(wide))
+
+
 class TimestepEmbedding(nn.Module):
     """Embeds t by a sinusoid and a two-layer perceptron."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(SINUSOID_WIDTH, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+            WideLinear(SINUSOID_WIDTH, hidden_size), nn.SiLU(), WideLinear(hidden_size, hidden_size)
         )
 
     def forward(self, t: Float[Tensor, "batch"]) -> Float[Tensor, "batch hidden"]:
-        """Returns the embedding of `t` in [0, 1], in the dtype of the perceptron."""
-        first = self.mlp[0]
-        assert isinstance(first, nn.Linear)
-        return self.mlp(timestep_sinusoid(t).to(first.weight.dtype))
+        """Returns the embedding of `t` in [0, 1], in float32 or wider.
+
+        The reference computes the perceptron in the dtype of autocast; nearby times differ by less
+        than bfloat16 can tell.
+        """
+        return self.mlp(timestep_sinusoid(t))
 
 
 class LabelEmbedding(nn.Module):

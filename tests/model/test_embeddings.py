@@ -59,7 +59,22 @@ def test_embeddings_take_float32_into_modules_of_any_dtype(dtype):
     patches = PatchEmbedding(3, 8, patch_size=2).to(dtype)
     assert patches(torch.zeros(2, 3, 4, 6)).dtype == dtype
     time = TimestepEmbedding(8).to(dtype)
-    assert time(torch.zeros(2)).dtype == dtype
+    assert time(torch.zeros(2)).dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_time_is_embedded_in_float32_whatever_the_precision(weights, autocast):
+    embedding = TimestepEmbedding(24).to(weights)
+    t = torch.linspace(0, 1, 7)
+    first, second = ({k: v.float() for k, v in embedding.mlp[n].named_parameters()} for n in (0, 2))
+    hidden = timestep_sinusoid(t) @ first["weight"].T + first["bias"]
+    expected = hidden * hidden.sigmoid() @ second["weight"].T + second["bias"]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        embedded = embedding(t)
+    torch.testing.assert_close(embedded, expected, rtol=1e-5, atol=1e-6)
+    embedded.square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == weights for p in embedding.parameters())
 
 
 @pytest.mark.parametrize(("patch_size", "size"), [(1, (3, 5)), (2, (4, 6)), (3, (9, 3))])
