@@ -143,7 +143,8 @@ class SamplerConfig(Section):
     """Scale of classifier-free guidance; 1 is none."""
 
     cls_cfg_scale: Annotated[float, Field(ge=0)] = 0.0
-    """REG: scale of the class token's guidance, wherever the image is guided; 0 is none."""
+    """REG: scale of the class token's guidance, wherever the image is guided; 0 is none. More than
+    0 needs a `cfg_scale` above 1, without which nothing is guided."""
 
     guidance_low: Annotated[float, Field(ge=0, le=1)] = 0.0
     """First time (t = 1 is noise) that is guided, itself included."""
@@ -177,6 +178,16 @@ class SamplerConfig(Section):
             raise ValueError(
                 f"guidance_low ({self.guidance_low}) lies above guidance_high "
                 f"({self.guidance_high}); the interval is empty"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _class_token_is_guided_with_the_image(self) -> "SamplerConfig":
+        if self.cls_cfg_scale > 0 and self.cfg_scale <= 1:
+            raise ValueError(
+                f"cls_cfg_scale ({self.cls_cfg_scale}) guides the class token only where the image "
+                f"is guided, which cfg_scale ({self.cfg_scale}) never does; set cfg_scale above 1, "
+                "or cls_cfg_scale to 0"
             )
         return self
 

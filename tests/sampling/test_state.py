@@ -217,3 +217,10 @@ def test_a_negative_scale_is_refused():
         validated(SamplerConfig, {"cls_cfg_scale": -0.1}, source="test")
     config = validated(SamplerConfig, {"cfg_scale": 2.3, "cls_cfg_scale": 1.5}, source="test")
     assert config.guidance == Guidance(2.3, 0.0, 1.0, cls_scale=1.5)
+
+
+@pytest.mark.parametrize("tree", [{"cls_cfg_scale": 1.5}, {"cfg_scale": 1.0, "cls_cfg_scale": 2.3}])
+def test_a_class_token_cannot_be_guided_alone(tree):
+    with pytest.raises(ConfigError, match=r"(?s)1 fault.*cls_cfg_scale \(.*cfg_scale \(1\.0\)"):
+        validated(SamplerConfig, tree, source="test")
+    assert validated(SamplerConfig, {"cfg_scale": 1.0}, source="test").cls_cfg_scale == 0
