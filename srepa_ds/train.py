@@ -11,6 +11,7 @@ from srepa_ds import distributed, run_folder
 from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.alignment.gram_triton import unavailable as triton_unavailable
 from srepa_ds.alignment.teachers import Teacher, load_teacher
+from srepa_ds.arrangement import deepspeed_config, micro_batch_size
 from srepa_ds.checkpoint import CheckpointReader
 from srepa_ds.checkpoint_writer import CheckpointWriter
 from srepa_ds.config import Config
@@ -18,7 +19,7 @@ from srepa_ds.data.loader import BatchLoader
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.token_store import TokenStore
 from srepa_ds.distributed import Ranks
-from srepa_ds.engine import Engine, deepspeed_config, micro_batch_size
+from srepa_ds.engine import Engine
 from srepa_ds.errors import ConfigError, DataError, Fault
 from srepa_ds.feed import Feed
 from srepa_ds.files import sha256_of

@@ -15,7 +15,7 @@ from ranks import run_worker
 from safetensors.torch import load_file
 from torch import Tensor
 
-from srepa_ds.engine import micro_batch_size
+from srepa_ds.arrangement import micro_batch_size
 from srepa_ds.errors import TopologyError
 
 KINDS = ("master", "ema", "exp_avg", "exp_avg_sq")

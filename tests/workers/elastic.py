@@ -18,13 +18,14 @@ from torch import Tensor
 
 from srepa_ds import checkpoint, distributed, noise
 from srepa_ds.alignment.alignment import TeacherShape
+from srepa_ds.arrangement import micro_batch_size
 from srepa_ds.checkpoint import CheckpointReader
 from srepa_ds.config import Config, config_from
 from srepa_ds.data.batch import Batch
 from srepa_ds.data.loader import BatchLoader
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import Ranks
-from srepa_ds.engine import Engine, micro_batch_size
+from srepa_ds.engine import Engine
 from srepa_ds.latent_codec import build_codec
 from srepa_ds.objective import Objective, TrainingInputs, draw_inputs
 from srepa_ds.optim import learning_rate
