@@ -26,7 +26,13 @@ from srepa_ds.data.token_index import (
     is_finished,
     token_file_name,
 )
-from srepa_ds.data.token_writer import entry_of, is_written, write_token_index, write_tokens
+from srepa_ds.data.token_writer import (
+    entry_of,
+    file_bytes,
+    is_written,
+    write_token_index,
+    write_tokens,
+)
 from srepa_ds.distributed import Ranks
 from srepa_ds.errors import ConfigError, DataError, Fault, OutputError
 from srepa_ds.files import make_folder, remove_empty
@@ -159,18 +165,19 @@ def _job(folder: Path, wanted: _Wanted, dataset: ShardDataset, ranks: Ranks) -> 
 def _announced(jobs: Sequence[_Job], dataset: ShardDataset) -> list[tuple[int, ...]]:
     """Returns the shards whose tokens are missing, for each job, having said how much that is.
 
-    Raises OutputError if the disk has no room for it.
+    Raises OutputError if the disk has no room for it, DataError if some are of other images.
     """
-    counts = [entry.num_samples for entry in dataset.index.shards]
+    shards = dataset.index.shards
     missing, needed = [], 0
     for job in jobs:
         numbers = tuple(
             number
-            for number, count in enumerate(counts)
-            if not is_written(job.path(number), job.described, count)
+            for number, shard in enumerate(shards)
+            if not is_written(job.path(number), job.described, shard)
         )
-        size = sum(job.described.file_bytes(counts[number]) for number in numbers)
-        kept = len(counts) - len(numbers)
+        sizes = [file_bytes(job.described, shard) for shard in shards]
+        size = sum(sizes[number] for number in numbers)
+        kept = len(shards) - len(numbers)
         log.info(
             "%s: %d images x %d tokens x %d channels x %s, %s GB in all; writing %s GB%s",
             job.folder,
@@ -178,9 +185,9 @@ def _announced(jobs: Sequence[_Job], dataset: ShardDataset) -> list[tuple[int, .
             job.described.num_tokens,
             job.described.width,
             "2 bytes" if job.described.storage == "bf16" else "1 byte",
-            _gigabytes(sum(map(job.described.file_bytes, counts))),
+            _gigabytes(sum(sizes)),
             _gigabytes(size),
-            f", {kept} of {len(counts)} files are there" if kept else "",
+            f", {kept} of {len(shards)} files are there" if kept else "",
         )
         missing.append(numbers)
         needed += size
@@ -233,12 +240,12 @@ def _write_files(
     pieces = _pieces(dataset, missing[ranks.rank :: ranks.world_size], batch_size)
     shown = steps_shown(pieces, total=len(pieces), what="batch", is_main=ranks.is_main)
     for number, of_shard in itertools.groupby(shown, key=lambda piece: piece.shard):
-        path, count = job.path(number), shards[number].num_samples
+        path, shard = job.path(number), shards[number]
         tokens = (job.tokens(dataset, piece.samples, ranks.device) for piece in of_shard)
         try:
-            write_tokens(path, job.described, count, tokens)
+            write_tokens(path, job.described, shard, tokens)
             # Now, while the system still has it in memory.
-            entries.append(entry_of(path, shards[number]))
+            entries.append(entry_of(path, shard))
         except OSError as error:
             raise _unwritable(path, error) from error
     return entries

@@ -126,9 +126,9 @@ def test_a_store_in_the_place_of_another_is_refused(spoilt):
 
 
 def test_tokens_of_other_images_are_refused(spoilt):
-    path = only_store(spoilt) / INDEX_NAME
+    path = spoilt.folder / "shards" / INDEX_NAME
     index = json.loads(path.read_text())
-    index["files"][1]["shard_sha256"] = "0" * 64
+    index["shards"][1]["sha256"] = "0" * 64
     path.write_text(json.dumps(index))
     with pytest.raises(DataError, match=r"tokens-00001\.safetensors: tokens of 40 images that are"):
         opened(spoilt, INT8)

@@ -14,7 +14,7 @@ from srepa_ds.data.stored_tokens import Storage
 from srepa_ds.schema import Section
 
 TOKEN_FORMAT = "srepa-ds teacher tokens"
-TOKEN_VERSION = 1
+TOKEN_VERSION = 2
 PREPARE_TEACHER = "`srepa-ds prepare CONFIG --teacher`"
 
 _NUM_BYTES = {"BF16": 2, "F32": 4, "I8": 1}
@@ -46,13 +46,17 @@ class TokenDescription(Section):
         """Patch tokens of an image."""
         return math.prod(self.grid)
 
-    def facts(self, num_samples: int) -> dict[str, Any]:
-        """Returns what the header of a file of `num_samples` images says of it."""
+    def facts(self, num_samples: int, *, shard_sha256: str) -> dict[str, Any]:
+        """Returns what the header of a file says of it.
+
+        The shard's hash tells images apart that were prepared with the same settings.
+        """
         return {
             "format": TOKEN_FORMAT,
             "version": TOKEN_VERSION,
             "num_samples": num_samples,
             "dataset_id": self.dataset_id,
+            "shard_sha256": shard_sha256,
             "teacher": teacher_hash(self.teacher),
         }
 
@@ -70,9 +74,10 @@ class TokenDescription(Section):
         forms["patches"] = (kept_as, (num_samples, self.num_tokens, self.width))
         return forms
 
-    def preamble(self, num_samples: int) -> bytes:
+    def preamble(self, num_samples: int, *, shard_sha256: str) -> bytes:
         """Returns what stands before the first tensor in a safetensors file of these tokens."""
-        header: dict[str, Any] = {"__metadata__": metadata_of(self.facts(num_samples))}
+        facts = self.facts(num_samples, shard_sha256=shard_sha256)
+        header: dict[str, Any] = {"__metadata__": metadata_of(facts)}
         end = 0
         for name, (dtype, shape) in self.tensors(num_samples).items():
             start, end = end, end + form_bytes((dtype, shape))
@@ -81,10 +86,11 @@ class TokenDescription(Section):
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    def file_bytes(self, num_samples: int) -> int:
-        """Returns the size of a file of `num_samples` images."""
+    def file_bytes(self, num_samples: int, *, shard_sha256: str) -> int:
+        """Returns the size of a file of the tokens of a shard."""
         forms = self.tensors(num_samples).values()
-        return len(self.preamble(num_samples)) + sum(map(form_bytes, forms))
+        start = len(self.preamble(num_samples, shard_sha256=shard_sha256))
+        return start + sum(map(form_bytes, forms))
 
 
 class TokenFileEntry(Section):

@@ -25,7 +25,8 @@ class TokenStore:
         for entry in self.index.files:
             path, count = folder / entry.file, entry.num_samples
             found = read_header(path, kind, expected_bytes=entry.bytes)
-            expected = Header(self.index.facts(count), self.index.tensors(count), entry.bytes)
+            facts = self.index.facts(count, shard_sha256=entry.shard_sha256)
+            expected = Header(facts, self.index.tensors(count), entry.bytes)
             check_header(path, kind, found, expected)
         self._files = MappedFiles(
             [folder / entry.file for entry in self.index.files],

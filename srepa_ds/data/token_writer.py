@@ -15,6 +15,7 @@ from srepa_ds.data.token_index import (
     TokenDescription,
     TokenFileEntry,
     TokenIndex,
+    again,
     form_bytes,
 )
 from srepa_ds.errors import DataError
@@ -22,49 +23,66 @@ from srepa_ds.files import sha256_of, write_aside
 from srepa_ds.schema import to_tree
 
 
-def is_written(path: Path, described: TokenDescription, num_samples: int) -> bool:
-    """Returns whether an earlier run finished the file at `path`.
+def is_written(path: Path, described: TokenDescription, shard: ShardEntry) -> bool:
+    """Returns whether an earlier run finished the tokens of `shard` at `path`.
 
-    It appears only when it is whole, so its header and its size are enough to know it by.
+    The file appears only when it is whole, so its header and its size are enough to know it by.
+    Raises DataError if it holds the tokens of other images.
     """
-    size = described.file_bytes(num_samples)
+    count, size = shard.num_samples, file_bytes(described, shard)
     kind = Kind("token file", "it is written again")
     try:
         found = read_header(path, kind, expected_bytes=size)
-        expected = Header(described.facts(num_samples), described.tensors(num_samples), size)
-        check_header(path, kind, found, expected)
+    except DataError:
+        return False
+    if found.facts.get("shard_sha256", shard.sha256) != shard.sha256:
+        # Hours of a teacher's work lie in such a folder, so it is not overwritten unasked.
+        raise DataError(
+            f"{path}: tokens of other images than those that are in {shard.file} now; "
+            f"{again(path.parent)}, or bring back the images it was begun with"
+        )
+    facts = described.facts(count, shard_sha256=shard.sha256)
+    try:
+        check_header(path, kind, found, Header(facts, described.tensors(count), size))
     except DataError:
         return False
     return True
 
 
+def file_bytes(described: TokenDescription, shard: ShardEntry) -> int:
+    """Returns the size of the file with the tokens of `shard`."""
+    return described.file_bytes(shard.num_samples, shard_sha256=shard.sha256)
+
+
 def write_tokens(
-    path: Path, described: TokenDescription, num_samples: int, pieces: Iterable[StoredTokens]
+    path: Path, described: TokenDescription, shard: ShardEntry, pieces: Iterable[StoredTokens]
 ) -> None:
-    """Returns when `path` holds the tokens of `pieces`, `num_samples` images in all.
+    """Returns when `path` holds the tokens of `pieces`, in all those of the images of `shard`.
 
     Each piece goes to its place at once, so memory is bounded by one piece. Raises OSError, and
     what the iterator raises; then there is no file.
     """
 
+    preamble = described.preamble(shard.num_samples, shard_sha256=shard.sha256)
+    starts = _starts(described, shard.num_samples, first=len(preamble))
+
     def write(aside: Path) -> None:
         done = 0
         with aside.open("wb") as file:
-            file.write(described.preamble(num_samples))
-            starts = _starts(described, num_samples)
+            file.write(preamble)
             for piece in pieces:
                 for name, tensor in piece.named_tensors().items():
                     rows = tensor.contiguous().view(torch.uint8).numpy()
                     file.seek(starts[name] + done * (rows.nbytes // len(piece)))
                     file.write(rows.data)
                 done += len(piece)
-        assert done == num_samples, f"{done} samples for a file of {num_samples}"
+        assert done == shard.num_samples, f"{done} samples for a file of {shard.num_samples}"
 
     write_aside(path, write)
 
 
-def _starts(described: TokenDescription, num_samples: int) -> dict[str, int]:
-    place, starts = len(described.preamble(num_samples)), {}
+def _starts(described: TokenDescription, num_samples: int, *, first: int) -> dict[str, int]:
+    place, starts = first, {}
     for name, form in described.tensors(num_samples).items():
         starts[name] = place
         place += form_bytes(form)

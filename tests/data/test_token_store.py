@@ -17,7 +17,13 @@ from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.stored_tokens import as_stored
 from srepa_ds.data.token_index import TokenDescription, token_file_name
 from srepa_ds.data.token_store import TokenStore
-from srepa_ds.data.token_writer import entry_of, is_written, write_token_index, write_tokens
+from srepa_ds.data.token_writer import (
+    entry_of,
+    file_bytes,
+    is_written,
+    write_token_index,
+    write_tokens,
+)
 from srepa_ds.errors import DataError
 
 COUNT, PER_SHARD, GRID, WIDTH = 23, 7, (3, 5), 3
@@ -62,7 +68,7 @@ def write_store(dataset, folder, *, storage="int8", has_cls=True, piece=3, scale
             patches, cls = live_tokens(slice(first, min(first + piece, rows.stop)), scale)
             pieces.append(as_stored(patches, cls if has_cls else None, storage=storage))
         path = folder / token_file_name(number)
-        write_tokens(path, about, shard.num_samples, iter(pieces))
+        write_tokens(path, about, shard, iter(pieces))
         entries.append(entry_of(path, shard))
         start = rows.stop
     write_token_index(folder, about, entries)
@@ -102,7 +108,7 @@ def test_files_are_ordinary_safetensors_of_the_announced_size(dataset, store):
     about = described(dataset, "int8", True)
     for number, shard in enumerate(dataset.index.shards):
         path = store / token_file_name(number)
-        assert path.stat().st_size == about.file_bytes(shard.num_samples)
+        assert path.stat().st_size == file_bytes(about, shard)
         tensors = load_file(path)
         count = shard.num_samples
         assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
@@ -180,20 +186,24 @@ def test_an_exception_leaves_no_file(dataset, tmp_path):
         yield as_stored(*live_tokens(slice(0, 2)), storage="int8")
         raise DataError("not finite")
 
+    about, shard = described(dataset, "int8", True), dataset.index.shards[0]
     with pytest.raises(DataError, match="not finite"):
-        write_tokens(tmp_path / "tokens", described(dataset, "int8", True), 7, pieces())
+        write_tokens(tmp_path / "tokens", about, shard, pieces())
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
 
 def test_finished_files_are_recognised(dataset, store):
     about, path = described(dataset, "int8", True), store / token_file_name(0)
-    assert is_written(path, about, 7)
-    assert not is_written(path, about, 6)
-    assert not is_written(path, described(dataset, "bf16", True), 7)
-    assert not is_written(path, about.model_copy(update={"teacher": {"name": "other"}}), 7)
-    assert not is_written(store / "none", about, 7)
+    shard = dataset.index.shards[0]
+    assert is_written(path, about, shard)
+    assert not is_written(path, about, shard.model_copy(update={"num_samples": 6}))
+    assert not is_written(path, described(dataset, "bf16", True), shard)
+    assert not is_written(path, about.model_copy(update={"teacher": {"name": "other"}}), shard)
+    assert not is_written(store / "none", about, shard)
+    with pytest.raises(DataError, match=r"tokens-00000\.safetensors: tokens of other images"):
+        is_written(path, about, dataset.index.shards[1])
     path.write_bytes(path.read_bytes()[:-1])
-    assert not is_written(path, about, 7)
+    assert not is_written(path, about, shard)
 
 
 def no_index(folder):
@@ -225,7 +235,7 @@ FAULTS = {
     no_index: "index.json: missing, so these tokens are not finished; go on with",
     lambda folder: (folder / INDEX_NAME).write_text("{"): "index.json: not readable as JSON",
     lambda folder: edit_index(folder, format="x"): "format 'srepa-ds teacher tokens', found 'x'",
-    lambda folder: edit_index(folder, version=2): "expected version 1 of the format, found 2",
+    lambda folder: edit_index(folder, version=1): "expected version 2 of the format, found 1",
     lambda folder: edit_index(folder, storage="int4", gird=[1, 2]): r"(?s)2 faults.*storage.*gird",
     missing_file: r"tokens-00001.safetensors: missing, but the index names it; delete .*test and",
     truncated_file: "tokens-00002.safetensors: not a readable token file.*the index says",
@@ -233,6 +243,7 @@ FAULTS = {
         folder, teacher={"name": "b"}
     ): "tokens-00000.*disagree about teacher",
     lambda folder: replace_file(folder, {"dataset_id": "0"}): "tokens-00001.*about dataset_id",
+    lambda folder: replace_file(folder, {"shard_sha256": "0"}): "tokens-00001.*about shard_sha256",
     lambda folder: replace_file(folder, cls=torch.zeros(7, 4)): (
         r"tokens-00001.*disagree about cls: found \('F32', \(7, 4\)\), the index says"
     ),
