@@ -1,10 +1,8 @@
 """Begins a training with what another one has learnt: an exported model, or a file of REPA's."""
 
-import argparse
 import json
 import logging
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file
 from torch import Tensor
 
 from srepa_ds.errors import CheckpointError
 from srepa_ds.model.weights import DOCUMENT, WEIGHTS
 from srepa_ds.objective import Objective, official_name
 from srepa_ds.schema import Section
+from srepa_ds.weight_file import read_weight_file
 
 log = logging.getLogger("srepa_ds")
 
@@ -80,12 +78,14 @@ def read_initial_weights(path: Path, *, which: Which) -> dict[str, Tensor]:
     `path` is an exported folder, a bare state_dict, or a training's file with `model` and `ema`;
     `which` chooses of the latter and must be what the former holds. Prefixes of wrappers are taken
     off, and REPA's early names (`decoder_blocks`) and iREPA's (`projection_layer`) made today's.
-    Of pickled objects only tensors, plain values and `argparse.Namespace` are opened. Raises
-    CheckpointError.
+    Raises CheckpointError.
     """
     if path.is_dir():
         _check_folder(path, which)
-    found = _read(path / WEIGHTS if path.is_dir() else path)
+    file = path / WEIGHTS if path.is_dir() else path
+    found = read_weight_file(
+        file, named=str(file), setting="train.init_from.path", fault=CheckpointError
+    )
     state = _state_of(found, path, which)
     tensors = _renamed(state)
     # No weight but a function of the model's sizes, and so of the resolution.
@@ -178,44 +178,15 @@ def _check_heads(path: Path, objective: Objective) -> None:
         )
 
 
-def _read(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # A training's file is four times its model: mapped, only the model is read.
-        archive = zipfile.is_zipfile(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file; correct train.init_from.path") from error
-    # A damaged file may raise anything: what reads it trusts its lengths, names and codes.
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if foreign := re.search(r"GLOBAL (\S+)", str(error)):
-        return (
-            f"it holds Python objects ({foreign[1]}), which are never opened; save its state_dict "
-            "alone"
-        )
-    return str(error).split("\n")[0] or type(error).__name__
-
-
-def _state_of(found: Any, path: Path, which: Which) -> dict[str, Tensor]:
-    state = found
-    wrapped = isinstance(found, Mapping) and any(
-        isinstance(found.get(key), Mapping) for key in ("ema", "model")
-    )
-    if wrapped:
+def _state_of(found: Mapping[str, Any], path: Path, which: Which) -> dict[str, Tensor]:
+    state: Any = found
+    if any(isinstance(found.get(key), Mapping) for key in ("ema", "model")):
         state = found.get(which)
         if not isinstance(state, Mapping):
             raise CheckpointError(
-                f"{path} holds no '{which}', but {_some(map(str, found))}; set "
+                f"{path} holds no '{which}', but {_some(found)}; set "
                 "train.init_from.weights to match"
             )
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, no state_dict")
     other = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
     if other or not state:
         reason = f"{_some(other)} are no tensors" if other else "it is empty"

@@ -297,7 +297,7 @@ def test_each_fault_has_one_message(config, tmp_path, fault):
 def test_a_torn_exported_model(config, tmp_path):
     exported(tmp_path / "export", config)
     os.truncate(tmp_path / "export" / "model.safetensors", 5000)
-    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read: "):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be read: "):
         read_initial_weights(tmp_path / "export", which="ema")
     document = tmp_path / "export" / "config.json"
     document.write_text(json.dumps({"provenance": {}}))

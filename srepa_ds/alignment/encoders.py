@@ -1,22 +1,17 @@
 """timm models and their weights: built, filled from a file or a download, and checked to fit."""
 
-import argparse
 import math
-import pickle
-import re
 import sys
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from srepa_ds.alignment.teacher_layouts import LAYOUTS
 from srepa_ds.errors import ConfigError, DataError, Fault, nearest
+from srepa_ds.weight_file import read_weight_file
 
 RESERVED_ARGUMENTS = frozenset({"checkpoint_path", "img_size", "num_classes", "pretrained"})
 
@@ -115,7 +110,9 @@ def fill_from_file(
     Keys with one of `ignored_prefixes` may be there. Raises DataError if the file is missing or
     damaged, or naming the keys that are missing, unexpected or of another shape.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_weight_file(
+        path, named=f"teacher weights {path}", setting="teacher.weights", fault=DataError
+    )
     state = LAYOUTS[layout](checkpoint)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise DataError(
@@ -166,55 +163,6 @@ def _on_grid(encoder: Encoder, table: Tensor, state: Mapping[str, Tensor]) -> Te
     return resample_abs_pos_embed(
         table, new_size=[rows, columns], old_size=[side, side], num_prefix_tokens=prefix
     )
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Returns the mapping in a .safetensors file or in one torch has written; raises DataError.
-
-    Of pickled objects only tensors, plain values and `argparse.Namespace` (the settings that MAE
-    and DINO keep beside their weights) are opened.
-    """
-    if not path.is_file():
-        raise DataError(f"teacher weights {path}: no such file; correct teacher.weights")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = _opened(path)
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        RuntimeError,
-        EOFError,
-        OSError,
-    ) as error:
-        raise DataError(f"teacher weights {path}: cannot be read: {_reason(error)}") from error
-    if not isinstance(found, Mapping):
-        raise DataError(f"teacher weights {path}: holds a {type(found).__name__}, no state_dict")
-    return {str(key): value for key, value in found.items()}
-
-
-def _opened(path: Path) -> Any:
-    archive = zipfile.is_zipfile(path)
-    if archive:
-        with zipfile.ZipFile(path) as opened:
-            if any(name.endswith("/constants.pkl") for name in opened.namelist()):
-                raise RuntimeError(
-                    "it is a TorchScript archive; save the state_dict of what torch.jit.load gives"
-                )
-    # A training's checkpoint can be ten times its encoder: mapped, only that is read.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-
-
-def _reason(error: Exception) -> str:
-    text = str(error)
-    if foreign := re.search(r"GLOBAL (\S+)", text):
-        return (
-            f"it holds Python objects ({foreign[1]}), which are never opened; "
-            "save its state_dict alone"
-        )
-    return text.split("\n")[0]
 
 
 def _check_patch_size(encoder: Encoder, state: Mapping[str, Any], path: Path) -> None:
