@@ -159,9 +159,8 @@ class Telemetry:
         self._progress: Progress | None = None
         if not is_main:
             return
-        path = folder / RECORD
-        _keep_until(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        _forget_after(folder, first_step)
+        self._file = (folder / RECORD).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         if sys.stderr.isatty():
             self._progress = Progress(
@@ -192,12 +191,12 @@ class Telemetry:
             log.info("step %d/%d  %s", step, self._total_steps, _line(values))
 
     def rewind(self, step: int) -> None:
-        """Drops the record after `step`: steps that are about to be taken again."""
+        """Drops record and pictures after `step`: of steps that are about to be taken again."""
         if not self._is_main:
             return
         with despite_full_disk(RECORD):
             self._file.close()
-            _keep_until(self._folder / RECORD, step)
+            _forget_after(self._folder, step)
         self._file = (self._folder / RECORD).open("a", encoding="utf-8")
         with despite_full_disk("tensorboard"):
             self._board.close()
@@ -260,8 +259,16 @@ def _short_line(values: Mapping[str, float]) -> str:
     return "  ".join(shown)
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drops the lines after `step`: steps that a resumed run is about to take again."""
+def _forget_after(folder: Path, step: int) -> None:
+    """Drops lines and pictures after `step`: steps that the run is about to take again."""
+    _keep_lines_until(folder / RECORD, step)
+    for picture in (folder / PICTURES).glob("step-*.png"):
+        number = picture.stem.removeprefix("step-")
+        if number.isdigit() and int(number) > step:
+            picture.unlink()
+
+
+def _keep_lines_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from srepa_ds import distributed, run_folder
+from srepa_ds import distributed, run_folder, setbacks
 from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.alignment.gram_triton import unavailable as triton_unavailable
 from srepa_ds.alignment.teachers import Teacher, load_teacher
@@ -63,8 +63,7 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
         )
         objective = _build_objective(config, targets, ranks, begins=source is None)
         engine = stack.enter_context(closing(Engine(objective, config, ranks)))
-        if source is not None:
-            _resume(engine, source)
+        _begin_or_resume(engine, source, config.run.folder)
         arrangement = deepspeed_config(config, ranks.world_size)
         distributed.on_main(lambda: run_folder.describe(config, arrangement))
         telemetry = distributed.together(lambda: _telemetry(config, engine, ranks))
@@ -85,11 +84,17 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
         return loop.run()
 
 
-def _resume(engine: Engine, source: Path) -> None:
+def _begin_or_resume(engine: Engine, source: Path | None, folder: Path) -> None:
+    if source is None:
+        distributed.on_main(lambda: setbacks.begin_anew(folder))
+        return
     reader = distributed.together(lambda: CheckpointReader(source))
     distributed.together(lambda: engine.check(reader))
     engine.restore(reader)
     log.info("resuming from %s", source)
+    failed = distributed.on_main(lambda: setbacks.setbacks_after(folder, engine.step_count))
+    # Where a rollback to it, or past it, went on: the samples before would only fail again.
+    engine.samples_seen = max(engine.samples_seen, failed.samples_seen)
 
 
 def _identity(config: Config, dataset: ShardDataset) -> dict[str, str | None]:

@@ -1,6 +1,5 @@
 """The loop of a training run: steps, the record, checkpoints, and what happens when it diverges."""
 
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from srepa_ds import checkpoint, distributed
+from srepa_ds import checkpoint, distributed, setbacks
 from srepa_ds.checkpoint import CheckpointReader
 from srepa_ds.checkpoint_writer import CheckpointWriter
 from srepa_ds.config import Config
@@ -21,13 +20,10 @@ from srepa_ds.monitor import Monitor
 from srepa_ds.objective import TIME_BINS
 from srepa_ds.optim import learning_rate
 from srepa_ds.schema import to_tree
-from srepa_ds.telemetry import Telemetry, Window, WindowMeans, despite_full_disk
+from srepa_ds.telemetry import Telemetry, Window, WindowMeans
 from srepa_ds.throughput import peak_memory_gb, throughput
 
 log = logging.getLogger("srepa_ds")
-
-SKIPPED = "skipped.jsonl"
-"""Where the samples of skipped steps are written."""
 
 # Asking all ranks costs a collective and, on a GPU, a wait for the device.
 _STOP_CHECK_STEPS = 5
@@ -51,7 +47,6 @@ class TrainingLoop:
     window: Window = field(default_factory=Window)
     saved_at: int = -1
     skipped_in_a_row: int = 0
-    rollbacks: int = 0
 
     def run(self) -> bool:
         """Returns whether the run came to its end; False if a signal stopped it, after saving."""
@@ -122,40 +117,46 @@ class TrainingLoop:
         sample_ids = [number for _, ids in gathered for number in ids]
         if self.ranks.is_main:
             log.warning("step %d skipped: %s not finite", step, ", ".join(culprits))
-            line = {"step": step, "not_finite": culprits, "sample_ids": sample_ids}
-            with despite_full_disk(SKIPPED):
-                with (self.config.run.folder / SKIPPED).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+            setbacks.note_skipped(
+                self.config.run.folder, step, not_finite=culprits, sample_ids=sample_ids
+            )
 
     def _roll_back(self) -> None:
         """Returns to the last good checkpoint, and goes on behind the samples that failed."""
-        settings, failed_at = self.config.train, self.engine.step_count
-        self.rollbacks += 1
+        engine, folder, failed_at = self.engine, self.config.run.folder, self.engine.step_count
         self.skipped_in_a_row = 0
         self.writer.wait()
         source = distributed.on_main(lambda: checkpoint.newest_valid(self.config.checkpoints))
-        if source is None or self.rollbacks > settings.max_rollbacks:
-            went_before = f" after {self.rollbacks - 1} rollbacks" if source else ""
-            raise DivergedError(
-                f"{settings.max_skipped_steps} steps in a row were not finite up to step "
-                f"{failed_at}{went_before}; checkpoints are good, the samples are listed in "
-                f"{self.config.run.folder / SKIPPED}: look at them, or resume with a smaller "
-                "optimizer.learning_rate or engine.precision=fp32"
-            )
-        seen = self.engine.samples_seen
+        if source is None:
+            raise self._diverged("and there is no checkpoint yet")
         reader = distributed.together(lambda: CheckpointReader(source))
-        self.engine.restore(reader)
+        good, seen = reader.state["step"], engine.samples_seen
+        before = distributed.on_main(lambda: setbacks.setbacks_after(folder, good)).rollbacks
+        if before >= self.config.train.max_rollbacks:
+            raise self._diverged(f"after {before} rollbacks; checkpoints are good")
+        distributed.on_main(
+            lambda: setbacks.note_rollback(folder, failed_at, to=good, samples_seen=seen)
+        )
+        engine.restore(reader)
         # The data goes on where it was: the same samples would only fail again.
-        self.engine.samples_seen = seen
-        self.feed.continue_at(self.engine.step_count)
-        self.telemetry.rewind(self.engine.step_count)
-        self.window, self.saved_at = Window(), self.engine.step_count
+        engine.samples_seen = seen
+        self.feed.continue_at(good)
+        self.telemetry.rewind(good)
+        self.window, self.saved_at = Window(), good
         log.warning(
             "rolled back from step %d to %s (%d of %d times)",
             failed_at,
             source,
-            self.rollbacks,
-            settings.max_rollbacks,
+            before + 1,
+            self.config.train.max_rollbacks,
+        )
+
+    def _diverged(self, how_far: str) -> DivergedError:
+        return DivergedError(
+            f"{self.config.train.max_skipped_steps} steps in a row were not finite up to step "
+            f"{self.engine.step_count}, {how_far}; the samples are listed in "
+            f"{self.config.run.folder / setbacks.SKIPPED}: look at them, or resume with a smaller "
+            "optimizer.learning_rate or engine.precision=fp32"
         )
 
     def _record(self, rate: float) -> None:

@@ -11,6 +11,7 @@ from ranks import run_worker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from srepa_ds.checkpoint import CheckpointReader, step_folder
+from srepa_ds.setbacks import setbacks_after
 
 pytestmark = pytest.mark.slow
 
@@ -117,8 +118,14 @@ def test_a_distance_is_that_of_the_exported_samples(small_world, tmp_path):
 
 def faulty(world, folder: Path, spans: str, *overrides: str) -> list[dict]:
     common = [f"run.folder={folder}", "checkpoint.every_steps=4", "train.max_skipped_steps=2"]
+    (folder / "message.txt").unlink(missing_ok=True)
     run_worker("faulty_data", 2, world.config, spans, *common, *overrides)
     return record(folder)
+
+
+def history(folder: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in line]
 
 
 def test_a_skipped_step_is_explained_and_changes_nothing_else(small_world, tmp_path):
@@ -136,8 +143,11 @@ def test_several_in_a_row_roll_back_and_the_run_goes_on_behind_them(small_world,
     # Steps 6 and 7 take the samples from 80 to 112; the checkpoint of step 4 is the last good one.
     folder = tmp_path / "run"
     lines = faulty(small_world, folder, "80-112", "train.steps=9")
-    skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in skipped] == [6, 7]
+    assert [line["step"] for line in history(folder, "sample_ids")] == [6, 7]
+    (rollback,) = history(folder, "rolled_back_to")
+    assert rollback == {"step": 7, "rolled_back_to": 4, "samples_seen": 112}
+    # The last checkpoint lies behind the failure, so it no longer counts.
+    assert setbacks_after(folder, 9).rollbacks == 0
     assert [line["step"] for line in lines] == list(range(1, 10))
     state = CheckpointReader(step_folder(folder / "checkpoints", 9)).state
     assert state["step"] == 9
@@ -146,13 +156,42 @@ def test_several_in_a_row_roll_back_and_the_run_goes_on_behind_them(small_world,
     assert not (folder / "message.txt").exists()
 
 
-def test_it_gives_up_after_as_many_rollbacks_as_allowed(small_world, tmp_path):
+def test_it_gives_up_after_as_many_rollbacks_as_allowed_over_restarts(small_world, tmp_path):
     folder = tmp_path / "run"
-    faulty(small_world, folder, "80-9999", "train.steps=9", "train.max_rollbacks=2")
-    message = (folder / "message.txt").read_text()
-    assert "2 steps in a row were not finite" in message
-    assert "after 2 rollbacks" in message
-    assert "skipped.jsonl" in message
+    looking = ("monitor.images_every_steps=1", "monitor.num_images=4")
+    looking += ("monitor.evaluate_every_steps=1", "monitor.num_evaluated=40")
+    for _ in range(2):
+        lines = faulty(
+            small_world, folder, "80-9999", "train.steps=9", "train.max_rollbacks=2", *looking
+        )
+        message = (folder / "message.txt").read_text()
+        assert "2 steps in a row were not finite" in message
+        assert "after 2 rollbacks" in message
+        assert "skipped.jsonl" in message
+        assert len(history(folder, "rolled_back_to")) == 2
+        # Step 5 was taken, looked at, and taken back.
+        assert {line["step"] for line in lines} == {1, 2, 3, 4}
+        pictures = sorted(path.name for path in (folder / "pictures").iterdir())
+        assert pictures == [f"step-000000{step}.png" for step in (1, 2, 3, 4)]
+        events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+        events.Reload()
+        assert [event.step for event in events.Images("samples")] == [1, 2, 3, 4]
+
+
+def test_a_restart_goes_on_where_the_rollback_did(small_world, tmp_path):
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    # It ends after its first rollback, before it could write a checkpoint.
+    faulty(small_world, broken, "80-176", "train.steps=9", "train.max_rollbacks=1")
+    assert "after 1 rollbacks" in (broken / "message.txt").read_text()
+    assert history(broken, "rolled_back_to")[0]["samples_seen"] == 112
+    # What was wrong from 112 on is mended.
+    resumed = faulty(small_world, broken, "80-112", "train.steps=9", "train.max_rollbacks=1")
+    assert not (broken / "message.txt").exists()
+    uninterrupted = faulty(small_world, whole, "80-112", "train.steps=9")
+    assert [line["loss_total"] for line in resumed] == [x["loss_total"] for x in uninterrupted]
+    found, expected = weights(broken, 9), weights(whole, 9)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(small_world, tmp_path):
