@@ -1,8 +1,11 @@
 """From batches to what the objective needs: latents, noise, and the teachers' tokens."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int64
@@ -25,6 +28,48 @@ class Prepared:
     """Per alignment: which samples' teacher tokens are finite; stays on the device until asked."""
 
 
+@runtime_checkable
+class SideStream(Protocol):
+    """A queue of device work beside the one that trains."""
+
+    def work(self) -> AbstractContextManager[Any]:
+        """Queues the block's work here; gives the event that marks its end."""
+
+    def hand_over(self, ready: Any, tensors: Iterable[Tensor]) -> None:
+        """Has training's queue wait for `ready`, which made `tensors`, and use them from now on."""
+
+
+class CudaSideStream:
+    """A CUDA stream of its own. Never makes the host wait."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        # The weights it reads may still be on their way.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    @contextmanager
+    def work(self) -> Iterator[torch.cuda.Event]:
+        """Queues the block's work here; gives the event that marks its end."""
+        ready = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            yield ready
+            ready.record(self._stream)
+
+    def hand_over(self, ready: torch.cuda.Event, tensors: Iterable[Tensor]) -> None:
+        """Has the current stream wait for `ready`, and `tensors` live until it has used them."""
+        consumer = torch.cuda.current_stream(self._device)
+        consumer.wait_event(ready)
+        for tensor in tensors:
+            # Otherwise its memory could be given away while the consumer still reads it.
+            tensor.record_stream(consumer)
+
+
+def side_stream(config: Config, device: torch.device) -> SideStream | None:
+    """Returns where micro batches are prepared ahead; None if training prepares its own."""
+    overlaps = config.engine.overlap_teachers and device.type == "cuda"
+    return CudaSideStream(device) if overlaps else None
+
+
 class Feed:
     """An endless iterator of one rank's micro batches, ready for the objective."""
 
@@ -37,8 +82,12 @@ class Feed:
         *,
         device: torch.device,
         first_step: int,
+        ahead_on: SideStream | None = None,
     ):
-        """`teachers` has one entry per alignment, None where stored tokens are read instead."""
+        """`teachers` has one entry per alignment, None where stored tokens are read instead.
+
+        With `ahead_on`, each micro batch is prepared there while its predecessor is trained on.
+        """
         self._config = config
         self._codec = codec
         self._teachers = teachers
@@ -46,26 +95,26 @@ class Feed:
         self._first_step = first_step
         self._last_step: list[tuple[Tensor, tuple[Tensor | None, ...]]] = []
         self._waited = 0.0
-        self._count = 0
-        overlapped = config.engine.overlap_teachers and device.type == "cuda"
-        self._num_ahead = int(overlapped)
+        # Micro batches since `first_step`.
+        self._num_prepared = self._num_delivered = 0
         self._is_scheduled = any(alignment.is_scheduled for alignment in config.alignments)
         prepared = self._prepared(batches)
-        self._ready = _one_ahead(prepared, device) if overlapped else prepared
+        self._ready = _one_ahead(prepared, ahead_on) if ahead_on else prepared
 
     def step(self) -> Iterator[TrainingInputs]:
         """Yields the micro batches of one optimizer step; the next call forgets them."""
         self._last_step = []
-        for _ in range(self._config.train.accumulation_steps):
-            prepared = next(self._ready)
+        for prepared in islice(self._ready, self._config.train.accumulation_steps):
+            self._num_delivered += 1
             # Not its inputs: with accumulation they would pile up.
             self._last_step.append((prepared.sample_ids, prepared.finite))
             yield prepared.inputs
 
     def continue_at(self, step: int) -> None:
         """Takes what comes next as the micro batches of optimizer step `step` (from 0) and on."""
-        # What is prepared ahead has the factors of an earlier step, and is delivered first.
-        self._first_step, self._count = step, self._num_ahead
+        # What is prepared ahead keeps the factors of the step it was meant for; it comes first.
+        self._first_step = step
+        self._num_prepared, self._num_delivered = self._num_prepared - self._num_delivered, 0
 
     def sample_ids(self) -> list[int]:
         """Returns the samples of the last step, of this rank alone. Waits for the device."""
@@ -91,11 +140,13 @@ class Feed:
 
     def _prepared(self, batches: Iterator[Batch]) -> Iterator[Prepared]:
         while True:
-            step = self._first_step + self._count // self._config.train.accumulation_steps
-            self._count += 1
             asked_at = time.perf_counter()
-            batch = next(batches)
+            batch = next(batches, None)
             self._waited += time.perf_counter() - asked_at
+            if batch is None:
+                return
+            step = self._first_step + self._num_prepared // self._config.train.accumulation_steps
+            self._num_prepared += 1
             yield self._prepare(batch.to(self._device, non_blocking=True), step)
 
     def _prepare(self, batch: Batch, step: int) -> Prepared:
@@ -146,31 +197,19 @@ def _finite(tokens: TeacherTokens) -> Bool[Tensor, "batch"]:
     return patches if tokens.cls is None else patches & tokens.cls.isfinite().all(1)
 
 
-def _one_ahead(prepared: Iterator[Prepared], device: torch.device) -> Iterator[Prepared]:
-    """Yields what `prepared` yields, each prepared on another stream while its predecessor is used.
+def _one_ahead(prepared: Iterator[Prepared], stream: SideStream) -> Iterator[Prepared]:
+    """Yields what `prepared` yields, each prepared on `stream` before its predecessor is used."""
 
-    Whoever takes one has its stream wait for it, not the host.
-    """
-    stream = torch.cuda.Stream(device)
-    # The weights it reads may still be on their way.
-    stream.wait_stream(torch.cuda.current_stream(device))
+    def launch() -> tuple[Prepared | None, Any]:
+        with stream.work() as ready:
+            return next(prepared, None), ready
 
-    def launch() -> tuple[Prepared, torch.cuda.Event]:
-        with torch.cuda.stream(stream):
-            item, ready = next(prepared), torch.cuda.Event()
-            ready.record(stream)
-        return item, ready
-
-    ahead = launch()
-    while True:
-        item, ready = ahead
+    item, ready = launch()
+    while item is not None:
         ahead = launch()
-        consumer = torch.cuda.current_stream(device)
-        consumer.wait_event(ready)
-        for tensor in _tensors((item.inputs, item.sample_ids, item.finite)):
-            # Otherwise its memory could be given away while the consumer still reads it.
-            tensor.record_stream(consumer)
+        stream.hand_over(ready, _tensors((item.inputs, item.sample_ids, item.finite)))
         yield item
+        item, ready = ahead
 
 
 def _tensors(tree: object) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from srepa_ds.data.token_store import TokenStore
 from srepa_ds.distributed import Ranks
 from srepa_ds.engine import Engine
 from srepa_ds.errors import ConfigError, DataError, Fault
-from srepa_ds.feed import Feed
+from srepa_ds.feed import Feed, side_stream
 from srepa_ds.files import sha256_of
 from srepa_ds.initial_weights import initialise_from
 from srepa_ds.latent_codec import LatentCodec, build_codec
@@ -77,6 +77,7 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
             tuple(target if isinstance(target, Teacher) else None for target in targets),
             device=ranks.device,
             first_step=engine.step_count,
+            ahead_on=side_stream(config, ranks.device),
         )
         writer = CheckpointWriter(config.checkpoints, config.checkpoint, rank=ranks.rank)
         stack.enter_context(closing(writer))
