@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from srepa_ds.cross_checks import _deepspeed_json_is_sound
 from srepa_ds.deepspeed_json import (
     ALLOWED,
+    MEANINGLESS,
     OFFLOAD_SETTINGS,
     OWNED_BY_YAML,
     ZERO_SETTINGS,
@@ -65,6 +68,39 @@ def test_what_we_take_deepspeed_takes(tmp_path, name):
         DeepSpeedZeroConfig(**document["zero_optimization"])
 
 
+# A document of one setting, and what DeepSpeed makes of it.
+READ = [
+    ({"communication_data_type": "bf16"}, lambda c: c.communication_data_type is torch.bfloat16),
+    ({"prescale_gradients": True}, lambda c: c.prescale_gradients),
+    ({"gradient_predivide_factor": 2.5}, lambda c: c.gradient_predivide_factor == 2.5),
+    ({"wall_clock_breakdown": True}, lambda c: c.wall_clock_breakdown),
+    ({"zero_optimization": {"stage": 1}}, lambda c: c.zero_optimization_stage == 1),
+    ({"comms_logger": {"enabled": True}}, lambda c: c.comms_config.comms_logger_enabled),
+    # It turns on what is printed after every step from then on.
+    ({"flops_profiler": {"enabled": True}}, lambda c: c.wall_clock_breakdown),
+    ({"memory_breakdown": True}, lambda c: c.memory_breakdown),
+    ({"dump_state": True}, lambda c: c.dump_state),
+    ({"timers": {"throughput": {"enabled": False}}}, lambda c: not c.timers_config.enabled),
+]
+
+
+@pytest.mark.parametrize(("document", "is_read"), READ, ids=lambda value: str(value)[:30])
+def test_every_setting_we_take_or_refuse_is_one_of_deepspeeds(tmp_path, document, is_read):
+    assert not is_read(DeepSpeedConfig({"train_batch_size": 1}))
+    assert is_read(DeepSpeedConfig({"train_batch_size": 1} | document))
+    (name,) = document
+    if name in ALLOWED:
+        assert load_deepspeed_json(written(tmp_path, document)) == document
+    else:
+        (fault,) = faults(tmp_path, document)
+        assert fault == Fault(name, f"means nothing here: {MEANINGLESS[name]}; remove it")
+
+
+def test_no_setting_is_left_out_of_that():
+    names = [name for document, _ in READ for name in document]
+    assert sorted(names) == sorted([*ALLOWED, *MEANINGLESS])
+
+
 @pytest.mark.parametrize("key", OWNED_BY_YAML)
 def test_a_deepspeed_json_that_repeats_the_yaml_is_refused(tmp_path, key):
     (fault,) = faults(tmp_path, {"zero_optimization": {"stage": 2}, key: 1})
@@ -77,7 +113,7 @@ def test_a_deepspeed_json_that_repeats_the_yaml_is_refused(tmp_path, key):
     [
         ("{", "is not JSON"),
         ("[]", "must be a JSON object"),
-        ('{"dump_state": true, "dump_state": false}', "the key 'dump_state' stands twice"),
+        ('{"prescale_gradients": true, "prescale_gradients": true}', "gradients' stands twice"),
         ('{"zero_optimisation": {"stage": 3}}', "did you mean 'zero_optimization'"),
         ('{"zero_optimization": 2}', r"must be an object \(given: 2\)"),
         ('{"zero_optimization": {"stage": 4}}', "must be 0, 1, 2 or 3"),
@@ -120,7 +156,8 @@ def test_a_fault_inside_is_named(tmp_path, section, path, words):
 def test_all_faults_are_named_at_once(tmp_path):
     document = {
         "train_batch_size": 8,
-        "dump_stat": True,
+        "prescale_gradient": True,
+        "dump_state": True,
         "zero_optimization": {
             "stage": 2,
             "reduce_bucket_size": -1,
@@ -132,7 +169,8 @@ def test_all_faults_are_named_at_once(tmp_path):
     document["zero_optimization"]["allgather_bucket_size"] = None
     assert {fault.path for fault in faults(tmp_path, document)} == {
         "train_batch_size",
-        "dump_stat",
+        "prescale_gradient",
+        "dump_state",
         "zero_optimization.reduce_bucket_size",
         "zero_optimization.stage3_max_live_parameters",
         "zero_optimization.allgather_bucket_size",
