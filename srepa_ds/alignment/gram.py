@@ -2,61 +2,31 @@
 
 One definition per loss, several exact algorithms for it. Tokens are L2-normalised, products are at
 least float32 without TF32 whatever the surrounding autocast says, and the gradient is formed in the
-forward pass: what is kept for backward has the size of the student's tokens. The computation is one
-operator, `torch.ops.srepa_ds.structural_loss`, opaque to `torch.compile` and nameable in a
-selective checkpointing policy.
+forward pass: what is kept for backward has the size of the student's tokens, in bfloat16 where they
+are. The computation is one operator, `torch.ops.srepa_ds.structural_loss`, opaque to
+`torch.compile` and nameable in a selective checkpointing policy.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from srepa_ds.alignment.gram_algorithms import (
-    PairSum,
-    Temperatures,
-    kl_dense,
-    kl_tiled,
-    kl_triton,
-    mse_dense,
-    mse_feature,
-    mse_tiled,
-    mse_triton,
+from srepa_ds.alignment.gram_algorithms import PairSum, Temperatures
+from srepa_ds.alignment.gram_choice import (
+    ALGORITHMS,
+    image_groups,
+    resolve_algorithm,
+    working_set,
 )
 from srepa_ds.alignment.precision import full_precision
-from srepa_ds.errors import nearest
 
 Reduction = Literal["token_mean", "batch_mean"]
 
-Algorithm = Callable[..., PairSum]
-MSE_ALGORITHMS: dict[str, Algorithm] = {
-    "dense": mse_dense,
-    "tiled": mse_tiled,
-    "feature": mse_feature,
-    "triton": mse_triton,
-}
-KL_ALGORITHMS: dict[str, Algorithm] = {
-    "dense": kl_dense,
-    "tiled": kl_tiled,
-    "triton": kl_triton,
-}
-ALGORITHMS = {"mse": MSE_ALGORITHMS, "kl": KL_ALGORITHMS}
-
 DEFAULT_TILE = 256
-
-# What `auto` stands for, by device: `dense` up to so many tokens (6 times tokens^2 floats are small
-# then), and for mse `feature` above so many tokens per channel of mean width; `tiled` elsewhere.
-# CPU: value and gradient timed on two cores of an AMD EPYC, widths 768 and 1024, 256 to 4,096
-# tokens, November 2026; `feature` and `tiled` were equal at about 2.0. CUDA: not measured.
-Row = dict[str, int | float]
-DENSE_UP_TO: Row = {"cpu": 1024, "cuda": 0}
-FEATURE_ABOVE: Row = {"cpu": 2.0, "cuda": 1.9}
-
-# Images are worked on together until their temporaries reach this many elements. CPU: two images of
-# 256 tokens at width 1,024 were faster than one or four.
-WORKING_SET_ELEMENTS: Row = {"cpu": 5 << 18, "cuda": 1 << 23}
 
 EPSILON = 1e-12
 
@@ -106,26 +76,6 @@ def structural_kl(
     count = len(student) * (student.shape[1] if reduction == "token_mean" else 1)
     temperatures = Temperatures(tau_student, tau_teacher)
     return _structural(student, teacher, "kl", algorithm, tile, temperatures, 1 / count)
-
-
-def resolve_algorithm(
-    kind: str,
-    algorithm: str,
-    student: Float[Tensor, "batch tokens d_student"],
-    teacher: Float[Tensor, "batch tokens d_teacher"],
-) -> str:
-    """Returns the algorithm that `auto` stands for here, or `algorithm` itself if it exists."""
-    table = ALGORITHMS[kind]
-    if algorithm != "auto":
-        if algorithm not in table:
-            known = nearest(algorithm, ["auto", *table])
-            raise ValueError(f"unknown algorithm '{algorithm}' for structural {kind}; {known}")
-        return algorithm
-    _, num_tokens, d_student = student.shape
-    mean_width = (d_student + teacher.shape[2]) / 2
-    if kind == "mse" and num_tokens > _row(FEATURE_ABOVE, student) * mean_width:
-        return "feature"
-    return "dense" if num_tokens <= _row(DENSE_UP_TO, student) else "tiled"
 
 
 def check_token_grids(
@@ -194,26 +144,52 @@ def _structural_loss(
         options["tile"] = tile
     if kind == "kl":
         options["temperatures"] = Temperatures(tau_student, tau_teacher)
-    dtype = compute_dtype(student, teacher)
+    compute = partial(ALGORITHMS[kind][algorithm], **options)
     loss = student.new_zeros((), dtype=torch.float64)
-    gradient = student.new_empty(student.shape if with_gradient else (0,), dtype=dtype)
+    gradient = _space_for_gradient(student, teacher, with_gradient)
     with full_precision(student.device.type):
-        for images in _chunks(student, teacher, algorithm, tile):
-            unit_student, norm = _unit(student[images].to(dtype))
-            unit_teacher, _ = _unit(teacher[images].to(dtype))
-            result = ALGORITHMS[kind][algorithm](unit_student, unit_teacher, **options)
-            loss += result.value
-            if result.gradient is not None:
-                outward = _through_unit(unit_student, norm, result.gradient)
-                torch.mul(outward, scale / norm.clamp_min(EPSILON), out=gradient[images])
-    return (loss * scale).to(dtype), gradient
+        for images in image_groups(student, teacher, kind=kind, algorithm=algorithm, tile=tile):
+            target = gradient[images] if with_gradient else None
+            loss += _of_images(student[images], teacher[images], compute, scale, target)
+    return (loss * scale).to(compute_dtype(student, teacher)), gradient
+
+
+def _of_images(
+    student: Tensor,
+    teacher: Tensor,
+    compute: Callable[[Tensor, Tensor], PairSum],
+    scale: float,
+    gradient: Tensor | None,
+) -> Tensor:
+    """Returns the sum over these images, whose gradient times `scale` goes to `gradient`.
+
+    A function of its own so that nothing of one group of images lives beside the next.
+    """
+    dtype = compute_dtype(student, teacher)
+    unit_student, norm = _unit(student.to(dtype))
+    unit_teacher, _ = _unit(teacher.to(dtype))
+    result = compute(unit_student, unit_teacher)
+    if gradient is not None:
+        assert result.gradient is not None
+        outward = _through_unit(unit_student, norm, result.gradient)
+        torch.mul(outward, scale / norm.clamp_min(EPSILON), out=gradient)
+    return result.value
+
+
+def _space_for_gradient(student: Tensor, teacher: Tensor, with_gradient: bool) -> Tensor:
+    """Returns room for what is kept for backward: bfloat16 for a bfloat16 student, else wider.
+
+    float16 has not the range for a gradient before its scaling.
+    """
+    narrow = student.dtype == torch.bfloat16
+    dtype = student.dtype if narrow else compute_dtype(student, teacher)
+    return student.new_empty(student.shape if with_gradient else (0,), dtype=dtype)
 
 
 @torch.library.register_fake(_OPERATOR)
 def _(student, teacher, kind, algorithm, tile, tau_student, tau_teacher, scale, with_gradient):
-    dtype = compute_dtype(student, teacher)
-    shape = student.shape if with_gradient else (0,)
-    return student.new_empty((), dtype=dtype), student.new_empty(shape, dtype=dtype)
+    loss = student.new_empty((), dtype=compute_dtype(student, teacher))
+    return loss, _space_for_gradient(student, teacher, with_gradient)
 
 
 def _remember(ctx, inputs, output) -> None:
@@ -228,8 +204,26 @@ def _backward(ctx, loss_gradient, gradient_gradient):
     if gradient_gradient is not None:
         raise RuntimeError("structural losses are differentiable once, not twice")
     (gradient,) = ctx.saved_tensors
-    outward = None if loss_gradient is None else (gradient * loss_gradient).to(ctx.student_dtype)
+    outward = None
+    if loss_gradient is not None:
+        outward = _scaled(gradient, loss_gradient).to(ctx.student_dtype)
     return outward, None, None, None, None, None, None, None, None
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Returns gradient * factor, rounded once, in the memory of `gradient` if its graph ends here.
+
+    bfloat16 is rounded here a second time: at most 2^-7 + 2^-16 of a component in all.
+    """
+    # With a dimension: a number without one would be rounded to the gradient's dtype first.
+    factor = factor.reshape(1, 1, 1)
+    # torch's own compiled graphs ask the same before they use up a saved tensor.
+    if torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (gradient * factor).to(gradient.dtype)
+    # A few images at a time: where dtypes differ, CPUs make wide copies.
+    for part in gradient.split(max(1, working_set(gradient) // gradient[0].numel())):
+        torch.mul(part, factor, out=part)
+    return gradient
 
 
 torch.library.register_autograd(_OPERATOR, _backward, setup_context=_remember)
@@ -256,25 +250,3 @@ def _through_unit(unit: Tensor, norm: Tensor, gradient: Tensor) -> Tensor:
     # Below the clamp the denominator is a constant and nothing is projected out.
     along.masked_fill_(norm < EPSILON, 0)
     return gradient.addcmul_(unit, along, value=-1)
-
-
-def _chunks(student: Tensor, teacher: Tensor, algorithm: str, tile: int) -> Iterator[slice]:
-    """Yields groups of images small enough that temporaries do not grow with the batch."""
-    num_images, num_tokens, d_student = student.shape
-    d_teacher = teacher.shape[2]
-    if algorithm == "triton":
-        yield slice(0, num_images)
-        return
-    pairs = {
-        "dense": num_tokens**2,
-        "tiled": min(tile, num_tokens) * num_tokens,
-        "feature": d_student**2 + d_teacher**2 + d_student * d_teacher,
-    }[algorithm]
-    working_set = pairs + num_tokens * (d_student + d_teacher)
-    size = max(1, int(_row(WORKING_SET_ELEMENTS, student) // working_set))
-    for start in range(0, num_images, size):
-        yield slice(start, start + size)
-
-
-def _row(table: Row, tensor: Tensor) -> int | float:
-    return table.get(tensor.device.type, table["cuda"])

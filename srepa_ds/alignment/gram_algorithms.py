@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Rows of a Gram matrix multiplied at a time, for the half of it that is not yet known.
+# Rows of a Gram matrix worked on at a time; of products, the half that is not yet known.
 BLOCK = 128
 
 
@@ -129,11 +129,17 @@ def kl_dense(
     """Returns the sum over rows i of KL(P^T_i || P^S_i) from whole Gram matrices (Eq. 7-8)."""
     student_logits = _gram(student).div_(temperatures.student)
     teacher_logits = _gram(teacher).div_(temperatures.teacher)
-    value, excess = _divergence(student_logits, teacher_logits, start=0)
+    value = student.new_zeros((), dtype=torch.float64)
+    for start in range(0, student.shape[1], BLOCK):
+        rows = slice(start, start + BLOCK)
+        row_sum, excess = _divergence(student_logits[:, rows], teacher_logits[:, rows], start=start)
+        value += row_sum
+        student_logits[:, rows] = excess
     if not with_gradient:
         return PairSum(value, None)
-    both = excess + excess.mT
-    return PairSum(value, both.div_(temperatures.student) @ student)
+    del teacher_logits
+    both = _add_transpose(student_logits).div_(temperatures.student)
+    return PairSum(value, both @ student)
 
 
 def kl_tiled(
@@ -220,6 +226,16 @@ def _gram(tokens: Tensor, *, minus: Tensor | None = None) -> Tensor:
         gram[:, rows, right] = block
         gram[:, start + BLOCK :, rows] = block[:, :, BLOCK:].mT
     return gram
+
+
+def _add_transpose(matrices: Tensor) -> Tensor:
+    """Returns matrices + their transposes, in place."""
+    for start in range(0, matrices.shape[1], BLOCK):
+        rows, right = slice(start, start + BLOCK), slice(start, None)
+        block = matrices[:, rows, right] + matrices[:, right, rows].mT
+        matrices[:, rows, right] = block
+        matrices[:, right, rows] = block.mT
+    return matrices
 
 
 def _diagonal(rows: Tensor, offset: int) -> Tensor:
