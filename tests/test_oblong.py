@@ -1,0 +1,110 @@
+"""Images that are not square, from their shards to a report: wide ones, and none is turned."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import SmallWorld
+from ranks import run_worker
+
+from srepa_ds import distributed
+from srepa_ds.cli import run
+from srepa_ds.data.shard_index import DatasetDescription
+from srepa_ds.data.shard_writer import ShardWriter
+from srepa_ds.data.token_index import read_token_index
+from srepa_ds.model.weights import read_model
+from srepa_ds.sampling.sample_set import read_samples
+
+HEIGHT, WIDTH, GRID = 16, 24, (8, 12)
+LIVE, STORED = "live", "stored"
+
+
+def write_oblong_shards(folder: Path) -> None:
+    described = DatasetDescription({"kind": "oblong"}, (3, HEIGHT, WIDTH), tuple("0123456789"))
+    generator = torch.Generator().manual_seed(4)
+    with ShardWriter(folder, description=described, samples_per_shard=40) as writer:
+        for number in range(90):
+            coarse = torch.rand(1, 3, 4, 6, generator=generator) * 255
+            image = torch.nn.functional.interpolate(coarse, size=(HEIGHT, WIDTH), mode="bilinear")
+            writer.add(image[0].permute(1, 2, 0).byte().contiguous().numpy(), number % 10)
+
+
+@pytest.fixture(scope="module")
+def oblong(small_world, tmp_path_factory) -> SmallWorld:
+    """The small world with wide images; its teacher's weights were saved for square ones."""
+    folder = tmp_path_factory.mktemp("oblong")
+    write_oblong_shards(folder / "shards")
+    tree = yaml.safe_load(small_world.config.read_text())
+    tree["run"]["folder"] = str(folder / LIVE)
+    tree["data"]["folder"] = tree["evaluate"]["reference"] = str(folder / "shards")
+    tree["model"]["input_size"] = [HEIGHT, WIDTH]
+    teacher = tree["alignments"][0]["teacher"]
+    teacher["spec"] = {**teacher["spec"], "input_size": [HEIGHT, WIDTH]}
+    tree["evaluate"]["extractor"] = teacher
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(tree))
+    return SmallWorld(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(oblong) -> SmallWorld:
+    """The same run with the teacher beside it and with its tokens stored."""
+    stored = f"run.folder={oblong.folder / STORED};alignments.0.stored_tokens=bf16"
+    assert run(["prepare", str(oblong.config), "--teacher", *stored.split(";")]) == 0
+    distributed.close()
+    common = "train.steps=3;checkpoint.every_steps=3"
+    watched = "monitor.images_every_steps=3;monitor.num_images=10;monitor.num_steps=2"
+    run_worker("train_runs", 1, oblong.config, f"{common};{watched}", f"{stored};{common}")
+    return oblong
+
+
+def loss_terms(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k.startswith("loss_")} for line in lines]
+
+
+@pytest.mark.slow
+def test_stored_tokens_train_as_the_teacher_does(trained):
+    (index,) = (trained.folder / "shards" / "teachers").glob("*/index.json")
+    assert read_token_index(index.parent).grid == GRID
+    live, stored = (loss_terms(trained.folder / name) for name in (LIVE, STORED))
+    assert len(live) == len(stored) == 3
+    for one, other in zip(live, stored, strict=True):
+        assert one.keys() >= {"loss_flow", "loss_total"}
+        assert other == pytest.approx(one, rel=2e-3)
+        assert all(np.isfinite(value) for value in one.values())
+
+
+@pytest.mark.slow
+def test_what_was_trained_is_exported_drawn_judged_and_reported(trained):
+    config = str(trained.config)
+    for command in ("export", "sample", "evaluate", "report"):
+        assert run([command, config]) == 0
+        distributed.close()
+    folder = trained.folder / LIVE
+    model = read_model(folder / "export").model
+    assert model.config.grid == GRID
+    (samples,) = folder.glob("samples/*")
+    images, _ = read_samples(samples)
+    assert images.shape == (64, HEIGHT, WIDTH, 3)
+    (results,) = folder.rglob("results.json")
+    scores = json.loads(results.read_text())
+    assert all(np.isfinite(value) for value in scores["scores"].values())
+    assert (folder / "report.html").stat().st_size > 10_000
+
+
+def test_a_model_for_tall_images_is_refused(oblong, capfd):
+    turned = f"model.input_size=[{WIDTH}, {HEIGHT}]"
+    assert run(["train", str(oblong.config), turned]) == 2
+    distributed.close()
+    message = capfd.readouterr().err
+    assert f"latents of shape (3, {HEIGHT}, {WIDTH}), but the model takes (3, {WIDTH}," in message
+
+
+def test_a_teacher_of_squares_is_refused(oblong, capfd):
+    squares = "alignments.0.teacher.spec.input_size=16"
+    assert run(["train", str(oblong.config), squares]) == 2
+    distributed.close()
+    assert "set input_size to [height, width]" in capfd.readouterr().err
