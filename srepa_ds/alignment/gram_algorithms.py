@@ -5,6 +5,7 @@ matrix, and none leaves anything for autograd to remember. Formulas: sREPA Eq. 6
 token with itself) never takes part.
 """
 
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -89,12 +90,9 @@ def mse_feature(
     student_gram = _gram(student.mT)
     teacher_student = teacher.mT @ student
     surplus = _square_norms(student) - _square_norms(teacher)
-    value = (
-        _sum_of_squares(student_gram)
-        + _sum_of_squares(_gram(teacher.mT))
-        - 2 * _sum_of_squares(teacher_student)
-        - _sum_of_squares(surplus)
-    )
+    added = partial(_sum_of_squares, within_rows=torch.float64)
+    value = added(student_gram) + added(_gram(teacher.mT))
+    value -= 2 * added(teacher_student) + added(surplus)
     # Rounding may carry a difference of nearly equal sums below zero.
     value = value.clamp_min(0)
     if not with_gradient:
@@ -247,6 +245,9 @@ def _square_norms(tokens: Tensor) -> Tensor:
     return torch.linalg.vecdot(tokens, tokens).unsqueeze(-1)
 
 
-def _sum_of_squares(rows: Tensor) -> Tensor:
-    """Returns a float64 sum; rows are reduced in their own dtype, which needs no wide copy."""
-    return torch.linalg.vector_norm(rows, dim=-1).double().square().sum()
+def _sum_of_squares(rows: Tensor, *, within_rows: torch.dtype | None = None) -> Tensor:
+    """Returns a float64 sum; a row is reduced in its own dtype unless told otherwise.
+
+    That needs no wide copy.
+    """
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=within_rows).double().square().sum()

@@ -186,6 +186,30 @@ def test_a_student_like_its_teacher_has_no_loss(name, algorithm):
     assert gradient.abs().max() < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("shape", "difference", "loss"),
+    [
+        ((1, 301, 150), 0.33, 1e-3),
+        ((1, 1000, 384), 0.58, 1e-3),
+        ((1, 301, 150), 0.034, 1e-5),
+        ((1, 1000, 384), 0.054, 1e-5),
+    ],
+)
+def test_feature_is_as_exact_as_documented_where_student_and_teacher_nearly_agree(
+    shape, difference, loss
+):
+    value_bound, gradient_bound = {1e-3: (5e-6, 2e-5), 1e-5: (3e-4, 2e-4)}[loss]
+    student = tokens(shape, 1, torch.float32).requires_grad_()
+    rotation = torch.linalg.qr(tokens((1, shape[2], shape[2]), 5, torch.float32)[0]).Q
+    teacher = (student.detach() + difference * tokens(shape, 2, torch.float32)) @ rotation
+    wide = student.detach().double().requires_grad_()
+    exact = with_gradient(structural_mse(wide, teacher.double(), algorithm="dense"), wide)
+    found = with_gradient(structural_mse(student, teacher, algorithm="feature"), student)
+    assert loss / 1.2 < exact[0] < loss * 1.2
+    assert relative(found[0], exact[0]) < value_bound
+    assert relative(found[1], exact[1]) < gradient_bound
+
+
 @pytest.mark.parametrize(("name", "algorithm"), [case for case in CASES if case[1] == "tiled"])
 def test_tile_size_changes_rounding_only(name, algorithm):
     student, teacher = pair((2, 45, 16, 16))
