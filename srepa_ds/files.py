@@ -1,11 +1,13 @@
 """Files that are either whole or not there."""
 
+import fcntl
 import hashlib
 import os
 import socket
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import srepa_ds
@@ -55,6 +57,28 @@ def sha256_of(path: Path) -> str:
     """Returns the sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes that ask likewise out of `folder` while the block runs.
+
+    The folder itself is the lock: there is no file to leave behind, and it is free as soon as the
+    process has ended in whatever way. Raises BlockingIOError if another process has it, OSError if
+    there is no such folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            # Some network file systems know no locks; then nothing is lost but this protection.
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import itertools
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from srepa_ds.data.token_writer import (
 )
 from srepa_ds.distributed import Ranks
 from srepa_ds.errors import ConfigError, DataError, Fault, OutputError
-from srepa_ds.files import make_folder, remove_empty
+from srepa_ds.files import locked, make_folder, remove_empty
 from srepa_ds.telemetry import steps_shown
 from srepa_ds.token_stores import open_store, store_folder, teacher_identity
 
@@ -51,18 +52,21 @@ def store_tokens(config: Config, *, batch_size: int = 64) -> tuple[Path, ...]:
     Runs on every rank; shards are dealt out among them. Finished stores are left alone, and what
     an interrupted run finished is kept. `batch_size` images pass through a teacher at a time. Says
     first how much it will write. Raises SRepaError on all ranks alike: ConfigError without such an
-    alignment, OutputError for too little disk, DataError for tokens that are not finite.
+    alignment, OutputError for too little disk or another process that stores the same tokens,
+    DataError for tokens that are not finite.
     """
     ranks = distributed.initialize()
     dataset = distributed.together(lambda: ShardDataset(config.data.folder))
     wanted = distributed.together(lambda: _wanted(config, dataset))
     unfinished = distributed.on_main(lambda: _unfinished(wanted, dataset))
-    jobs = distributed.together(
-        lambda: [_job(folder, wanted[folder], dataset, ranks) for folder in unfinished]
-    )
-    missing = distributed.on_main(lambda: _announced(jobs, dataset))
-    for job, numbers in zip(jobs, missing, strict=True):
-        _write_store(job, numbers, dataset, ranks, batch_size)
+    with ExitStack() as stack:
+        distributed.on_main(lambda: _claim(unfinished, stack))
+        jobs = distributed.together(
+            lambda: [_job(folder, wanted[folder], dataset, ranks) for folder in unfinished]
+        )
+        missing = distributed.on_main(lambda: _announced(jobs, dataset))
+        for job, numbers in zip(jobs, missing, strict=True):
+            _write_store(job, numbers, dataset, ranks, batch_size)
     return tuple(wanted)
 
 
@@ -144,6 +148,25 @@ def _unfinished(wanted: Mapping[Path, _Wanted], dataset: ShardDataset) -> list[P
     return [folder for folder in wanted if not is_finished(folder)]
 
 
+def _claim(folders: Sequence[Path], stack: ExitStack) -> None:
+    """Makes the folders, and keeps other processes out of them until `stack` is left.
+
+    What is empty then is removed. Raises OutputError.
+    """
+    for folder in folders:
+        try:
+            made = make_folder(folder)
+            stack.enter_context(locked(folder))
+        except BlockingIOError as error:
+            raise OutputError(
+                f"{folder}: another process is storing these tokens; wait for it or end it, then "
+                "run the same command again"
+            ) from error
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        stack.callback(remove_empty, made)
+
+
 def _job(folder: Path, wanted: _Wanted, dataset: ShardDataset, ranks: Ranks) -> _Job:
     height, width = dataset.image_shape[1:]
     teacher = load_teacher(
@@ -208,25 +231,10 @@ def _write_store(
     job: _Job, missing: tuple[int, ...], dataset: ShardDataset, ranks: Ranks, batch_size: int
 ) -> None:
     """Writes what is missing of a store, and its index when every file is there."""
-    made = distributed.on_main(lambda: _made(job.folder))
-    try:
-        entries = distributed.together(
-            lambda: _write_files(job, missing, dataset, ranks, batch_size)
-        )
-        files = sorted(itertools.chain(*distributed.gather(entries)), key=lambda entry: entry.file)
-        distributed.on_main(lambda: _write_index(job, files))
-    except BaseException:
-        if ranks.is_main:
-            remove_empty(made)
-        raise
+    entries = distributed.together(lambda: _write_files(job, missing, dataset, ranks, batch_size))
+    files = sorted(itertools.chain(*distributed.gather(entries)), key=lambda entry: entry.file)
+    distributed.on_main(lambda: _write_index(job, files))
     log.info("%s: finished", job.folder)
-
-
-def _made(folder: Path) -> list[Path]:
-    try:
-        return make_folder(folder)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
 
 
 def _write_files(

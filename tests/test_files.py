@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from srepa_ds.files import shipped, write_aside
+from srepa_ds.files import locked, shipped, write_aside
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,3 +34,14 @@ def test_shipped_files_are_found_from_anywhere(tmp_path, monkeypatch):
     own.parent.mkdir()
     own.write_text("{}")
     assert shipped(Path("ds_configs/zero2.json")).resolve() == own
+
+
+def test_a_locked_folder_is_free_again_afterwards(tmp_path):
+    with locked(tmp_path):
+        # Another open file is another owner, be it of the same process.
+        with pytest.raises(BlockingIOError), locked(tmp_path):
+            pass
+    with locked(tmp_path):
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError), locked(tmp_path / "none"):
+        pass

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,28 @@ def test_a_killed_run_is_resumed_where_it_stopped(world):
     assert store(world, INT8) == (folder,)
     assert contents(folder) == expected
     assert (folder / FILES[1]).stat().st_mtime_ns == first_written
+
+
+def test_two_processes_do_not_write_the_same_store(world):
+    (folder,) = store(world, INT8)
+    expected = contents(folder)
+    shutil.rmtree(folder)
+    worker = str(Path(__file__).parent / "workers" / "token_stores.py")
+    (process,) = start_ranks([worker, str(world.config), "16", INT8, "STOP batch 4/7"], 1)
+    try:
+        deadline = time.monotonic() + 120
+        while not (folder / f"{FILES[2]}.partial").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(OutputError, match=r"another process is storing these tokens; wait"):
+            store(world, INT8)
+        # Another teacher's are not in its way.
+        store(world, "alignments.0.stored_tokens=bf16")
+    finally:
+        process.send_signal(signal.SIGCONT)
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert contents(folder) == expected
 
 
 def exchange_pictures(folder: Path, *, shards: slice) -> None:

@@ -1,6 +1,7 @@
 """Stores teacher tokens. Usage: token_stores.py CONFIG BATCH_SIZE OVERRIDES [LAST_WORDS].
 
-OVERRIDES are joined by ';'. The process kills itself as soon as it says LAST_WORDS.
+OVERRIDES are joined by ';'. The process kills itself as soon as it says LAST_WORDS; if they begin
+with STOP, it stops at what follows, until it is continued.
 """
 
 import logging
@@ -15,15 +16,16 @@ from srepa_ds.store_tokens import store_tokens
 
 
 class KilledAt(logging.Handler):
-    """Kills the process, as an out-of-memory killer would, once certain words are logged."""
+    """Kills the process, as an out-of-memory killer would, or stops it, once words are logged."""
 
     def __init__(self, words: str):
         super().__init__()
-        self._words = words
+        self._words = words.removeprefix("STOP ")
+        self._signal = signal.SIGSTOP if words.startswith("STOP ") else signal.SIGKILL
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._words in record.getMessage():
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self._signal)
 
 
 if len(sys.argv) > 4:
