@@ -2,15 +2,17 @@
 
 import logging
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from srepa_ds.errors import ConfigError, Fault
 
@@ -32,39 +34,29 @@ def math_attention(query: HeadTokens, key: HeadTokens, value: HeadTokens) -> Hea
     return scores.softmax(dim=-1) @ value
 
 
-def flash_attention_4(query: HeadTokens, key: HeadTokens, value: HeadTokens) -> HeadTokens:
-    """Returns attention by the package flash-attn-4 (kernels for Hopper and Blackwell)."""
-    return _tokens_first(import_module("flash_attn.cute").flash_attn_func, query, key, value)
-
-
-def flash_attention_2(query: HeadTokens, key: HeadTokens, value: HeadTokens) -> HeadTokens:
-    """Returns attention by the package flash-attn, version 2."""
-    return _tokens_first(import_module("flash_attn").flash_attn_func, query, key, value)
-
-
-def xformers_attention(query: HeadTokens, key: HeadTokens, value: HeadTokens) -> HeadTokens:
-    """Returns attention by `memory_efficient_attention` of the package xformers."""
-    attend = import_module("xformers.ops").memory_efficient_attention
-    return _tokens_first(attend, query, key, value)
-
-
-def _tokens_first(attend: Callable, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Returns attention by a function that takes (batch, tokens, heads, head_dim)."""
-    attended = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    # Some versions also return the logarithms of the softmax's denominators.
-    attended = attended[0] if isinstance(attended, tuple) else attended
-    return attended.transpose(1, 2)
-
-
 class _Needs(NamedTuple):
     """What a package of CUDA kernels asks for."""
 
     module: str
+    function: str
+    """Takes queries, keys and values of (batch, tokens, heads, head_dim)."""
     package: str
     dtypes: tuple[torch.dtype, ...]
     head_dim_multiple: int
     max_head_dim: dict[int, int]
     """By the major compute capability of the devices it has kernels for."""
+
+    def bind(self) -> Attend:
+        """Returns attention by the package, imported here: torch.compile traces no import."""
+        attend = getattr(import_module(self.module), self.function)
+
+        def package_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            attended = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+            # Some versions also return the logarithms of the softmax's denominators.
+            attended = attended[0] if isinstance(attended, tuple) else attended
+            return attended.transpose(1, 2)
+
+        return package_attention
 
     def missing(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
         """Returns what is missing to run on `device`, or None."""
@@ -103,27 +95,45 @@ def _always(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | No
 class AttentionBackend(NamedTuple):
     """A way to compute attention, and what keeps it from running somewhere."""
 
-    attend: Attend
+    bind: Callable[[], Attend]
+    """Imports what the row needs and returns the function that computes it."""
     unavailable: Callable[[torch.device, int, torch.dtype], str | None]
     """Of device, head dim and dtype: a sentence saying what is missing, or None."""
+    operators: tuple[str, ...]
+    """Patterns for the names of torch's operators that compute it, backward passes among them."""
 
 
-_FLASH_4 = _Needs("flash_attn.cute", "flash-attn-4", _HALF, 8, {9: 256, 10: 128})
+_FLASH_4 = _Needs("flash_attn.cute", "flash_attn_func", "flash-attn-4", _HALF, 8, {9: 256, 10: 128})
 _FLASH_2 = _Needs(
-    "flash_attn.flash_attn_interface", "flash-attn", _HALF, 8, dict.fromkeys((8, 9, 10, 12), 256)
+    "flash_attn.flash_attn_interface",
+    "flash_attn_func",
+    "flash-attn",
+    _HALF,
+    8,
+    dict.fromkeys((8, 9, 10, 12), 256),
 )
 _XFORMERS = _Needs(
-    "xformers.ops", "xformers", (*_HALF, torch.float32), 8, dict.fromkeys((7, 8, 9, 10, 12), 256)
+    "xformers.ops",
+    "memory_efficient_attention",
+    "xformers",
+    (*_HALF, torch.float32),
+    8,
+    dict.fromkeys((7, 8, 9, 10, 12), 256),
 )
+_TORCH_OPERATORS = ("aten::*_attention*",)
+# Names differ among versions, and some call their kernels past torch's operators: see
+# `unseen_by_torch`.
+_FLASH_OPERATORS = ("flash_attn*::*fwd*", "flash_attn*::*forward*")
+_XFORMERS_OPERATORS = ("xformers*::*fwd*", "xformers*::*forward*", *_TORCH_OPERATORS)
 
 # In order of preference. torch's own kernels come before flash-attn 2 and xformers because they are
 # the same ones, or newer, without a package to match to torch and CUDA.
 ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
-    "flash_attn_4": AttentionBackend(flash_attention_4, _FLASH_4.missing),
-    "sdpa": AttentionBackend(sdpa_attention, _always),
-    "flash_attn_2": AttentionBackend(flash_attention_2, _FLASH_2.missing),
-    "xformers": AttentionBackend(xformers_attention, _XFORMERS.missing),
-    "math": AttentionBackend(math_attention, _always),
+    "flash_attn_4": AttentionBackend(_FLASH_4.bind, _FLASH_4.missing, _FLASH_OPERATORS),
+    "sdpa": AttentionBackend(lambda: sdpa_attention, _always, _TORCH_OPERATORS),
+    "flash_attn_2": AttentionBackend(_FLASH_2.bind, _FLASH_2.missing, _FLASH_OPERATORS),
+    "xformers": AttentionBackend(_XFORMERS.bind, _XFORMERS.missing, _XFORMERS_OPERATORS),
+    "math": AttentionBackend(lambda: math_attention, _always, ()),
 }
 
 # What may be asked for: the first backend of the row that runs.
@@ -172,24 +182,61 @@ def choose_backend(request: str, *, device: torch.device, head_dim: int, dtype: 
 def _reason_against(
     name: str, device: torch.device, head_dim: int, dtype: torch.dtype
 ) -> str | None:
-    attend, unavailable = ATTENTION_BACKENDS[name]
-    reason = unavailable(device, head_dim, dtype)
-    if reason is None and unavailable is not _always:
-        reason = _trial(attend, device, head_dim, dtype)
+    backend = ATTENTION_BACKENDS[name]
+    reason = backend.unavailable(device, head_dim, dtype)
+    if reason is None and backend.unavailable is not _always:
+        reason = _trial(backend, device, head_dim, dtype)
     return reason
 
 
-def _trial(attend: Attend, device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Returns why `attend` fails on a few tokens there and back, or None."""
+def _trial(
+    backend: AttentionBackend, device: torch.device, head_dim: int, dtype: torch.dtype
+) -> str | None:
+    """Returns why `backend` fails on a few tokens there and back, or None."""
+    try:
+        _few_tokens(backend, device, head_dim, dtype).float().sum().backward()
+    # Kernels compiled on the spot fail in ways of their own; each is a reason, none a fault.
+    except Exception as error:
+        return f"it fails when tried: {type(error).__name__}: {error}"
+    return None
+
+
+def _few_tokens(
+    backend: AttentionBackend, device: torch.device, head_dim: int, dtype: torch.dtype
+) -> Tensor:
+    """Returns the attention of a few tokens, as in training."""
     with torch.inference_mode(False), torch.enable_grad():
         query, key, value = torch.ones(3, 1, 1, 16, head_dim, device=device, dtype=dtype)
-        query.requires_grad_()
-        try:
-            attend(query, key, value).float().sum().backward()
-        # Kernels compiled on the spot fail in ways of their own; each is a reason, none a fault.
-        except Exception as error:
-            return f"it fails when tried: {type(error).__name__}: {error}"
-    return None
+        return backend.bind()(query.requires_grad_(), key, value)
+
+
+@cache
+def is_attention(name: str) -> bool:
+    """Returns whether the torch operator `namespace::name` is attention's forward pass."""
+    if "backward" in name or "bwd" in name:
+        return False
+    patterns = {pattern for row in ATTENTION_BACKENDS.values() for pattern in row.operators}
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+class _SeenAttention(TorchDispatchMode):
+    """A context that notes whether an operator of attention runs in it."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found = self.found or is_attention(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def unseen_by_torch(name: str, *, device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
+    """Returns whether no operator of attention runs where the backend `name` computes it.
+
+    Selective checkpointing cannot keep the output then: it keeps what operators return.
+    """
+    with _SeenAttention() as seen:
+        _few_tokens(ATTENTION_BACKENDS[name], device, head_dim, dtype)
+    return not seen.found
 
 
 def activate_torch_flash(*, device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
@@ -212,7 +259,7 @@ def activate_torch_flash(*, device: torch.device, head_dim: int, dtype: torch.dt
         except (ImportError, OSError, RuntimeError) as error:
             reason = str(error)
         else:
-            reason = _trial(sdpa_attention, device, head_dim, dtype)
+            reason = _trial(ATTENTION_BACKENDS["sdpa"], device, head_dim, dtype)
             if reason is None:
                 _LOG.info("torch's sdpa uses %s in this process", name)
                 return name
@@ -227,9 +274,9 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, *, num_heads: int, qk_norm: bool, backend: str):
         super().__init__()
         self.head_shape = (num_heads, hidden_size // num_heads)
-        # A request of several backends waits for `use`, with torch's until then.
+        # What cannot run everywhere waits for `use`, with torch's until then.
         self.attend: Attend = sdpa_attention
-        if backend in ATTENTION_BACKENDS:
+        if runs_everywhere(backend):
             self.use(backend)
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.q_norm = nn.LayerNorm(self.head_shape[1]) if qk_norm else nn.Identity()
@@ -237,8 +284,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def use(self, backend: str) -> None:
-        """Takes a row of ATTENTION_BACKENDS from now on."""
-        self.attend = ATTENTION_BACKENDS[backend].attend
+        """Takes a row of ATTENTION_BACKENDS from now on; its package is imported here."""
+        self.attend = ATTENTION_BACKENDS[backend].bind()
 
     def forward(
         self, tokens: Float[Tensor, "batch tokens width"]

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from srepa_ds.model.attention import is_attention
 from srepa_ds.model.variants import MLP_RATIO, SiTConfig
 from srepa_ds.schema import Section
 
@@ -89,23 +90,14 @@ _BESIDE_HOOKS = {
     if name == "respect_saved_tensors_hooks"
 }
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-_ATTENTION_PACKAGES = ("flash_attn", "flash_attn_3", "xformers", "xformers_flash")
-
-
-def _is_attention(operator: Any) -> bool:
-    # By name: which of torch's kernels exist differs among versions, and packages bring their own.
-    name = operator.__name__
-    if operator.namespace == "aten":
-        return "_attention" in name and "backward" not in name
-    return operator.namespace in _ATTENTION_PACKAGES and ("fwd" in name or "forward" in name)
 
 
 def _attention_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return _decision(_is_attention(operator))
+    return _decision(is_attention(operator.name()))
 
 
 def _products_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return _decision(_is_attention(operator) or operator in _PRODUCTS)
+    return _decision(is_attention(operator.name()) or operator in _PRODUCTS)
 
 
 def _decision(keep: bool) -> CheckpointPolicy:

@@ -4,6 +4,7 @@ Module names are those of the official code: they are a file format. The model k
 alignment and draws no random number in `forward`.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -12,7 +13,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from srepa_ds.model.attention import Attention, choose_backend, runs_everywhere
+from srepa_ds.model.attention import (
+    Attention,
+    choose_backend,
+    runs_everywhere,
+    unseen_by_torch,
+)
 from srepa_ds.model.blocks import FinalLayer, SiTBlock, StreamLayerNorm
 from srepa_ds.model.embeddings import (
     LabelEmbedding,
@@ -24,6 +30,12 @@ from srepa_ds.model.embeddings import (
 from srepa_ds.model.initialisation import initialise
 from srepa_ds.model.remat import Kept, RematConfig, offloaded, run_block
 from srepa_ds.model.variants import SiTConfig
+
+_LOG = logging.getLogger("srepa_ds")
+_UNKEPT = (
+    "engine.remat 'selective' cannot keep the outputs of attention '%s', which is no operator of "
+    "torch: the backward pass computes it again; model.attention 'sdpa' can be kept"
+)
 
 
 class SiTOutput(NamedTuple):
@@ -155,6 +167,7 @@ class SiT(nn.Module):
         # Plain values, as above.
         self._kept = tuple(remat.kept_by(n) for n in range(1, self.config.shape.depth + 1))
         self._offload = remat.offload
+        self._keeps_attention = remat.policy == "selective"
 
     def compile_blocks(self, *, backend: str | Callable[..., Any] = "inductor") -> None:
         """Has torch.compile make one graph that all blocks share, checkpointing included.
@@ -168,11 +181,17 @@ class SiT(nn.Module):
         """Returns the attention backend this model takes for products in `dtype` on `device`.
 
         The first forward pass chooses too; chosen before, what is missing is known early. Raises
-        ConfigError naming it.
+        ConfigError naming it. Warns if blocks are to keep outputs of attention that torch does not
+        see.
         """
+        head_dim = self.config.head_dim
         backend = choose_backend(
-            self.config.attention, device=device, head_dim=self.config.head_dim, dtype=dtype
+            self.config.attention, device=device, head_dim=head_dim, dtype=dtype
         )
+        if self._keeps_attention and unseen_by_torch(
+            backend, device=device, head_dim=head_dim, dtype=dtype
+        ):
+            _LOG.warning(_UNKEPT, backend)
         for module in self.blocks.modules():
             if isinstance(module, Attention):
                 module.use(backend)

@@ -1,17 +1,25 @@
+import copy
 import logging
 import re
+import sys
+from types import ModuleType
 
 import pytest
 import torch
-from plain_sit import tiny_config, tiny_inputs
+from plain_sit import tiny_config, tiny_inputs, tiny_model
+from torch._dynamo.testing import CompileCounter
 
 from srepa_ds.errors import ConfigError
 from srepa_ds.model.attention import (
     ATTENTION_BACKENDS,
     ATTENTION_REQUESTS,
+    Attention,
     activate_torch_flash,
     choose_backend,
+    is_attention,
+    unseen_by_torch,
 )
+from srepa_ds.model.remat import RematConfig
 from srepa_ds.model.sit import SiT
 
 CPU = torch.device("cpu")
@@ -41,7 +49,7 @@ def test_values_and_gradients_are_those_of_softmax(name, device, head_dim, lengt
     if reason is not None:
         pytest.skip(reason)
     *given, weight = waves(length, head_dim, device, dtype)
-    attended = ATTENTION_BACKENDS[name].attend(*given)
+    attended = ATTENTION_BACKENDS[name].bind()(*given)
     found = attended, *torch.autograd.grad(attended, given, weight.detach())
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     expected = softmax_attention(*exact)
@@ -100,3 +108,105 @@ def test_every_request_is_of_rows_of_the_table():
 
 def test_torch_keeps_its_own_kernels_on_the_cpu():
     assert activate_torch_flash(device=CPU, head_dim=64, dtype=torch.bfloat16) is None
+
+
+def tokens_first_softmax(query, key, value):
+    given = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return softmax_attention(*given).transpose(1, 2), "the denominators' logarithms"
+
+
+@pytest.fixture(params=["flash_attn_2", "flash_attn_4", "xformers"])
+def stand_in(request, monkeypatch):
+    """A backend whose package is there and computes by plain products."""
+    module, function = {
+        "flash_attn_2": ("flash_attn.flash_attn_interface", "flash_attn_func"),
+        "flash_attn_4": ("flash_attn.cute", "flash_attn_func"),
+        "xformers": ("xformers.ops", "memory_efficient_attention"),
+    }[request.param]
+    package = ModuleType(module)
+    setattr(package, function, tokens_first_softmax)
+    monkeypatch.setitem(sys.modules, module.partition(".")[0], ModuleType("parent"))
+    monkeypatch.setitem(sys.modules, module, package)
+    return request.param
+
+
+def test_a_package_is_imported_when_its_backend_is_taken(stand_in, monkeypatch):
+    model = tiny_model(attention=stand_in)
+    plain = tiny_model()
+    for block in model.blocks:
+        assert block.attn.attend is plain.blocks[0].attn.attend
+        block.attn.use(stand_in)
+    for name in [name for name in sys.modules if name.startswith(("flash_attn", "xformers"))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    attention = copy.deepcopy(model.blocks[0].attn)
+    tokens = torch.linspace(-1, 1, 2 * 15 * 36).sin().reshape(2, 15, 36)
+    torch.testing.assert_close(attention(tokens), plain.blocks[0].attn(tokens))
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_package_is_traced_without_its_import_in_one_graph_for_all_blocks(stand_in, monkeypatch):
+    torch._dynamo.reset()
+    # Taken as `choose_attention` would, which refuses it on a CPU.
+    model = SiT(tiny_config(depth=3), torch.Generator().manual_seed(0))
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.use(stand_in)
+    for name in [name for name in sys.modules if name.startswith(("flash_attn", "xformers"))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    expected = model(*tiny_inputs()).velocity
+    counter = CompileCounter()
+    model.compile_blocks(backend=counter)
+    torch.testing.assert_close(model(*tiny_inputs()).velocity, expected)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", True),
+        ("aten::_scaled_dot_product_cudnn_attention", True),
+        ("aten::_efficient_attention_forward", True),
+        ("flash_attn::_flash_attn_forward", True),
+        ("flash_attn_3::fwd", True),
+        ("xformers_flash3::flash_fwd", True),
+        ("xformers::efficient_attention_forward_cutlass", True),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", False),
+        ("flash_attn::_flash_attn_backward", False),
+        ("xformers_flash::flash_bwd", False),
+        ("aten::bmm", False),
+        ("aten::_softmax", False),
+    ],
+)
+def test_operators_of_attention_are_known_by_name(name, expected):
+    assert is_attention(name) is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_only_some_backends_are_operators_of_torch(dtype):
+    settings = {"device": CPU, "head_dim": 64, "dtype": dtype}
+    assert not unseen_by_torch("sdpa", **settings)
+    assert unseen_by_torch("math", **settings)
+
+
+def test_a_package_that_calls_no_operator_of_its_own_cannot_be_kept(stand_in):
+    assert unseen_by_torch(stand_in, device=CPU, head_dim=16, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("attention", "policy", "warns"),
+    [
+        ("math", "selective", True),
+        ("math", "full", False),
+        ("sdpa", "selective", False),
+        ("auto", "selective", False),
+    ],
+)
+def test_selective_checkpointing_says_what_it_cannot_keep(attention, policy, warns, caplog):
+    caplog.set_level(logging.WARNING, logger="srepa_ds")
+    model = SiT(tiny_config(attention=attention))
+    model.set_remat(RematConfig(policy=policy))
+    model.choose_attention(device=CPU, dtype=torch.float32)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == warns
+    assert all("cannot keep the outputs of attention 'math'" in message for message in messages)
