@@ -1,6 +1,10 @@
-"""Which training steps are timed: a row of a table each."""
+"""Which training steps are timed: a row of the table each."""
 
 from dataclasses import dataclass
+
+import yaml
+
+from srepa_ds.config import Config, config_from
 
 MODES = {
     "sit": {},
@@ -9,6 +13,18 @@ MODES = {
     "srepa-kl": {"pointwise": {"weight": 1.0}, "structural": {"kind": "kl", "weight": 0.5}},
 }
 PLAIN = "plain loop"
+ARRANGEMENTS = {
+    "cuda": [
+        f"{PLAIN} precision=bf16_autocast",
+        "precision=bf16_autocast",
+        "precision=bf16",
+        "precision=bf16 compile=true",
+        "precision=bf16 compile=true remat.policy=selective",
+        "precision=bf16 compile=true remat.policy=full",
+    ],
+    # Few processors compute in bf16; without, it is a multiple slower than fp32.
+    "cpu": [f"{PLAIN} precision=fp32", "precision=fp32", "precision=fp32 remat.policy=full"],
+}
 
 
 @dataclass(frozen=True)
@@ -21,4 +37,40 @@ class Case:
     batch: int
     teacher: str
     arrangement: str
-    """`plain loop`, or settings of the engine's section, `remat.policy=full precision=bf16`."""
+    """Settings of the engine's section, `precision=bf16 remat.policy=full`, or of `model`, as in
+    `model.attention=math`; those of the plain loop begin with its name."""
+
+    @property
+    def is_plain(self) -> bool:
+        """True for the plain loop, which only knows `precision`."""
+        return self.arrangement.startswith(PLAIN)
+
+    @property
+    def config(self) -> Config:
+        """The experiment whose step this is; nothing is read from the paths it names."""
+        model = {
+            "variant": self.model,
+            "input_size": self.pixels // 8,
+            "in_channels": 4,
+            "num_classes": 1000,
+        }
+        tree: dict = {
+            "run": {"folder": "unused"},
+            "data": {"folder": "unused"},
+            "model": model,
+            "train": {"steps": 1, "batch_size": self.batch},
+            "engine": {"deepspeed": "ds_configs/zero1.json"},
+        }
+        for setting in self.arrangement.removeprefix(PLAIN).split():
+            path, _, value = setting.partition("=")
+            sections = path.removeprefix("engine.").split(".")
+            branch = tree if sections[0] in tree else tree["engine"]
+            for section in sections[:-1]:
+                branch = branch.setdefault(section, {})
+            branch[sections[-1]] = yaml.safe_load(value)
+        if MODES[self.mode]:
+            dtype = "fp32" if tree["engine"].get("precision") == "fp32" else "bf16"
+            teacher = {"name": self.teacher, "weights": "unused.safetensors", "dtype": dtype}
+            depth = 4 if self.model.startswith(("SiT-S", "SiT-B")) else 8
+            tree["alignments"] = [{"teacher": teacher, "depth": depth, **MODES[self.mode]}]
+        return config_from(tree, source=f"--arrangements '{self.arrangement}'")

@@ -1,0 +1,74 @@
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from srepa_ds.alignment.alignment import AlignmentConfig, alignment_losses
+from srepa_ds.alignment.teachers import TeacherConfig, TeacherTokens
+from srepa_ds.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "bench_step.py"
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """Imports a file that lies beside the tool, as the tool does."""
+    monkeypatch.syspath_prepend(TOOL.parent)
+    monkeypatch.chdir(ROOT)
+    return importlib.import_module
+
+
+def test_an_arrangement_is_settings_of_the_engine_or_of_a_section(tool):
+    arrangement = "precision=bf16 remat.policy=full model.attention=math"
+    case = tool("step_case").Case("SiT-S/2", 64, "repa", 4, "dinov2-vit-b", arrangement)
+    config = case.config
+    assert (config.engine.precision, config.engine.remat.policy) == ("bf16", "full")
+    assert config.model.attention == "math"
+    assert not case.is_plain
+
+
+def test_an_unknown_setting_is_named(tool):
+    case = tool("step_case").Case("SiT-S/2", 64, "sit", 4, "dinov2-vit-b", "precison=bf16")
+    with pytest.raises(ConfigError, match="precison"):
+        _ = case.config
+
+
+@pytest.mark.parametrize("kind", ["mse", "kl"])
+def test_the_plain_loop_computes_the_losses_of_the_engine(tool, kind):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 16, 8, generator=generator) for _ in range(2))
+    alignment = AlignmentConfig(
+        teacher=TeacherConfig(name="dinov2-vit-b", weights=Path("unused.safetensors")),
+        depth=4,
+        pointwise={"weight": 0.7},
+        structural={"kind": kind, "weight": 1.3},
+    )
+    terms = alignment_losses(
+        alignment,
+        torch.nn.Identity(),
+        student,
+        TeacherTokens(teacher, None),
+        grid=(4, 4),
+        teacher_grid=(4, 4),
+    )
+    found = tool("plain_loop").aligned(student, teacher, alignment)
+    torch.testing.assert_close(found, 0.7 * terms.pointwise + 1.3 * terms.structural)
+
+
+@pytest.mark.slow
+def test_steps_of_both_are_timed_and_profiled(tmp_path):
+    command = [sys.executable, TOOL, "--models", "SiT-S/2", "--pixels", "32", "--batch", "1"]
+    command += ["--modes", "srepa-mse", "--steps", "1", "--warmup", "1", "--output", tmp_path]
+    command += ["--arrangements", "plain loop precision=fp32", "precision=fp32"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["arrangement"] for row in rows] == command[-2:]
+    assert all(row["seconds"] > 0 and 0 < row["mfu"] < 1 for row in rows)
+    assert f"{rows[0]['seconds'] / rows[1]['seconds']:.2f}x" in printed
+    assert all("aten::addmm" in table.read_text() for table in tmp_path.glob("*.txt"))
+    assert len(list(tmp_path.glob("*.txt"))) == 2
