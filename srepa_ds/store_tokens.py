@@ -216,9 +216,11 @@ def _announced(jobs: Sequence[_Job], dataset: ShardDataset) -> list[tuple[int, .
         needed += size
     free = shutil.disk_usage(dataset.folder).free
     if needed > free:
+        wide = any(job.described.storage == "bf16" for job in jobs)
         raise OutputError(
             f"{dataset.folder}: the tokens need {_gigabytes(needed)} GB and {_gigabytes(free)} GB "
-            "are free; make room, set stored_tokens=int8 instead of bf16, or set stored_tokens=null"
+            f"are free; make room, {'set stored_tokens=int8 instead of bf16, ' if wide else ''}"
+            "or set stored_tokens=null"
         )
     return missing
 

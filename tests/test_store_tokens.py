@@ -256,8 +256,11 @@ def test_tokens_that_are_not_finite_name_their_samples_and_leave_nothing(
 def test_too_little_disk_is_refused_before_anything_is_written(world, monkeypatch):
     usage = shutil.disk_usage(world.folder)._replace(free=200_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OutputError, match=r"need 0\.00022 GB and 0\.0002 GB are free; make room"):
+    free = r"GB and 0\.0002 GB are free; make room, "
+    with pytest.raises(OutputError, match=rf"need 0\.00022 {free}or set stored_tokens=null"):
         store(world, INT8)
+    with pytest.raises(OutputError, match=rf"need 0\.00038 {free}set stored_tokens=int8 inst"):
+        store(world, "alignments.0.stored_tokens=bf16")
     assert not (world.folder / "shards" / "teachers").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=230_000))
     store(world, INT8)
