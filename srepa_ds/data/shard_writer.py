@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -23,7 +24,7 @@ from srepa_ds.data.shard_index import (
 )
 from srepa_ds.data.shards import shard_facts
 from srepa_ds.errors import OutputError
-from srepa_ds.files import PARTIAL, make_folder, remove_empty, sha256_of, write_aside
+from srepa_ds.files import PARTIAL, locked, make_folder, remove_empty, sha256_of, write_aside
 from srepa_ds.schema import to_tree
 
 MARKER_NAME = "preparing.json"
@@ -68,15 +69,23 @@ class ShardWriter:
         self._entries: list[ShardEntry] = []
         self._written: list[Path] = []
         self._made_folders: list[Path] = []
+        self._lock = ExitStack()
 
     def __enter__(self) -> "ShardWriter":
         """Returns the writer of a folder that is now its own.
 
-        Raises OutputError if the folder cannot be written to or holds something foreign.
+        Raises OutputError if the folder cannot be written to or holds something foreign, or if
+        another process writes into it.
         """
         try:
             self._made_folders = make_folder(self._folder)
+            self._lock.enter_context(locked(self._folder))
             self._claim()
+        except BlockingIOError as error:
+            # Its files are another's, and look like what a killed process has left.
+            raise OutputError(
+                f"{self._folder}: another process is writing shards into it; wait for it or end it"
+            ) from error
         except OSError as error:
             self._remove_everything()
             raise _unwritable(self._folder, error) from error
@@ -111,6 +120,7 @@ class ShardWriter:
             raise
         if kind is not None:
             self._remove_everything()
+        self._lock.close()
 
     def _claim(self) -> None:
         marker = self._folder / MARKER_NAME
@@ -182,6 +192,7 @@ class ShardWriter:
         for path in self._written:
             path.unlink(missing_ok=True)
         remove_empty(self._made_folders)
+        self._lock.close()
 
 
 def _unwritable(path: Path, error: Exception) -> OutputError:

@@ -290,7 +290,8 @@ def test_a_killed_preparation_is_not_a_data_set_and_is_started_over(tmp_path):
     for number in range(5):
         writer.add(pixels(number), 0)
     (target / "shard-00002.safetensors.partial").write_bytes(b"half")
-    # Here the process is killed: no __exit__.
+    # Here the process is killed: no __exit__, but its locks end with it.
+    del writer
     with pytest.raises(DataError, match="no finished data set"):
         ShardDataset(target)
     assert not is_prepared(target, DESCRIBED)
@@ -304,10 +305,22 @@ def test_a_killed_preparation_with_other_settings_is_not_touched(tmp_path):
     target = tmp_path / "data"
     writer = ShardWriter(target, description=DESCRIBED, samples_per_shard=2)
     writer.__enter__()
+    del writer
     other = DatasetDescription({"name": "other"}, SHAPE, ("zero",))
     with pytest.raises(OutputError, match="not an unfinished preparation with these settings"):
         write(target, described=other)
     assert names(target) == [MARKER_NAME]
+
+
+def test_a_preparation_that_goes_on_is_not_taken_for_a_killed_one(tmp_path):
+    with ShardWriter(tmp_path / "a", description=DESCRIBED, samples_per_shard=2) as writer:
+        for number in range(5):
+            writer.add(pixels(number), 0)
+        before = names(tmp_path / "a")
+        with pytest.raises(OutputError, match="a: another process is writing shards into it"):
+            write(tmp_path / "a")
+        assert names(tmp_path / "a") == before
+    assert len(ShardDataset(tmp_path / "a")) == 5
 
 
 def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
