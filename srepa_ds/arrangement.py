@@ -38,6 +38,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.gradient_clipping,
         # DeepSpeed's own printing and its monitors stay silent; telemetry is ours.
         "steps_per_print": 1_000_000_000,
+        # For a message that nobody sees it would wait for the device twice in every micro step,
+        # for the teachers' stream too.
+        "timers": {"throughput": {"enabled": False}},
         # Which AdamW steps offloaded weights the YAML says.
         "zero_force_ds_cpu_optimizer": False,
     }

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
@@ -204,6 +205,8 @@ def drop_unless_finite(engine: deepspeed.DeepSpeedEngine, norm: Tensor | None) -
     Every other optimizer of DeepSpeed looks itself, and skips the step on all ranks. Without
     gradients Adam's step changes nothing. `norm` is that of `gradient_norm`, equal on all ranks.
     """
+    # The step's one wait for the device, as under every stage. Without it whether the step was
+    # applied would be known to the device alone, which counter, EMA and rollback depend on.
     if norm is None or torch.isfinite(norm):
         return True
 
@@ -214,6 +217,21 @@ def drop_unless_finite(engine: deepspeed.DeepSpeedEngine, norm: Tensor | None) -
 
     hook = engine.optimizer.register_step_pre_hook(drop)
     return False
+
+
+def judge_by_norm(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Keeps DeepSpeed from asking every gradient what it then asks their norm.
+
+    The norm, the same on all ranks, is not finite if one of them is not. To ask each costs stage 2
+    with bf16 weights a pass over all of them, and stage 0 and offload a wait for the device per
+    weight, offload in the midst of the backward pass.
+    """
+    optimizer = engine.optimizer
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        optimizer.overflow_checker.check = lambda: False
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.check_overflow = lambda **_: None
+        optimizer.update_offload_overflow_tracker = lambda _: None
 
 
 def forget_gradients(engine: deepspeed.DeepSpeedEngine) -> None:

@@ -15,9 +15,6 @@ from ranks import run_worker
 from safetensors.torch import load_file
 from torch import Tensor
 
-from srepa_ds.arrangement import micro_batch_size
-from srepa_ds.errors import TopologyError
-
 KINDS = ("master", "ema", "exp_avg", "exp_avg_sq")
 ARRANGEMENTS = ("0", "1", "2", "3", "2-offload", "3-offload")
 PRECISIONS = ("fp32", "bf16_autocast", "bf16")
@@ -258,6 +255,19 @@ def test_a_checkpoint_of_two_ranks_stage_2_continues(lookup, world_size, arrange
 
 
 @each_case
+def test_a_step_waits_for_the_device_to_judge_its_norm_alone(
+    lookup, world_size, arrangement, precision
+):
+    reads = lookup(world_size, arrangement, precision)["reads"]
+    assert len(reads) == world_size
+    # With offload the norm is summed on the host, weight by weight.
+    num_weights = 47 if arrangement == "2-offload" else 0
+    assert (reads >= 1).all()
+    # Two: where the norm is asked once whether it is finite, and once for clipping.
+    assert (reads <= num_weights + (2 if num_weights == 0 else 3)).all(), reads
+
+
+@each_case
 def test_the_flow_loss_by_time_is_not_rounded(lookup, world_size, arrangement, precision):
     facts = lookup(world_size, arrangement, precision)
     for step in ("1", "split.1"):
@@ -290,10 +300,3 @@ def test_deepspeeds_cpu_adam_takes_torchs_steps_and_resumes_nearly_exactly(tmp_p
         # Its kernel multiplies powers of the betas up; a fresh process takes them anew.
         found, expected = facts["resumed.5.master"], facts["deepspeed.5.master"]
         assert change(found, expected, start) < 1e-5
-
-
-def test_the_batch_is_shared_in_whole_samples():
-    assert micro_batch_size(256, 2, 8) == 16
-    assert micro_batch_size(3, 1, 3) == 1
-    with pytest.raises(TopologyError, match=r"10 cannot be split over 2 ranks .* of 4"):
-        micro_batch_size(10, 2, 2)

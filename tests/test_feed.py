@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from srepa_ds.alignment.teachers import load_teacher
 from srepa_ds.config import Config, load_config
@@ -74,10 +76,8 @@ def feed_of(config: Config, batches: Iterable[Batch], **settings) -> Feed:
 
 
 def same(one: TrainingInputs, two: TrainingInputs) -> bool:
-    return all(
-        a.equal(b) if isinstance(a, Tensor) else a is b is None or repr(a) == repr(b)
-        for a, b in zip(one, two, strict=True)
-    )
+    pairs = zip(tree_leaves(one), tree_leaves(two), strict=True)
+    return all(a.equal(b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
 ahead_or_not = pytest.mark.parametrize(
@@ -183,6 +183,27 @@ def test_samples_without_finite_tokens_are_named(experiment):
     assert feed.unusable() == {0: [1002, 1004, 1007]}
     list(feed.step())
     assert feed.unusable() == {}
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "_local_scalar_dense" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_only_asking_for_bad_samples_waits_for_the_device(experiment):
+    config = experiment()
+    teacher = load_teacher(config.alignments[0].teacher, resolution=(16, 16), device=CPU)
+    feed = Feed(config, map(batch, range(9)), IdentityCodec(), (teacher,), device=CPU, first_step=0)
+    with Reads() as reads:
+        list(feed.step())
+        assert reads.count == 0
+        feed.unusable()
+        assert reads.count == 1
 
 
 def test_waiting_for_batches_is_counted_once(experiment):

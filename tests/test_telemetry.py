@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -52,6 +53,30 @@ def test_a_resumed_run_takes_its_later_steps_again(tmp_path):
     record(tmp_path, range(1, 8))
     record(tmp_path, range(5, 7), first_step=4)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_what_is_taken_back_leaves_no_picture(tmp_path, restarts):
+    def telemetry(first_step: int) -> Telemetry:
+        return Telemetry(tmp_path, first_step=first_step, total_steps=9, is_main=True)
+
+    run = telemetry(0)
+    for step in (2, 4, 6):
+        run.picture(step, Image.new("RGB", (4, 4), (step, 0, 0)))
+    (tmp_path / "pictures" / "step-mine.png").touch()
+    if restarts:
+        run.close()
+        run = telemetry(4)
+    else:
+        run.rewind(4)
+    run.picture(8, Image.new("RGB", (4, 4)))
+    run.close()
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    steps = ["step-0000002.png", "step-0000004.png", "step-0000008.png"]
+    assert names == [*steps, "step-mine.png"]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Images("samples")] == [2, 4, 8]
 
 
 @pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"st', "3", '{"loss": 1}', "\0\0\0", ""])

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from srepa_ds import checkpoint, distributed
 from srepa_ds.alignment.alignment import TeacherShape
@@ -32,6 +33,16 @@ SAVED_STEP = 3
 KINDS = ("master", "ema", "exp_avg", "exp_avg_sq")
 
 Facts = dict[str, Tensor]
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "_local_scalar_dense" in str(func)
+        return func(*args, **(kwargs or {}))
 
 
 def experiment(
@@ -237,7 +248,10 @@ def train(folder: Path, arrangement: str, precision: str, ranks: Ranks) -> Facts
         keep(engine, folder / f"saved-{precision}", step=SAVED_STEP, ranks=ranks)
     facts |= report_facts("bad", run_step(engine, ranks, GOOD_STEPS, bad_micro_step=0))
     facts |= state_facts("bad", engine, shapes) | copies_facts("bad", engine, arrangement)
-    facts |= report_facts(f"{GOOD_STEPS}", run_step(engine, ranks, GOOD_STEPS))
+    with Reads() as reads:
+        report = run_step(engine, ranks, GOOD_STEPS)
+    facts["reads"] = torch.tensor(distributed.gather(reads.count))
+    facts |= report_facts(f"{GOOD_STEPS}", report)
     facts |= state_facts(f"{GOOD_STEPS}", engine, shapes)
     facts |= copies_facts(f"{GOOD_STEPS}", engine, arrangement)
     engine.close()
