@@ -21,6 +21,16 @@ def _depth_within_model(
             )
 
 
+def _remat_finds_a_block(model: SiTConfig, engine: EngineConfig) -> Iterator[Fault]:
+    remat, depth = engine.remat, model.shape.depth
+    if remat.policy == "every_k" and remat.k > depth:
+        yield Fault(
+            "engine.remat.k",
+            f"{remat.k} lies beyond the model's {depth} blocks, so none would be computed again; "
+            f"choose at most {depth}, or policy 'none'",
+        )
+
+
 def _class_tokens_have_a_source(
     model: SiTConfig, alignments: tuple[AlignmentConfig, ...]
 ) -> Iterator[Fault]:
@@ -105,6 +115,7 @@ def _deepspeed_json_is_sound(engine: EngineConfig) -> Iterator[Fault]:
 
 CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {
     ("model", "alignments"): (_depth_within_model, _class_tokens_have_a_source),
+    ("model", "engine"): (_remat_finds_a_block,),
     ("alignments",): (_weights_can_be_had,),
     ("evaluate",): (_extractor_can_be_had,),
     ("monitor", "evaluate"): (_monitor_can_judge,),

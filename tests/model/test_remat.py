@@ -7,6 +7,7 @@ import torch
 from plain_sit import tiny_inputs, tiny_model
 from torch._dynamo.testing import CompileCounter
 
+from srepa_ds.config import config_from
 from srepa_ds.errors import ConfigError
 from srepa_ds.model.kept_tensors import KeptTensors, counted_bytes, counted_flops
 from srepa_ds.model.remat import RematConfig, activation_bytes, offloaded, recompute_flops
@@ -196,6 +197,26 @@ def test_a_compiled_training_step_is_the_eager_one_but_for_rounding(policy):
 def test_settings_that_make_no_sense_are_refused(tree, message):
     with pytest.raises(ConfigError, match=message):
         validated(RematConfig, tree, source="test")
+
+
+def experiment(k):
+    model = {"variant": "SiT-S/2", "input_size": 32, "in_channels": 4, "num_classes": 10}
+    return {
+        "run": {"folder": "run"},
+        "data": {"folder": "data"},
+        "model": {**model, "depth": 3},
+        "train": {"steps": 1},
+        "engine": {"remat": {"policy": "every_k", "k": k, "offload": True}},
+    }
+
+
+def test_every_k_beyond_the_model_is_refused():
+    assert config_from(experiment(3), source="test").engine.remat.k == 3
+    with pytest.raises(ConfigError) as caught:
+        config_from(experiment(4), source="test")
+    (fault,) = caught.value.faults
+    assert fault.path == "engine.remat.k"
+    assert "beyond the model's 3 blocks" in fault.message
 
 
 def test_sampling_keeps_nothing_and_is_unchanged():
