@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from srepa_ds import distributed
