@@ -23,18 +23,16 @@ from torch import Tensor
 from srepa_ds import distributed
 from srepa_ds.errors import CheckpointError, OutputError, SRepaError
 from srepa_ds.files import flush_to_disk, sha256_of, write_aside
-from srepa_ds.fragment_file import FileEntry, Piece, snapshot_of, write_snapshot
+from srepa_ds.fragment_file import Piece, snapshot_of, write_snapshot
+from srepa_ds.manifest import FOREIGN, MANIFEST, FileEntry, entry_of, fault_in, write_manifest
 from srepa_ds.schema import Section
 
 FORMAT = "srepa_ds.checkpoint"
 VERSION = 1
-_MARK = {"format": FORMAT, "version": VERSION}
-_MANIFEST = "manifest.json"
 _STATE = "state.json"
 _LATEST = "latest"
 _PREFIX = "step-"
 _ASIDE = ".writing-"
-_FOREIGN = "of format"
 
 log = logging.getLogger("srepa_ds")
 
@@ -123,7 +121,7 @@ class CheckpointReader:
 
     def fingerprint(self) -> str:
         """Returns a short hash that identifies the checkpoint: of its manifest."""
-        return sha256_of(self.folder / _MANIFEST)[:16]
+        return sha256_of(self.folder / MANIFEST)[:16]
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -171,7 +169,8 @@ class UnfinishedCheckpoint:
             entries = {file: entry for file, entry, _ in parts}
             # In the model's order, as far as any rank knows it.
             shapes = {name: shape for *_, part in parts for name, shape in part.items()}
-            document = self._document | _MARK | {"step": self.step, "shapes": shapes}
+            mark = {"format": FORMAT, "version": VERSION}
+            document = self._document | mark | {"step": self.step, "shapes": shapes}
             distributed.on_main(
                 lambda: _finish(self._root, self._aside, self.folder, document, entries)
             )
@@ -218,9 +217,8 @@ def _finish(
     with _writing(root):
         (aside / _STATE).write_text(json.dumps(document, indent=1))
         flush_to_disk(aside / _STATE)
-        files = {**entries, _STATE: _entry(aside / _STATE)}
-        (aside / _MANIFEST).write_text(json.dumps(_MARK | {"files": files}, indent=1))
-        flush_to_disk(aside / _MANIFEST)
+        files = {**entries, _STATE: entry_of(aside / _STATE)}
+        write_manifest(aside, files, format=FORMAT, version=VERSION)
         flush_to_disk(aside)
         # One of the same step is moved, not deleted, until this one has its name.
         replaced = root / f"{_ASIDE}replaced-{final.name}"
@@ -232,32 +230,9 @@ def _finish(
         flush_to_disk(root)
 
 
-def _entry(path: Path) -> FileEntry:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
 def fault_of(folder: Path) -> str | None:
     """Returns why the checkpoint in `folder` is not valid, or None if it is."""
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
-            mark = f"{manifest['format']} {manifest['version']}"
-            return f"{_FOREIGN} {mark}, not {FORMAT} {VERSION}"
-        if _STATE not in manifest["files"]:
-            return f"its manifest does not name {_STATE}"
-        for name, expected in manifest["files"].items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
-            if _entry(path) != expected:
-                return f"{name} does not match its checksum"
-    except FileNotFoundError:
-        return f"{_MANIFEST} is missing" if folder.is_dir() else "there is no such folder"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its manifest cannot be read ({type(error).__name__})"
-    return None
+    return fault_in(folder, format=FORMAT, version=VERSION, needed=_STATE)
 
 
 def steps_in(root: Path) -> list[Path]:
@@ -278,7 +253,7 @@ def newest_valid(root: Path) -> Path | None:
         fault = fault_of(folder)
         if fault is None:
             return folder
-        if fault.startswith(_FOREIGN):
+        if fault.startswith(FOREIGN):
             raise CheckpointError(
                 f"{folder} is {fault}; go on with the srepa_ds that wrote it, or move it away"
             )

@@ -11,7 +11,8 @@ import torch
 
 from srepa_ds import distributed
 from srepa_ds.checkpoint import CheckpointConfig, UnfinishedCheckpoint, prune
-from srepa_ds.fragment_file import FileEntry, Piece
+from srepa_ds.fragment_file import Piece
+from srepa_ds.manifest import FileEntry
 
 log = logging.getLogger("srepa_ds")
 

@@ -19,11 +19,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from srepa_ds.manifest import FileEntry
+
 # 64 MiB. Page-locked memory comes in powers of two, so nothing of it is lost.
 CHUNK_NUMEL = 1 << 24
-
-FileEntry = dict[str, Any]
-"""A file's size and sha256, as a manifest names them: `bytes`, `sha256`."""
 
 
 @dataclass(frozen=True)
