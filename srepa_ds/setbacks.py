@@ -5,6 +5,7 @@ and a restarted run counts the returns of its predecessors.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,9 @@ def _lines(folder: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _append(folder: Path, line: Mapping[str, Any]) -> None:
-    path = folder / SKIPPED
-    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * torn + json.dumps(line) + "\n")
+    with (folder / SKIPPED).open("ab+") as file:
+        torn = False
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            torn = file.read() != b"\n"
+        file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
