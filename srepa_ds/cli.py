@@ -14,6 +14,7 @@ from srepa_ds.errors import SRepaError
 from srepa_ds.launcher import free_port, launched, run_ranks
 
 if TYPE_CHECKING:
+    from srepa_ds.config import Config
     from srepa_ds.schema import Section
 
     S = TypeVar("S", bound=Section)
@@ -72,10 +73,9 @@ def prepare(
 
 def _store_teachers(path: Path, overrides: list[str] | None, ranks: int) -> NoReturn:
     def action() -> int:
-        from srepa_ds.config import load_config
         from srepa_ds.store_tokens import store_tokens
 
-        store_tokens(load_config(path, overrides or ()))
+        store_tokens(_config_of_all_ranks(path, overrides))
         return 0
 
     _on_ranks(action, ranks, command=["prepare", str(path), "--teacher", *(overrides or ())])
@@ -102,12 +102,10 @@ def train(
     """Train a SiT; the same command resumes. Ctrl-C saves first."""
 
     def action() -> int:
-        from srepa_ds.config import load_config
         from srepa_ds.train import train as run_training
 
-        finished = run_training(
-            load_config(path, overrides or ()), allow_config_change=allow_config_change
-        )
+        config = _config_of_all_ranks(path, overrides)
+        finished = run_training(config, allow_config_change=allow_config_change)
         return 0 if finished else INTERRUPTED
 
     changes = ["--allow-config-change"] if allow_config_change else []
@@ -129,10 +127,9 @@ def sample(path: ConfigPath, overrides: Overrides = None, ranks: RankCount = 1) 
     """Draw images from an exported model into an ADM .npz and a contact sheet."""
 
     def action() -> int:
-        from srepa_ds.config import load_config
         from srepa_ds.sample import sample as run_sampling
 
-        run_sampling(load_config(path, overrides or ()))
+        run_sampling(_config_of_all_ranks(path, overrides))
         return 0
 
     _on_ranks(action, ranks, command=["sample", str(path), *(overrides or ())])
@@ -210,15 +207,8 @@ def _complain(error: SRepaError) -> None:
     """Says once what is wrong; with SREPA_DEBUG set, shows where it arose."""
     if os.environ.get("SREPA_DEBUG"):
         traceback.print_exception(error)
-    if os.environ.get("RANK", "0") == "0" or not (error.on_all_ranks or _before_joining()):
-        typer.echo(f"error: {error}", err=True)
-
-
-def _before_joining() -> bool:
-    """Returns whether all ranks are still doing the same, so that all meet the same faults."""
-    from srepa_ds import distributed
-
-    return not distributed.joined()
+    if os.environ.get("RANK", "0") == "0" or not error.on_all_ranks:
+        typer.echo("\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
 
 
 def _on_ranks(action: Callable[[], int], ranks: int, *, command: Sequence[str]) -> NoReturn:
@@ -235,6 +225,23 @@ def _on_ranks(action: Callable[[], int], ranks: int, *, command: Sequence[str]) 
         if not launched():
             distributed.close()
     raise typer.Exit(code)
+
+
+def _config_of_all_ranks(path: Path, overrides: list[str] | None) -> "Config":
+    """Returns the experiment, having joined the other ranks.
+
+    Raises on all of them alike what any finds wrong with its file, and ConfigError if they differ.
+    """
+    from srepa_ds import distributed
+    from srepa_ds.config import load_config
+    from srepa_ds.run_folder import leaves
+    from srepa_ds.schema import to_tree
+
+    distributed.initialize()
+    config = distributed.together(lambda: load_config(path, overrides or ()))
+    advice = "ranks were given different settings; give all the same file and overrides"
+    distributed.check_same(dict(leaves(to_tree(config))), what=advice)
+    return config
 
 
 def _log() -> None:

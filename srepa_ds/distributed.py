@@ -1,8 +1,10 @@
 """The process group: who this rank is, and decisions that all ranks take together."""
 
+import json
 import os
+import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from srepa_ds.errors import SRepaError, TopologyError
+from srepa_ds.errors import ConfigError, Fault, SRepaError, TopologyError
 from srepa_ds.launcher import free_port, launched
 
 T = TypeVar("T")
@@ -42,33 +44,90 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
     """Returns this process's `Ranks`, joining the process group (NCCL on GPUs, gloo elsewhere).
 
     Without a launcher the process is a group of one. Raises TopologyError when the launcher's
-    variables are incomplete or the node has fewer GPUs than local ranks.
+    variables are incomplete; and on all ranks, when one finds no GPU for itself or others have
+    devices of another kind.
     """
     # DeepSpeed reads LOCAL_RANK on its own.
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    device = local_device(local_rank)
     if not dist.is_initialized():
+        place = _from_launcher(local_rank, timeout) if launched() else _alone(local_rank)
+        device: torch.device = place.pop("device")
         backend = "nccl" if device.type == "cuda" else "gloo"
         device_id = device if device.type == "cuda" else None
-        where = _from_launcher() if launched() else _alone()
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id, **where)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id, **place)
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_device(local_rank))
 
 
-def _from_launcher() -> dict[str, Any]:
+def _from_launcher(local_rank: int, timeout: timedelta) -> dict[str, Any]:
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
         raise TopologyError(f"the launcher did not set {', '.join(missing)}; start with torchrun")
-    return {"init_method": "env://"}
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    return {
+        "device": _device_if_all_have_one(store, rank, world_size, local_rank),
+        "store": dist.PrefixStore("default_pg", store),
+        "rank": rank,
+        "world_size": world_size,
+    }
 
 
-def _alone() -> dict[str, Any]:
+def _device_if_all_have_one(
+    store: dist.Store, rank: int, world_size: int, local_rank: int
+) -> torch.device:
+    """Returns this rank's device; raises TopologyError on all ranks if one has none, or another's.
+
+    By way of the store, for a rank without its device cannot join the group and say so there.
+    """
+    device, fault = None, ""
+    try:
+        device = local_device(local_rank)
+    except TopologyError as error:
+        fault = str(error)
+    said = {"where": _where(rank), "kind": device.type if device else "", "fault": fault}
+    store.set(f"device/{rank}", json.dumps(said))
+    told = [
+        json.loads(text) for text in store.multi_get([f"device/{k}" for k in range(world_size)])
+    ]
+    if device is not None and all(other["kind"] == device.type for other in told):
+        return device
+    _wait_until_all_know(store, rank, world_size)
+    error = TopologyError(_device_fault(told))
+    error.on_all_ranks = True
+    raise error
+
+
+def _device_fault(told: list[dict[str, str]]) -> str:
+    for rank in told:
+        if rank["fault"]:
+            return f"{rank['where']}: {rank['fault']}"
+    gpu = next(rank["where"] for rank in told if rank["kind"] == "cuda")
+    none = next(rank["where"] for rank in told if rank["kind"] != "cuda")
+    return (
+        f"{none} sees no GPU, {gpu} has one; mend its driver, or set CUDA_VISIBLE_DEVICES= "
+        "(empty) on all nodes to train on their CPUs"
+    )
+
+
+def _wait_until_all_know(store: dist.Store, rank: int, world_size: int) -> None:
+    """Returns on rank 0, which may be the store's host, when all the others have read from it."""
+    if store.add("know", 1) == world_size:
+        store.set("all know", "")
+    if rank == 0:
+        store.wait(["all know"])
+
+
+def _alone(local_rank: int) -> dict[str, Any]:
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         raise TopologyError(
             "srun starts several tasks, but none knows of the others; start one task per node and "
             "torchrun inside it"
         )
-    return {"init_method": f"tcp://127.0.0.1:{free_port()}", "rank": 0, "world_size": 1}
+    return {
+        "device": local_device(local_rank),
+        "init_method": f"tcp://127.0.0.1:{free_port()}",
+        "rank": 0,
+        "world_size": 1,
+    }
 
 
 def local_device(local_rank: int = 0) -> torch.device:
@@ -152,7 +211,8 @@ def any_rank(flag: bool) -> bool:
 def together(action: Callable[[], T]) -> T:
     """Returns `action()`, or raises on *every* rank the user error that any rank met.
 
-    So no rank waits in a collective for one that has already left. The first rank's error speaks.
+    So no rank waits in a collective for one that has already left. The first rank's error speaks;
+    on ranks that did not meet it a note says who did.
     """
     result: T | None = None
     error: SRepaError | None = None
@@ -160,13 +220,40 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except SRepaError as caught:
         error = caught
-    errors = [met for met in gather(error) if met is not None]
+    errors = [met for met in gather((_where(rank()), error) if error else None) if met is not None]
     if errors:
+        where, first = errors[0]
+        if error is None:
+            first.add_note(f"met by {where}")
         # The same type everywhere: it tells callers what to clean up. A rank's own keeps its cause.
-        shared = error if error is not None else errors[0]
+        shared = error if error is not None else first
         shared.on_all_ranks = True
         raise shared
     return result  # type: ignore[return-value]
+
+
+def check_same(facts: Mapping[str, Any], *, what: str) -> None:
+    """Returns if all ranks gave equal `facts`; else raises ConfigError on all. Collective.
+
+    It names the differing keys and the first rank that differs from rank 0; `what` says what the
+    facts are of, and what to do.
+    """
+    by_rank = gather((_where(rank()), dict(facts)))
+    first, expected = by_rank[0]
+    faults: dict[str, Fault] = {}
+    for where, found in by_rank[1:]:
+        for key in {**expected, **found}:
+            if expected.get(key) != found.get(key):
+                values = f"{expected.get(key)!r} on {first}, {found.get(key)!r} on {where}"
+                faults.setdefault(key, Fault(key, values))
+    if faults:
+        error = ConfigError(what, faults.values())
+        error.on_all_ranks = True
+        raise error
+
+
+def _where(number: int) -> str:
+    return f"rank {number} ({platform.node()})"
 
 
 def on_main(action: Callable[[], T]) -> T:

@@ -104,7 +104,7 @@ def unsafe_changes(stored: Tree, config: Config) -> Iterator[Fault]:
         stored = to_tree(validated(Config, stored, source="the stored configuration"))
     except ConfigError:
         pass
-    old, new = dict(_leaves(stored)), dict(_leaves(to_tree(config)))
+    old, new = dict(leaves(stored)), dict(leaves(to_tree(config)))
     for key in {**old, **new}:
         if old.get(key) != new.get(key) and not _is_safe(key):
             yield Fault(key, f"was {old.get(key)!r}, is {new.get(key)!r}")
@@ -115,11 +115,12 @@ def _is_safe(key: str) -> bool:
     return below or key.endswith(_SAFE_ANYWHERE)
 
 
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields what a tree holds, in order, each below its `section.field` path from `path` on."""
     if isinstance(node, dict | list) and node:
         items = node.items() if isinstance(node, dict) else enumerate(node)
         for key, value in items:
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
     else:
         yield path, node
 

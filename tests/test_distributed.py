@@ -1,10 +1,11 @@
 """The process group: who a rank is, and what all ranks decide together."""
 
 import pickle
+import shutil
 
 import pytest
 import torch
-from ranks import run_worker
+from ranks import SECONDS, WORKERS, run_worker, start_ranks
 
 from srepa_ds import distributed
 from srepa_ds.errors import ConfigError, Fault, TopologyError
@@ -66,3 +67,27 @@ def test_an_error_stays_itself_on_its_way_to_other_ranks():
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is ConfigError
     assert (str(copy), copy.source, copy.faults) == (str(error), error.source, error.faults)
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_on_one_rank_is_said_once(small_world, tmp_path):
+    shutil.copytree(small_world.folder, tmp_path / "world")
+    run_worker("differing_ranks", 2, tmp_path / "world")
+
+
+@pytest.mark.parametrize(
+    ("seen", "words"),
+    [
+        ("none", ("rank 1 (", "local rank 1 has no GPU: this node shows 1;")),
+        ("other", ("rank 0 (", "sees no GPU, rank 1 (", "has one; mend its driver")),
+    ],
+)
+def test_ranks_that_cannot_join_say_so_once_and_end_together(seen, words):
+    command = [str(WORKERS / "rank_without_gpu.py"), seen]
+    ranks = start_ranks(command, 2)
+    outputs = [process.communicate(timeout=SECONDS)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2], outputs
+    assert outputs[0].count("error:") == 1
+    assert not [word for word in words if word not in outputs[0]], outputs
+    assert "error" not in outputs[1]
+    assert "Traceback" not in outputs[0] + outputs[1]

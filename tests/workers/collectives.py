@@ -1,5 +1,6 @@
 """What ranks do together, asserted on each of two. Usage: collectives.py FOLDER."""
 
+import re
 import resource
 import sys
 from pathlib import Path
@@ -53,6 +54,9 @@ def errors(rank: int) -> None:
         assert type(error) is OutputError
         assert str(error) == "no room"
         assert error.on_all_ranks
+        notes = getattr(error, "__notes__", [])
+        assert len(notes) == (rank != failing)
+        assert all(note.startswith(f"met by rank {failing} (") for note in notes)
         faults = [Fault("a.b", "wrong"), Fault("c", "worse")]
         error = error_of(ConfigError("file", faults) if rank == failing else None)
         assert type(error) is ConfigError
@@ -61,6 +65,19 @@ def errors(rank: int) -> None:
     error = error_of(CheckpointError(f"of rank {rank}"))
     assert str(error) == f"of rank {rank}"
     assert error.on_all_ranks
+
+
+def facts(rank: int) -> None:
+    """Facts that differ are named on both ranks, each with two that differ in it."""
+    distributed.check_same({"a": 1, "b": None}, what="same")
+    with pytest.raises(ConfigError) as caught:
+        distributed.check_same({"a": 1, "b": rank, "c" * (rank + 1): [2]}, what="not same")
+    by_path = {fault.path: fault.message for fault in caught.value.faults}
+    assert caught.value.source == "not same"
+    assert by_path.keys() == {"b", "c", "cc"}
+    assert re.fullmatch(r"0 on rank 0 \(.+\), 1 on rank 1 \(.+\)", by_path["b"])
+    assert by_path["cc"].startswith("None on rank 0 (")
+    assert caught.value.on_all_ranks
 
 
 def checkpoints(rank: int, root: Path) -> None:
@@ -76,6 +93,10 @@ def checkpoints(rank: int, root: Path) -> None:
     reader = CheckpointReader(save_step(1))
     assert torch.equal(reader.tensor("master", "w"), whole.view(5, 10) + 1)
     assert reader.names("ema") == ["only0", "only1"]
+    seen = root / ("step-0000001" if rank == 0 else "nowhere")
+    with pytest.raises(CheckpointError, match="every rank needs the run's folder") as caught:
+        distributed.together(lambda: CheckpointReader(seen))
+    assert caught.value.on_all_ranks
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for failing in (0, 1):
         distributed.barrier()
@@ -95,5 +116,6 @@ if __name__ == "__main__":
     ranks = distributed.initialize()
     values(ranks.rank)
     errors(ranks.rank)
+    facts(ranks.rank)
     checkpoints(ranks.rank, Path(sys.argv[1]))
     distributed.leave(0)
