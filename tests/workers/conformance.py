@@ -2,8 +2,8 @@
 
 Usage: conformance.py FOLDER PRECISION ARRANGEMENT.ACCUMULATION.REMAT... An arrangement is the name
 of a file in ds_configs without `zero`. Writes FOLDER/PRECISION.safetensors: of each case and each
-plain loop the losses, the gradients before clipping and the weights after each step, flat; and the
-sizes of the weights they consist of.
+plain loop the losses and the gradients before clipping of each step and the weights after the last,
+flat; and the initial weights, and the sizes of what they consist of.
 """
 
 import sys
@@ -43,6 +43,9 @@ REMAT = {
     "none": RematConfig(),
     "products": RematConfig(policy="selective", keep="products"),
     "full": RematConfig(policy="full"),
+    "attention": RematConfig(policy="selective", keep="attention"),
+    # Of the three blocks the second is computed again.
+    "every_k_offload": RematConfig(policy="every_k", k=2, offload=True),
 }
 
 Facts = dict[str, Tensor]
@@ -80,8 +83,7 @@ def plain_loop(config: Config, precision: str, parts: int) -> Facts:
         facts[f"{step}.gradient"] = flat([master.grad for master in masters])
         torch.nn.utils.clip_grad_norm_(masters, CLIPPING)
         optimizer.step()
-        facts[f"{step}.master"] = flat(masters)
-    return facts
+    return facts | {"master": flat(masters)}
 
 
 def engine_facts(config: Config, remat: str, ranks: Ranks) -> Facts:
@@ -94,15 +96,12 @@ def engine_facts(config: Config, remat: str, ranks: Ranks) -> Facts:
     facts: Facts = {}
     for step in STEPS:
         report = run_step(engine, ranks, step, accumulation=config.train.accumulation_steps)
-        facts |= report_facts(f"{step}", report) | state_facts(f"{step}", engine, shapes)
+        facts[f"{step}.losses"] = report_facts(f"{step}", report)[f"{step}.losses"]
         facts[f"{step}.gradient"] = gradients.pop()
         assert not gradients
+    facts["master"] = state_facts("last", engine, shapes)["last.master"]
     engine.close()
-    return {
-        name: facts[name]
-        for step in STEPS
-        for name in (f"{step}.losses", f"{step}.gradient", f"{step}.master")
-    }
+    return facts
 
 
 def watched(engine: Engine) -> list[Tensor]:
@@ -126,7 +125,7 @@ def main(folder: Path, precision: str, cases: list[str]) -> None:
     config = experiment(folder, "0", "fp32", 1)
     weights = list(objective_of(config).parameters())
     facts["sizes"] = torch.tensor([weight.numel() for weight in weights])
-    facts["0.master"] = flat(weights)
+    facts["initial"] = flat(weights)
     for parts in (1, ranks.world_size, 2 * ranks.world_size):
         assert BATCH % parts == 0
         found = plain_loop(config, precision, parts)
