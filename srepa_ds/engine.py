@@ -53,10 +53,14 @@ class Engine:
         objective.to(ranks.device)
         parameters = [p for p in objective.parameters() if p.requires_grad]
         document = deepspeed_config(config, ranks.world_size)
+        # Before DeepSpeed's first collective: one rank alone may lack what the kernel is built by.
+        optimizer = distributed.together(
+            lambda: build_optimizer_for(document, config.optimizer, parameters)
+        )
         self._deepspeed, *_ = deepspeed.initialize(
             model=objective,
             model_parameters=parameters,
-            optimizer=build_optimizer_for(document, config.optimizer, parameters),
+            optimizer=optimizer,
             config=document,
             dist_init_required=False,
         )
