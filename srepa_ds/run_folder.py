@@ -1,17 +1,17 @@
 """A run's folder: who may train in it, what it resumes from, and what it says of itself."""
 
-import fcntl
 import json
-import os
+import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from srepa_ds import checkpoint
+from srepa_ds import checkpoint, distributed
 from srepa_ds.config import Config
 from srepa_ds.errors import ConfigError, Fault, OutputError
-from srepa_ds.files import write_aside
+from srepa_ds.files import locked, make_folder, remove_empty, write_aside
 from srepa_ds.schema import Tree, to_tree, to_yaml, validated
 from srepa_ds.telemetry import environment
 
@@ -28,6 +28,9 @@ _SAFE_ANYWHERE = (
     *(".teacher.weights", ".teacher.compile"),
     *(".structural.algorithm", ".structural.tile"),
 )
+# A network file system may believe for so long that what was not there a moment ago still is not.
+_NEWS_SECONDS = 30.0
+_POLL_SECONDS = 0.1
 
 
 @contextmanager
@@ -37,7 +40,7 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"cannot write to the run's folder {folder}: {error.strerror}; choose another "
+            f"cannot write to the run's folder {folder}: {error.strerror or error}; choose another "
             "run.folder or mend its permissions"
         ) from error
 
@@ -46,29 +49,53 @@ def writing(folder: Path) -> Iterator[None]:
 def claimed(folder: Path, *, is_main: bool) -> Iterator[None]:
     """Keeps other trainings out of `folder` while the block runs, on the main rank.
 
-    Raises OutputError if another process trains there, or the folder cannot be written to.
+    Makes the folder, and removes it if the block leaves it empty. Raises OutputError if another
+    process trains there, or the folder cannot be written to.
     """
-    if not is_main:
+    with ExitStack() as stack:
+        if is_main:
+            with writing(folder):
+                made = make_folder(folder)
+                try:
+                    stack.enter_context(locked(folder))
+                except BlockingIOError as error:
+                    raise OutputError(
+                        f"another process is training in {folder}; wait for it or end it, or "
+                        "choose another run.folder"
+                    ) from error
+            stack.callback(remove_empty, made)
         yield
-        return
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+
+
+def check_shared(folder: Path) -> None:
+    """Returns if every rank sees in `folder` what the main rank writes there. Collective.
+
+    Raises OutputError on all ranks, naming the first that does not.
+    """
+    name = f".seen-by-all-{uuid.uuid4().hex}"
+    token = folder / distributed.broadcast(name)
     try:
-        try:
-            # The folder itself is the lock: no file to leave behind, gone with the process.
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"another process is training in {folder}; wait for it or end it, or choose "
-                "another run.folder"
-            ) from error
-        except OSError:
-            # Some network file systems know no locks; then nothing is lost but this protection.
-            pass
-        yield
+        distributed.on_main(lambda: _leave(token))
+        distributed.together(lambda: _find(token))
     finally:
-        os.close(descriptor)
+        if distributed.rank() == 0:
+            token.unlink(missing_ok=True)
+
+
+def _leave(token: Path) -> None:
+    with writing(token.parent):
+        token.touch()
+
+
+def _find(token: Path) -> None:
+    deadline = time.monotonic() + _NEWS_SECONDS
+    while not token.exists():
+        if time.monotonic() > deadline:
+            raise OutputError(
+                f"this rank does not see the run's folder {token.parent.absolute()} that the main "
+                "rank writes to; choose a run.folder that all nodes share"
+            )
+        time.sleep(_POLL_SECONDS)
 
 
 def checkpoint_to_resume(
@@ -76,7 +103,8 @@ def checkpoint_to_resume(
 ) -> Path | None:
     """Returns the newest valid checkpoint of the run, or None to begin anew.
 
-    `identity` names what lies behind the configuration's paths. Raises CheckpointError if there
+    `identity` names what lies behind the configuration's paths; what an older checkpoint does not
+    know of it is taken for the same. Raises CheckpointError if there
     are checkpoints and none is valid, and ConfigError if they are of another experiment.
     """
     source = checkpoint.newest_valid(config.checkpoints)
@@ -86,14 +114,16 @@ def checkpoint_to_resume(
     stored = state.get("identity", {})
     faults = list(unsafe_changes(state["config"], config))
     faults += [
-        Fault(key, f"was {stored[key]!r}, is {value!r}")
+        Fault(key, f"other contents than before: their hash was {stored[key]}, is {value}")
         for key, value in identity.items()
         if stored.get(key, value) != value
     ]
     if faults:
-        advice = Fault("run.folder", "choose another, or pass --allow-config-change to go on")
-        where = f"{config.run.folder} holds a run of another configuration"
-        raise ConfigError(where, [*faults, advice])
+        raise ConfigError(
+            f"{config.run.folder} holds a run of another configuration; choose another "
+            "run.folder, or pass --allow-config-change to go on",
+            faults,
+        )
     return source
 
 

@@ -1,9 +1,11 @@
 """`srepa-ds train`: from shards to checkpoints; the same command resumes."""
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +28,7 @@ from srepa_ds.files import sha256_of
 from srepa_ds.initial_weights import initialise_from
 from srepa_ds.latent_codec import LatentCodec, build_codec
 from srepa_ds.launcher import stop_requested
+from srepa_ds.model.attention import choose_backend
 from srepa_ds.monitor import Monitor
 from srepa_ds.objective import Objective
 from srepa_ds.telemetry import Telemetry
@@ -38,6 +41,17 @@ Target = Teacher | TokenStore
 """Where the tokens of an alignment come from."""
 
 
+class _Inputs(NamedTuple):
+    """What a run reads and does not change."""
+
+    dataset: ShardDataset
+    codec: LatentCodec
+    targets: tuple[Target, ...]
+    monitor: Monitor
+    identity: dict[str, str | None]
+    """Hashes of what lies behind the configuration's paths."""
+
+
 def train(config: Config, *, allow_config_change: bool = False) -> bool:
     """Returns whether training is finished; False if a signal ended it early, after saving.
 
@@ -45,44 +59,60 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
     SRepaError, on all ranks alike, for whatever the user can mend.
     """
     ranks = distributed.initialize()
-    images = distributed.together(lambda: ShardDataset(config.data.folder))
-    codec = build_codec(config.codec)
-    distributed.together(lambda: _check_data(config, images, codec, ranks))
-    targets = distributed.together(lambda: _open_targets(config, images, ranks))
-    stores = [target for target in targets if isinstance(target, TokenStore)]
-    dataset = distributed.together(lambda: ShardDataset(config.data.folder, stores))
-    monitor = distributed.together(lambda: Monitor(config, codec, ranks))
-    identity = _identity(config, dataset)
+    arrangement = distributed.together(lambda: deepspeed_config(config, ranks.world_size))
+    inputs = _open_inputs(config, ranks)
+    monitor, identity = inputs.monitor, inputs.identity
+    distributed.check_same(
+        {**identity, **dict(run_folder.leaves(arrangement, "engine.deepspeed"))},
+        what="ranks see different files behind the same paths; give all of them the same",
+    )
     with ExitStack() as stack:
         claim = run_folder.claimed(config.run.folder, is_main=ranks.is_main)
         distributed.together(lambda: stack.enter_context(claim))
+        run_folder.check_shared(config.run.folder)
         source = distributed.on_main(
             lambda: run_folder.checkpoint_to_resume(
                 config, identity, allow_change=allow_config_change
             )
         )
-        objective = _build_objective(config, targets, ranks, begins=source is None)
+        objective = _build_objective(config, inputs.targets, ranks, begins=source is None)
         engine = stack.enter_context(closing(Engine(objective, config, ranks)))
         _begin_or_resume(engine, source, config.run.folder)
-        arrangement = deepspeed_config(config, ranks.world_size)
         distributed.on_main(lambda: run_folder.describe(config, arrangement))
         telemetry = distributed.together(lambda: _telemetry(config, engine, ranks))
         stack.enter_context(telemetry)
         stop = stack.enter_context(stop_requested())
-        batches = stack.enter_context(_loader(config, dataset, engine, ranks))
-        feed = Feed(
-            config,
-            batches,
-            codec,
-            tuple(target if isinstance(target, Teacher) else None for target in targets),
-            device=ranks.device,
-            first_step=engine.step_count,
-            ahead_on=side_stream(config, ranks.device),
-        )
+        feed = _feed(config, inputs, engine, ranks, stack)
         writer = CheckpointWriter(config.checkpoints, config.checkpoint, rank=ranks.rank)
         stack.enter_context(closing(writer))
         loop = TrainingLoop(config, ranks, engine, feed, telemetry, monitor, writer, identity, stop)
         return loop.run()
+
+
+def _open_inputs(config: Config, ranks: Ranks) -> _Inputs:
+    """Returns what the run reads, all of it there and fitting together. Collective."""
+    distributed.together(lambda: _check_attention(config, ranks))
+    images = distributed.together(lambda: ShardDataset(config.data.folder))
+    codec = build_codec(config.codec)
+    distributed.together(lambda: _check_data(config, images, codec))
+    targets = distributed.together(lambda: _open_targets(config, images, ranks))
+    stores = [target for target in targets if isinstance(target, TokenStore)]
+    dataset = distributed.together(lambda: ShardDataset(config.data.folder, stores))
+    monitor = distributed.together(lambda: Monitor(config, codec, ranks))
+    return _Inputs(dataset, codec, targets, monitor, _identity(config, dataset))
+
+
+def _feed(config: Config, inputs: _Inputs, engine: Engine, ranks: Ranks, stack: ExitStack) -> Feed:
+    """Returns the micro batches from where the engine is; their reader is closed with `stack`."""
+    return Feed(
+        config,
+        stack.enter_context(_loader(config, inputs.dataset, engine, ranks)),
+        inputs.codec,
+        tuple(target if isinstance(target, Teacher) else None for target in inputs.targets),
+        device=ranks.device,
+        first_step=engine.step_count,
+        ahead_on=side_stream(config, ranks.device),
+    )
 
 
 def _begin_or_resume(engine: Engine, source: Path | None, folder: Path) -> None:
@@ -103,6 +133,7 @@ def _identity(config: Config, dataset: ShardDataset) -> dict[str, str | None]:
     weights = [alignment.teacher.weights for alignment in config.alignments]
     return {
         "data": dataset.index.dataset_id,
+        "data.shards": _contents(dataset),
         **{
             f"alignments.{number}.teacher": sha256_of(path) if path else None
             for number, path in enumerate(weights)
@@ -110,13 +141,20 @@ def _identity(config: Config, dataset: ShardDataset) -> dict[str, str | None]:
     }
 
 
+def _contents(dataset: ShardDataset) -> str:
+    """Returns a hash over those of the shards: other pictures may be prepared by equal settings."""
+    hashes = "".join(entry.sha256 for entry in dataset.index.shards)
+    return hashlib.sha256(hashes.encode()).hexdigest()[:16]
+
+
 def _telemetry(config: Config, engine: Engine, ranks: Ranks) -> Telemetry:
-    return Telemetry(
-        config.run.folder,
-        first_step=engine.step_count,
-        total_steps=config.train.steps,
-        is_main=ranks.is_main,
-    )
+    with run_folder.writing(config.run.folder):
+        return Telemetry(
+            config.run.folder,
+            first_step=engine.step_count,
+            total_steps=config.train.steps,
+            is_main=ranks.is_main,
+        )
 
 
 def _loader(config: Config, dataset: ShardDataset, engine: Engine, ranks: Ranks) -> BatchLoader:
@@ -160,9 +198,21 @@ def _products_dtype(config: Config) -> torch.dtype:
     return torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
 
 
-def _check_data(config: Config, dataset: ShardDataset, codec: LatentCodec, ranks: Ranks) -> None:
-    """Raises for data, model and ranks that do not fit together, before anything is built."""
-    micro_batch_size(config.train.batch_size, config.train.accumulation_steps, ranks.world_size)
+def _check_attention(config: Config, ranks: Ranks) -> None:
+    """Raises ConfigError for an attention that cannot run here, before anything is built."""
+    try:
+        choose_backend(
+            config.model.attention,
+            device=ranks.device,
+            head_dim=config.model.head_dim,
+            dtype=_products_dtype(config),
+        )
+    except ConfigError as error:
+        raise ConfigError("configuration", error.faults) from error
+
+
+def _check_data(config: Config, dataset: ShardDataset, codec: LatentCodec) -> None:
+    """Raises for data and model that do not fit together, before anything is built."""
     latent_shape = codec.latent_shape(dataset.image_shape)
     if latent_shape != config.model.latent_shape:
         raise DataError(

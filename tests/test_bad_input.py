@@ -26,6 +26,7 @@ from srepa_ds.model.sit import SiT
 from srepa_ds.model.weights import write_model
 from srepa_ds.objective import Objective
 from srepa_ds.schema import to_tree
+from srepa_ds.train import _identity
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -135,17 +136,26 @@ def objective(config: Config) -> Objective:
     )
 
 
-def trained(place: Place) -> None:
-    """A run with one checkpoint."""
+def trained(place: Place, **known) -> None:
+    """A run with one checkpoint that knows some more."""
     pieces = [
         Piece(kind, name, tuple(value.shape), 0, value.detach().reshape(-1))
         for kind in ("master", "exp_avg", "exp_avg_sq", "ema")
         for name, value in objective(place.config).named_parameters()
     ]
-    state = {"step": 5, "adam_step": 5, "config": to_tree(place.config)}
+    state = {"step": 5, "adam_step": 5, "config": to_tree(place.config), **known}
     root = place.config.checkpoints
     checkpoint.save(root, step=5, pieces=pieces, state=state, rank=0)
     (place.run / "config.yaml").write_text("of the first training")
+
+
+def other_pictures(place: Place) -> None:
+    """A run, and then other pictures that were prepared with the same settings."""
+    trained(place, identity=_identity(place.config, ShardDataset(place.shards)))
+    path = place.shards / "index.json"
+    index = json.loads(path.read_text())
+    index["shards"][1]["sha256"] = "0" * 64
+    path.write_text(json.dumps(index))
 
 
 def no_valid_checkpoint(place: Place) -> None:
@@ -211,6 +221,10 @@ def exported_beside_a_file(place: Place) -> None:
 def sampled_beside_a_file(place: Place) -> None:
     sampled(place)
     a_file(place)
+
+
+def misspelt_keys(place: Place) -> None:
+    (place.folder / "ds.json").write_text('{"zero_optimisation": {}, "gradient_cliping": 1.0}')
 
 
 def owned_key(place: Place) -> None:
@@ -310,6 +324,12 @@ CASES = [
     Case("a temperature of nought", nothing,
          "train CONFIG alignments.0.structural.kind=kl alignments.0.structural.tau_student=0",
          ("alignments.0.structural.tau_student", "greater than 0")),
+    # What a run begins with.
+    Case("weights to begin with that are not there", nothing,
+         "train CONFIG run.folder={folder}/runs/new train.init_from.path=nowhere.pt",
+         ("nowhere.pt: no such file; correct train.init_from",)),
+    Case("an attention that cannot run", nothing, "train CONFIG model.attention=flash_attn",
+         ("configuration: 1 fault", "model.attention: 'flash_attn' cannot run here")),
     # Checkpoints and exported models.
     Case("resume without a valid checkpoint", no_valid_checkpoint, "train CONFIG",
          ("holds no valid checkpoint", "step-0000005: state.json has 2 bytes")),
@@ -319,8 +339,11 @@ CASES = [
     Case("export of an unknown step", trained, "export CONFIG export.step=7",
          ("step-0000007 is not valid", "there are: step-0000005")),
     Case("resume with another model", trained, "train CONFIG model.depth=2 run.seed=3",
-         ("holds a run of another configuration", "model.depth: was 3, is 2",
-          "run.seed: was 0, is 3", "--allow-config-change")),
+         ("holds a run of another configuration", "--allow-config-change to go on: 2 faults",
+          "model.depth: was 3, is 2", "run.seed: was 0, is 3")),
+    Case("resume beside other pictures", other_pictures, "train CONFIG",
+         ("holds a run of another configuration", "to go on: 1 fault",
+          "data.shards: other contents than before: their hash was")),
     Case("resume with another model, insisting", trained,
          "train CONFIG model.depth=2 --allow-config-change",
          ("is of another model", "sit.blocks.2.attn.qkv.weight: (144, 48) there, none in")),
@@ -363,6 +386,15 @@ CASES_OF_RANKS = [
          ("2 ranks cannot share 1 image", "raise num_samples")),
     Case("a batch that ranks cannot share", nothing, "train CONFIG train.batch_size=15 --ranks 2",
          ("train.batch_size 15 cannot be split over 2 ranks", "a multiple of 2")),
+    Case("a DeepSpeed file with typos", misspelt_keys,
+         "train CONFIG engine.deepspeed={folder}/ds.json --ranks 2",
+         ("did you mean 'zero_optimization'?", "gradient_cliping")),
+    Case("ranks that resume with other settings", trained,
+         "train CONFIG model.depth=2 run.seed=3 --ranks 2",
+         ("--allow-config-change to go on: 2 faults", "model.depth: was 3, is 2")),
+    Case("ranks that resume with another model", trained,
+         "train CONFIG model.depth=2 --allow-config-change --ranks 2",
+         ("is of another model", "sit.blocks.2.attn.qkv.weight: (144, 48) there, none in")),
 ]  # fmt: skip
 
 
@@ -410,6 +442,7 @@ def test_one_message_code_2_and_nothing_left_behind(case, place, capfd):
     assert after == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES_OF_RANKS, ids=str)
 def test_ranks_speak_with_one_voice(case, place):
     case.arrange(place)
@@ -432,6 +465,16 @@ def test_samples_on_which_a_teacher_fails_are_named(place):
     assert_one_message(done.stderr, words)
     named = re.search(r"for sample\(s\) ([\d, ]+)", done.stderr).group(1)
     assert {int(number) for number in named.split(",") if number.strip()} <= set(bad)
+
+
+@pytest.mark.slow
+def test_ranks_that_diverge_say_so_once(place):
+    settings = ["optimizer.learning_rate=1e30", "train.max_skipped_steps=2"]
+    arguments = ["train", str(place.folder / "experiment.yaml"), *settings, "--ranks", "2"]
+    command = [sys.executable, "-m", "srepa_ds", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 2, done
+    assert_one_message(done.stderr, ("2 steps in a row were not finite", "skipped.jsonl"))
 
 
 def test_debugging_shows_where_it_arose(place, monkeypatch, capfd):

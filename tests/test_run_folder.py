@@ -6,7 +6,7 @@ import pytest
 
 from srepa_ds.config import Config, config_from
 from srepa_ds.errors import ConfigError, OutputError
-from srepa_ds.run_folder import checkpoint_to_resume, claimed, unsafe_changes
+from srepa_ds.run_folder import check_shared, checkpoint_to_resume, claimed, unsafe_changes
 from srepa_ds.schema import to_tree
 
 TEACHER = {"name": "dinov2-vit-b", "weights": "dinov2.safetensors"}
@@ -75,6 +75,28 @@ def test_a_second_training_is_kept_out(tmp_path):
         pass
 
 
+def test_a_folder_that_stays_empty_goes_again(tmp_path):
+    folder = tmp_path / "runs" / "run"
+    with claimed(folder, is_main=True):
+        assert folder.is_dir()
+    assert not list(tmp_path.iterdir())
+    with claimed(folder, is_main=True):
+        (folder / "kept").touch()
+    assert (folder / "kept").exists()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    with claimed(mine, is_main=True):
+        pass
+    assert mine.is_dir()
+
+
+def test_looking_whether_the_folder_is_shared_leaves_nothing(tmp_path):
+    check_shared(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OutputError, match="cannot write to the run's folder"):
+        check_shared(tmp_path / "none")
+
+
 def test_other_data_behind_the_same_path_is_refused(tmp_path, write_checkpoint):
     config = built(run={"folder": str(tmp_path)})
     state = {"config": to_tree(config), "identity": {"data": "a", "alignments.0.teacher": "b"}}
@@ -82,8 +104,10 @@ def test_other_data_behind_the_same_path_is_refused(tmp_path, write_checkpoint):
     same = {"data": "a", "alignments.0.teacher": "b"}
     assert checkpoint_to_resume(config, same, allow_change=False) == source
     other = {**same, "data": "c"}
-    with pytest.raises(ConfigError, match="data: was 'a', is 'c'"):
+    with pytest.raises(ConfigError, match=r"1 fault\n  data: other .* hash was a, is c$"):
         checkpoint_to_resume(config, other, allow_change=False)
+    # A checkpoint from before something was compared.
+    assert checkpoint_to_resume(config, {**same, "data.shards": "d"}, allow_change=False) == source
     assert checkpoint_to_resume(config, other, allow_change=True) == source
 
 
