@@ -41,13 +41,15 @@ class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
 
     every_steps: int = Field(default=5_000, ge=1)
-    """Optimizer steps between checkpoints; one is also written at the end and when interrupted."""
+    """Optimizer steps between checkpoints; one is also written at the end and when interrupted. One
+    that falls due at a skipped step is written after the next that is not."""
 
     keep_last: int = Field(default=2, ge=1)
-    """How many of the newest are kept."""
+    """How many of the newest are kept, and beside them always the newest that is known to be good:
+    from which a step was taken."""
 
     keep_every_steps: int = Field(default=50_000, ge=0)
-    """Checkpoints at multiples of this are kept for good; 0 keeps none."""
+    """The first checkpoint at or after each multiple of this is kept for good; 0 keeps none."""
 
     asynchronous: bool = False
     """Write while training goes on. A save then stops it only while this rank's share of the state
@@ -154,7 +156,7 @@ class UnfinishedCheckpoint:
 
         No collective: may run in any thread. Raises OutputError.
         """
-        with _writing(self._aside):
+        with writing(self._aside):
             return write_snapshot(self._aside / self._file, self._snapshot)
 
     def finish(self, written: Callable[[], FileEntry]) -> Path:
@@ -194,7 +196,8 @@ def save(
 
 
 @contextlib.contextmanager
-def _writing(place: Path) -> Iterator[None]:
+def writing(place: Path) -> Iterator[None]:
+    """Makes an OutputError of an OSError met in the block."""
     try:
         yield
     except OSError as error:
@@ -205,7 +208,7 @@ def _writing(place: Path) -> Iterator[None]:
 
 
 def _make_aside(root: Path, aside: Path) -> None:
-    with _writing(root):
+    with writing(root):
         root.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -214,7 +217,7 @@ def _make_aside(root: Path, aside: Path) -> None:
 def _finish(
     root: Path, aside: Path, final: Path, document: dict[str, Any], entries: dict[str, FileEntry]
 ) -> None:
-    with _writing(root):
+    with writing(root):
         (aside / _STATE).write_text(json.dumps(document, indent=1))
         flush_to_disk(aside / _STATE)
         files = {**entries, _STATE: entry_of(aside / _STATE)}
@@ -235,10 +238,14 @@ def fault_of(folder: Path) -> str | None:
     return fault_in(folder, format=FORMAT, version=VERSION, needed=_STATE)
 
 
-def steps_in(root: Path) -> list[Path]:
-    """Returns the checkpoint folders under `root`, oldest first, valid or not."""
-    named = [path for path in root.glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdigit()]
-    return sorted((path for path in named if path.is_dir()), key=_step_of)
+def steps_in(root: Path, *, prefix: str = "") -> list[Path]:
+    """Returns the checkpoint folders under `root`, oldest first, valid or not.
+
+    With `prefix` those whose names begin with it instead.
+    """
+    beginning = f"{prefix}{_PREFIX}"
+    named = [path for path in root.glob(f"{beginning}*") if path.name[len(beginning) :].isdigit()]
+    return sorted((path for path in named if path.is_dir()), key=step_of)
 
 
 def newest_valid(root: Path) -> Path | None:
@@ -267,19 +274,12 @@ def newest_valid(root: Path) -> Path | None:
     return None
 
 
-def prune(root: Path, config: CheckpointConfig, *, newest: int) -> None:
-    """Deletes the checkpoints the retention rule does not keep, and what interrupted saves left.
-
-    `newest` is the step just saved. Later ones are damaged, for the run resumed before them; they
-    neither count as kept nor are deleted.
-    """
+def remove_leftovers(root: Path) -> None:
+    """Removes what interrupted saves left; for who is about to save, or has just done so."""
     for leftover in root.glob(f"{_ASIDE}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    folders = [folder for folder in steps_in(root) if _step_of(folder) <= newest]
-    for folder in folders[: -config.keep_last]:
-        if not (config.keep_every_steps and _step_of(folder) % config.keep_every_steps == 0):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix(_PREFIX))
+def step_of(folder: Path) -> int:
+    """Returns the step in the name of a checkpoint's folder."""
+    return int(folder.name.rpartition("-")[2])

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from srepa_ds import distributed
-from srepa_ds.checkpoint import CheckpointConfig, UnfinishedCheckpoint, prune
+from srepa_ds.checkpoint import CheckpointConfig, UnfinishedCheckpoint, remove_leftovers
 from srepa_ds.fragment_file import Piece
 from srepa_ds.manifest import FileEntry
+from srepa_ds.retention import mark_good, prune
 
 log = logging.getLogger("srepa_ds")
 
@@ -23,7 +24,7 @@ _ASK_EVERY_POLLS = 5
 class CheckpointWriter:
     """Writes checkpoints under one folder and deletes those the retention rule does not keep.
 
-    Every method but `close` is collective: all ranks call it at the same steps. At most one
+    `save`, `poll` and `wait` are collective: all ranks call them at the same steps. At most one
     checkpoint is under way; a kill or an error before it is whole leaves the one before the newest.
     """
 
@@ -43,6 +44,17 @@ class CheckpointWriter:
         self._under_way: tuple[UnfinishedCheckpoint, Future[FileEntry]] | None = None
         self._polls = 0
         self._whole: int | None = None
+        self._unproven: int | None = None
+        self._applied_at = 0
+
+    def goes_on_from(self, step: int) -> None:
+        """Takes note that training begins at `step`, or has gone back there."""
+        self._unproven = self._applied_at = step
+
+    def applied(self, step: int) -> None:
+        """Takes note that `step` was applied, so that a checkpoint before it is good."""
+        self._applied_at = step
+        self._prove()
 
     def save(self, *, step: int, pieces: Iterable[Piece], state: dict[str, Any]) -> None:
         """Returns once the checkpoint of `step` holds what `pieces` and `state` are now.
@@ -51,6 +63,7 @@ class CheckpointWriter:
         finish it. Raises OutputError on every rank if any could not write either of them.
         """
         self._finish()
+        self._applied_at = step
         unfinished = UnfinishedCheckpoint(
             self._root, step=step, pieces=pieces, state=state, rank=self._rank
         )
@@ -97,10 +110,22 @@ class CheckpointWriter:
 
     def _complete(self, unfinished: UnfinishedCheckpoint, written: Callable[[], FileEntry]) -> None:
         folder = unfinished.finish(written)
-        self._whole = unfinished.step
+        self._whole = self._unproven = unfinished.step
         if self._rank == 0:
+            remove_leftovers(self._root)
             prune(self._root, self._config, newest=unfinished.step)
             log.info("saved %s", folder)
+        self._prove()
+
+    def _prove(self) -> None:
+        step = self._unproven
+        if step is None or step >= self._applied_at:
+            return
+        self._unproven = None
+        if self._rank == 0:
+            mark_good(self._root, step)
+            # Until now the one before it had to stay.
+            prune(self._root, self._config, newest=step)
 
     def _news(self) -> int | None:
         news, self._whole = self._whole, None

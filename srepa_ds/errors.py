@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import TypeVar
 
 
 class SRepaError(Exception):
@@ -10,6 +11,15 @@ class SRepaError(Exception):
 
     on_all_ranks = False
     """True once every rank has raised it, so that one of them may speak for all."""
+
+
+E = TypeVar("E", bound=SRepaError)
+
+
+def met_by_all(error: E) -> E:
+    """Returns `error`, to be raised on every rank at the same place."""
+    error.on_all_ranks = True
+    return error
 
 
 class DataError(SRepaError):

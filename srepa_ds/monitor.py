@@ -58,25 +58,30 @@ class Monitor:
         self._extractor = None if self._real is None else _extractor(config, self._real)
         self._real_statistics: FeatureStatistics | None = None
 
-    def is_due(self, step: int) -> bool:
-        """Returns whether there is anything to look at after optimizer step `step`."""
-        return self._draws(step) or self._evaluates(step)
+    def is_due(self, step: int, *, since: int) -> bool:
+        """Returns whether there is anything to look at after optimizer step `step`.
 
-    def _draws(self, step: int) -> bool:
+        What fell due at a step after `since` that was skipped is still due.
+        """
+        return self._draws(step, since) or self._evaluates(step, since)
+
+    def _draws(self, step: int, since: int) -> bool:
         every = self._config.monitor.images_every_steps
-        return every > 0 and step % every == 0
+        return every > 0 and step // every > since // every
 
-    def _evaluates(self, step: int) -> bool:
+    def _evaluates(self, step: int, since: int) -> bool:
         every = self._config.monitor.evaluate_every_steps
-        return every > 0 and step % every == 0
+        return every > 0 and step // every > since // every
 
-    def look(self, engine: Engine, step: int) -> tuple[Image.Image | None, dict[str, float]]:
+    def look(
+        self, engine: Engine, step: int, *, since: int
+    ) -> tuple[Image.Image | None, dict[str, float]]:
         """Returns the contact sheet, on the main rank if one is due, and measured distances."""
         sheet, scores = None, {}
         with engine.averaged():
-            if self._draws(step):
+            if self._draws(step, since):
                 sheet = self._sheet(engine)
-            if self._evaluates(step):
+            if self._evaluates(step, since):
                 scores["frechet_distance"] = self._distance(engine)
         return sheet, scores
 

@@ -43,10 +43,11 @@ class TrainConfig(Section):
 
     max_skipped_steps: int = Field(default=10, ge=1)
     """Steps in a row whose losses or gradients are not finite, after which the run goes back to
-    its last good checkpoint and on behind these samples."""
+    its last good checkpoint and on behind these samples. At the end one is enough."""
 
     max_rollbacks: int = Field(default=3, ge=0)
-    """How often it may do so before it gives up."""
+    """How often it may do so before it gives up, restarts included. A rollback is forgiven once a
+    checkpoint of the step that had failed, or of a later one, is good."""
 
 
 class EngineConfig(Section):

@@ -55,7 +55,7 @@ def note_rollback(folder: Path, failed_at: int, *, to: int, samples_seen: int) -
 def setbacks_after(folder: Path, step: int) -> Setbacks:
     """Returns what counts against a run whose newest good checkpoint is of `step`.
 
-    A return is forgiven once there is a checkpoint of the step that had failed, or a later one.
+    A return is forgiven once a checkpoint of the step that had failed, or of a later one, is good.
     """
     positions = [
         line["samples_seen"]

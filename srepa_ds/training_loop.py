@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 
-from srepa_ds import checkpoint, distributed, setbacks
+from srepa_ds import distributed, setbacks
 from srepa_ds.checkpoint import CheckpointReader
 from srepa_ds.checkpoint_writer import CheckpointWriter
 from srepa_ds.config import Config
 from srepa_ds.distributed import Ranks
 from srepa_ds.engine import Engine, StepReport
-from srepa_ds.errors import DataError, DivergedError
+from srepa_ds.errors import DataError, DivergedError, met_by_all
 from srepa_ds.feed import Feed
 from srepa_ds.monitor import Monitor
 from srepa_ds.objective import TIME_BINS
 from srepa_ds.optim import learning_rate
+from srepa_ds.retention import return_point
 from srepa_ds.schema import to_tree
 from srepa_ds.telemetry import Telemetry, Window, WindowMeans
 from srepa_ds.throughput import peak_memory_gb, throughput
@@ -46,51 +47,85 @@ class TrainingLoop:
 
     window: Window = field(default_factory=Window)
     saved_at: int = -1
-    skipped_in_a_row: int = 0
+    applied_at: int = -1
+    """The last step that was not skipped."""
 
     def run(self) -> bool:
-        """Returns whether the run came to its end; False if a signal stopped it, after saving."""
+        """Returns whether the run came to its end; False if a signal stopped it.
+
+        Raises DivergedError if it cannot go on with finite losses and gradients.
+        """
         engine, total = self.engine, self.config.train.steps
         if engine.step_count >= total:
             log.info("already trained to step %d, nothing to do", engine.step_count)
-        self.saved_at = engine.step_count
+        self._goes_on_from(engine.step_count)
         while engine.step_count < total:
-            rate = learning_rate(self.config.optimizer, engine.step_count)
-            report = engine.step(self.feed.step(), learning_rate=rate)
-            self._count(report)
-            step, last = engine.step_count, engine.step_count == total
-            if last or step % self.config.train.log_every_steps == 0:
-                self._record(rate)
-            if last or self._is_save_due(step):
-                self._paused(self._save)
-            # After a rollback this step was looked at before.
-            if report.applied and self.monitor.is_due(step):
-                self._paused(self._look)
+            self._step()
             self.writer.poll()
-            if step % _STOP_CHECK_STEPS == 0 and distributed.any_rank(bool(self.stop)):
-                break
-        if self.saved_at != engine.step_count:
-            self._save()
-        self.writer.wait()
+            if engine.step_count % _STOP_CHECK_STEPS == 0:
+                if distributed.any_rank(bool(self.stop)):
+                    break
         if engine.step_count < total:
-            step = engine.step_count
-            log.info("stopped by a signal at step %d; run the same command to go on", step)
+            self._stop()
+        self.writer.wait()
         return engine.step_count >= total
 
-    def _is_save_due(self, step: int) -> bool:
-        """Returns whether a checkpoint is to be written; not of a state that fails right now.
+    def _goes_on_from(self, step: int) -> None:
+        self.window, self.saved_at, self.applied_at = Window(), step, step
+        self.writer.goes_on_from(step)
 
-        It could become the one a rollback returns to, and good ones would be deleted for it.
+    def _step(self) -> None:
+        """Takes one step and does what is due after it."""
+        engine, config = self.engine, self.config.train
+        rate = learning_rate(self.config.optimizer, engine.step_count)
+        report = engine.step(self.feed.step(), learning_rate=rate)
+        self._count(report)
+        step, last = engine.step_count, engine.step_count == config.steps
+        if not report.applied:
+            self._explain(report)
+        if last or step % config.log_every_steps == 0:
+            self._record(rate)
+        if report.applied:
+            self._applied(step, last=last)
+        elif last or step - self.applied_at >= config.max_skipped_steps:
+            self._roll_back()
+
+    def _applied(self, step: int, *, last: bool) -> None:
+        """Saves and looks, if that fell due with this step or with skipped ones before it.
+
+        A state that fails right now is not saved: good checkpoints would be deleted for it.
         """
-        due = step % self.config.checkpoint.every_steps == 0
-        return due and self.skipped_in_a_row == 0 and self.saved_at != step
+        before, self.applied_at = self.applied_at, step
+        self.writer.applied(step)
+        every = self.config.checkpoint.every_steps
+        if last or step // every > self.saved_at // every:
+            self._paused(self._save)
+        if self.monitor.is_due(step, since=before):
+            self._paused(lambda: self._look(since=before))
+
+    def _stop(self) -> None:
+        """Ends the run early, saved unless it fails right now."""
+        step, skipped = self.engine.step_count, self.engine.step_count - self.applied_at
+        if not skipped and self.saved_at != step:
+            self._save()
+        self.writer.wait()
+        if not skipped:
+            log.info("stopped by a signal at step %d; run the same command to go on", step)
+            return
+        log.info(
+            "stopped by a signal at step %d; the last %d were not finite and are not saved, the "
+            "same command goes on from step %d",
+            step,
+            skipped,
+            self.saved_at,
+        )
 
     def _paused(self, action: Callable[[], None]) -> None:
         with self.window.paused():
             action()
 
     def _count(self, report: StepReport) -> None:
-        """Takes a step's losses into the record; deals with one that was skipped."""
+        """Takes a step's losses into the record."""
         losses = report.losses._asdict()
         by_time = losses.pop("flow_by_time")
         device = by_time.device
@@ -98,12 +133,6 @@ class TrainingLoop:
         tensors |= {"gradient_norm": report.gradient_norm.to(device), "by_time": by_time}
         self.window.add(tensors, applied=report.applied)
         self.window.waited(self.feed.waited())
-        self.skipped_in_a_row = 0 if report.applied else self.skipped_in_a_row + 1
-        if report.applied:
-            return
-        self._explain(report)
-        if self.skipped_in_a_row >= self.config.train.max_skipped_steps:
-            self._roll_back()
 
     def _explain(self, report: StepReport) -> None:
         """Says which term of a skipped step was not finite, and keeps its samples. Collective."""
@@ -124,45 +153,40 @@ class TrainingLoop:
     def _roll_back(self) -> None:
         """Returns to the last good checkpoint, and goes on behind the samples that failed."""
         engine, folder, failed_at = self.engine, self.config.run.folder, self.engine.step_count
-        self.skipped_in_a_row = 0
         self.writer.wait()
-        source = distributed.on_main(lambda: checkpoint.newest_valid(self.config.checkpoints))
-        if source is None:
+        point = distributed.on_main(lambda: return_point(self.config.checkpoints))
+        if point is None:
             raise self._diverged("and there is no checkpoint yet")
-        reader = distributed.together(lambda: CheckpointReader(source))
-        good, seen = reader.state["step"], engine.samples_seen
-        before = distributed.on_main(lambda: setbacks.setbacks_after(folder, good)).rollbacks
-        if before >= self.config.train.max_rollbacks:
-            raise self._diverged(f"after {before} rollbacks; checkpoints are good")
+        reader = distributed.together(lambda: CheckpointReader(point.folder))
+        back_to, seen = reader.state["step"], engine.samples_seen
+        before = distributed.on_main(lambda: setbacks.setbacks_after(folder, back_to)).rollbacks
+        allowed = self.config.train.max_rollbacks
+        if before >= allowed:
+            verdict = "is good" if point.is_good else "may be bad itself: no step from it was taken"
+            raise self._diverged(f"after {before} rollbacks; {point.folder.name} {verdict}")
         distributed.on_main(
-            lambda: setbacks.note_rollback(folder, failed_at, to=good, samples_seen=seen)
+            lambda: setbacks.note_rollback(folder, failed_at, to=back_to, samples_seen=seen)
         )
         engine.restore(reader)
         # The data goes on where it was: the same samples would only fail again.
         engine.samples_seen = seen
-        self.feed.continue_at(good)
-        self.telemetry.rewind(good)
-        self.window, self.saved_at = Window(), good
-        log.warning(
-            "rolled back from step %d to %s (%d of %d times)",
-            failed_at,
-            source,
-            before + 1,
-            self.config.train.max_rollbacks,
-        )
+        self.feed.continue_at(back_to)
+        self.telemetry.rewind(back_to)
+        self._goes_on_from(back_to)
+        if self.ranks.is_main:
+            how_often = f"{before + 1} of {allowed} times"
+            log.warning("rolled back from step %d to %s (%s)", failed_at, point.folder, how_often)
 
     def _diverged(self, how_far: str) -> DivergedError:
-        return DivergedError(
-            f"{self.config.train.max_skipped_steps} steps in a row were not finite up to step "
-            f"{self.engine.step_count}, {how_far}; the samples are listed in "
-            f"{self.config.run.folder / setbacks.SKIPPED}: look at them, or resume with a smaller "
+        listed = self.config.run.folder / setbacks.SKIPPED
+        text = (
+            f"steps {self.applied_at + 1} to {self.engine.step_count} were not finite, {how_far}; "
+            f"the samples are listed in {listed}: look at them, or resume with a smaller "
             "optimizer.learning_rate or engine.precision=fp32"
         )
+        return met_by_all(DivergedError(text))
 
     def _record(self, rate: float) -> None:
-        if self.window.is_empty:
-            # A rollback has just begun it anew.
-            return
         means, step = self.window.close(), self.engine.step_count
         line = _line(means, self.config, self.ranks) | {
             "learning_rate": rate,
@@ -175,13 +199,12 @@ class TrainingLoop:
         elif means.skipped == 0:
             # The last good checkpoint may still be on its way.
             self.writer.wait()
-            raise DivergedError(
-                f"{', '.join(bad)} not finite up to step {step}; the checkpoints are good, resume "
-                "with a smaller optimizer.learning_rate or engine.precision=fp32"
-            )
+            text = f"{', '.join(bad)} not finite up to step {step}; resume with a smaller "
+            text += "optimizer.learning_rate or engine.precision=fp32"
+            raise met_by_all(DivergedError(text))
 
-    def _look(self) -> None:
-        sheet, scores = self.monitor.look(self.engine, self.engine.step_count)
+    def _look(self, *, since: int) -> None:
+        sheet, scores = self.monitor.look(self.engine, self.engine.step_count, since=since)
         if sheet is not None:
             self.telemetry.picture(self.engine.step_count, sheet)
         if scores:
@@ -213,13 +236,12 @@ def _raise_for_teachers(config: Config, by_rank: list[dict[int, list[int]]]) -> 
             continue
         teacher = alignment.teacher
         shown = ", ".join(map(str, sample_ids[:10])) + (", ..." if len(sample_ids) > 10 else "")
-        error = DataError(
+        text = (
             f"alignments.{number}.teacher: '{teacher.name or teacher.resolved.architecture}' gives "
             f"tokens that are not finite for sample(s) {shown} of {config.data.folder}; check its "
             "weights, or set its dtype to fp32"
         )
-        error.on_all_ranks = True
-        raise error
+        raise met_by_all(DataError(text))
 
 
 def _line(means: WindowMeans, config: Config, ranks: Ranks) -> dict[str, float]:

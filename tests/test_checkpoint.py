@@ -13,15 +13,13 @@ from ranks import run_worker
 from safetensors.torch import save_file
 
 from srepa_ds.checkpoint import (
-    CheckpointConfig,
     CheckpointReader,
     Piece,
     fault_of,
     newest_valid,
-    prune,
+    remove_leftovers,
     save,
     step_folder,
-    steps_in,
 )
 from srepa_ds.errors import CheckpointError, OutputError
 
@@ -253,44 +251,14 @@ def test_a_damaged_checkpoint_is_replaced_by_saving_its_step_again(tmp_path):
     assert not (folder / "fragments-00001.safetensors").exists()
 
 
-def steps(root: Path) -> list[int]:
-    return [int(folder.name.removeprefix("step-")) for folder in steps_in(root)]
-
-
-@pytest.mark.parametrize(
-    ("config", "kept"),
-    [
-        ({"keep_last": 1, "keep_every_steps": 0}, [12]),
-        ({"keep_last": 2, "keep_every_steps": 0}, [10, 12]),
-        ({"keep_last": 2, "keep_every_steps": 4}, [4, 8, 10, 12]),
-        ({"keep_last": 9, "keep_every_steps": 0}, [2, 4, 6, 8, 10, 12]),
-    ],
-)
-def test_retention(tmp_path, config, kept):
-    for step in range(2, 14, 2):
-        write(tmp_path, step)
-    prune(tmp_path, CheckpointConfig(**config), newest=12)
-    assert steps(tmp_path) == kept
-
-
 def test_what_interrupted_saves_left_is_removed(tmp_path):
     write(tmp_path, 2)
     stale = tmp_path / ".writing-step-0000003"
     stale.mkdir()
     save_file({"x": torch.zeros(3)}, stale / FRAGMENTS)
     assert newest_valid(tmp_path) == step_folder(tmp_path, 2)
-    prune(tmp_path, CheckpointConfig(), newest=2)
+    remove_leftovers(tmp_path)
     assert not stale.exists()
-
-
-def test_a_damaged_later_checkpoint_does_not_crowd_out_the_good_ones(tmp_path):
-    """A run that resumed before a damaged checkpoint keeps what it saves meanwhile."""
-    for step in (10, 20, 15):
-        write(tmp_path, step)
-    flip_a_byte(step_folder(tmp_path, 20) / FRAGMENTS)
-    prune(tmp_path, CheckpointConfig(keep_last=1, keep_every_steps=0), newest=15)
-    assert steps(tmp_path) == [15, 20]
-    assert newest_valid(tmp_path) == step_folder(tmp_path, 15)
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
