@@ -43,7 +43,7 @@ def step_of(case: Case) -> Callable[[], float]:
         return plain_step(
             objective.to(ranks.device),
             alignment=config.alignments[0] if config.alignments else None,
-            tokens=lambda: None if teacher is None else teacher.tokens(images).patches,
+            tokens=lambda: None if teacher is None else teacher.tokens(inputs.images).patches,
             latents=inputs.latents,
             labels=inputs.labels,
             precision=config.engine.precision,
