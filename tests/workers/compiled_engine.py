@@ -1,0 +1,81 @@
+"""Takes two steps with eager blocks and with compiled, checkpointed ones, for a test to judge.
+
+Usage: compiled_engine.py FOLDER. Writes FOLDER/facts.safetensors: the losses of each step and the
+weights after both, of eager blocks, of compiled ones, and of eager ones that go on from the
+checkpoint of the compiled ones' first step; and how many graphs were made. AOTAutograd runs the
+graphs without a compiler behind it.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from engine_facts import (
+    Facts,
+    experiment,
+    keep,
+    objective_of,
+    resumed,
+    run_step,
+    stacked,
+    state_facts,
+)
+from safetensors.torch import save_file
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from srepa_ds import distributed
+from srepa_ds.config import Config
+from srepa_ds.distributed import Ranks
+from srepa_ds.engine import Engine
+from srepa_ds.model.remat import RematConfig
+
+
+def eager(config: Config, ranks: Ranks) -> Facts:
+    """Both steps without compiling or checkpointing."""
+    objective = objective_of(config)
+    engine = Engine(objective, config, ranks)
+    facts = {f"eager.{step}.losses": losses(engine, ranks, step) for step in (1, 2)}
+    return facts | last_facts("eager", engine, config)
+
+
+def compiled(config: Config, folder: Path, ranks: Ranks) -> Facts:
+    """Both steps compiled, with a checkpoint between them; and the second resumed, eager."""
+    objective = objective_of(config)
+    objective.sit.set_remat(RematConfig(policy="selective"))
+    counter = CompileCounterWithBackend("aot_eager")
+    objective.sit.compile_blocks(backend=counter)
+    engine = Engine(objective, config, ranks)
+    facts = {"compiled.1.losses": losses(engine, ranks, 1)}
+    keep(engine, folder, step=1, ranks=ranks)
+    facts["compiled.2.losses"] = losses(engine, ranks, 2)
+    facts["graphs"] = torch.tensor(counter.frame_count)
+    facts |= last_facts("compiled", engine, config)
+    engine = resumed(config, folder, step=1, ranks=ranks)
+    facts["resumed.2.losses"] = losses(engine, ranks, 2)
+    return facts | last_facts("resumed", engine, config)
+
+
+def losses(engine: Engine, ranks: Ranks, step: int) -> torch.Tensor:
+    """The terms of one step."""
+    return stacked(run_step(engine, ranks, step).losses)
+
+
+def last_facts(prefix: str, engine: Engine, config: Config) -> Facts:
+    """The weights, put together by the names the objective gives them; closes the engine."""
+    shapes = {name: weight.shape for name, weight in objective_of(config).named_parameters()}
+    facts = state_facts(prefix, engine, shapes)
+    engine.close()
+    return {f"{prefix}.master": facts[f"{prefix}.master"]}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    ranks = distributed.initialize()
+    config = experiment(folder, "2", "fp32", 1)
+    facts = eager(config, ranks) | compiled(config, folder, ranks)
+    save_file(facts, folder / "facts.safetensors")
+    distributed.leave(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

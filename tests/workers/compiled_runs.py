@@ -1,0 +1,25 @@
+"""Trains one experiment after another, and writes down how many graphs torch.compile made of each.
+
+Usage: compiled_runs.py CONFIG OUTPUT.json [OVERRIDES_OF_RUN_1 [OVERRIDES_OF_RUN_2 ...]], overrides
+joined by ';'.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch._dynamo.utils import counters
+
+from srepa_ds import distributed
+from srepa_ds.config import load_config
+from srepa_ds.train import train
+
+graphs = []
+for overrides in sys.argv[3:]:
+    torch._dynamo.reset()
+    counters.clear()
+    assert train(load_config(Path(sys.argv[1]), overrides.split(";")))
+    graphs.append(counters["stats"]["unique_graphs"])
+Path(sys.argv[2]).write_text(json.dumps(graphs))
+distributed.leave(0)
