@@ -67,7 +67,7 @@ class WindowMeans:
     """What a window of steps was like, on the host."""
 
     tensors: Mapping[str, Tensor]
-    """Means over the applied steps; of a skipped one if none was applied."""
+    """Means over the applied steps; none if all were skipped."""
 
     skipped: int
     """Steps that were not applied."""
@@ -90,7 +90,6 @@ class Window:
 
     def _begin(self) -> None:
         self._sums: Tensor | None = None
-        self._unapplied: Tensor | None = None
         self._applied = 0
         self._skipped = 0
         self._waited = 0.0
@@ -99,14 +98,13 @@ class Window:
     def add(self, values: Mapping[str, Tensor], *, applied: bool = True) -> None:
         """Adds one step's tensors; every step gives the same names and shapes.
 
-        Steps that were not applied are counted, and enter the means only if no other is there.
+        Those that were not applied are only counted.
         """
-        flat = torch.cat([value.detach().float().reshape(-1) for value in values.values()])
-        self._shapes = {name: value.shape for name, value in values.items()}
         if not applied:
-            self._unapplied = flat
             self._skipped += 1
             return
+        flat = torch.cat([value.detach().float().reshape(-1) for value in values.values()])
+        self._shapes = {name: value.shape for name, value in values.items()}
         self._sums = flat if self._sums is None else self._sums + flat
         self._applied += 1
 
@@ -119,16 +117,10 @@ class Window:
 
         Collective, and the one host sync of the window.
         """
-        sums = self._unapplied if self._sums is None else self._sums
-        assert sums is not None, "a window without steps has no means"
-        means = distributed.averaged(sums / max(1, self._applied)).cpu()
-        parts = means.split([shape.numel() for shape in self._shapes.values()])
+        means = self._means()
         seconds = time.perf_counter() - self._began
         result = WindowMeans(
-            {
-                name: part.reshape(shape)
-                for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
-            },
+            means,
             skipped=self._skipped,
             step_seconds=seconds / (self._applied + self._skipped),
             data_wait_share=min(1.0, self._waited / seconds),
@@ -136,10 +128,15 @@ class Window:
         self._begin()
         return result
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no step was added since it began."""
-        return self._applied + self._skipped == 0
+    def _means(self) -> dict[str, Tensor]:
+        if self._sums is None:
+            return {}
+        means = distributed.averaged(self._sums / self._applied).cpu()
+        parts = means.split([shape.numel() for shape in self._shapes.values()])
+        return {
+            name: part.reshape(shape)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
 
     @contextmanager
     def paused(self) -> Iterator[None]:

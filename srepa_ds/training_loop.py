@@ -194,9 +194,8 @@ class TrainingLoop:
             "peak_memory_gb": peak_memory_gb(self.ranks.device),
         }
         bad = [name for name, value in line.items() if not math.isfinite(value)]
-        if not bad:
-            self.telemetry.record(step, line)
-        elif means.skipped == 0:
+        self.telemetry.record(step, {k: value for k, value in line.items() if k not in bad})
+        if bad and means.skipped == 0:
             # The last good checkpoint may still be on its way.
             self.writer.wait()
             text = f"{', '.join(bad)} not finite up to step {step}; resume with a smaller "
@@ -246,20 +245,8 @@ def _raise_for_teachers(config: Config, by_rank: list[dict[int, list[int]]]) -> 
 
 def _line(means: WindowMeans, config: Config, ranks: Ranks) -> dict[str, float]:
     """Returns what the record says of a window."""
-    scalars = means.scalars()
-    sums, counts = means.tensors["by_time"]
-    by_time = {
-        f"flow_t{(number + 0.5) / TIME_BINS:.2f}": (sums[number] / counts[number]).item()
-        for number in range(TIME_BINS)
-        if counts[number] > 0
-    }
-    cosine = {}
-    if any(alignment.pointwise for alignment in config.alignments):
-        cosine = {"alignment_cosine": -scalars["loss_pointwise"]}
     return {
-        **scalars,
-        **cosine,
-        **by_time,
+        **_means(means, config),
         "skipped": means.skipped,
         "step_seconds": means.step_seconds,
         "data_wait_share": means.data_wait_share,
@@ -270,3 +257,20 @@ def _line(means: WindowMeans, config: Config, ranks: Ranks) -> dict[str, float]:
             device=ranks.device,
         ),
     }
+
+
+def _means(means: WindowMeans, config: Config) -> dict[str, float]:
+    """Returns the losses and norms of a window; nothing of one whose steps were all skipped."""
+    if not means.tensors:
+        return {}
+    scalars = means.scalars()
+    sums, counts = means.tensors["by_time"]
+    by_time = {
+        f"flow_t{(number + 0.5) / TIME_BINS:.2f}": (sums[number] / counts[number]).item()
+        for number in range(TIME_BINS)
+        if counts[number] > 0
+    }
+    cosine = {}
+    if any(alignment.pointwise for alignment in config.alignments):
+        cosine = {"alignment_cosine": -scalars["loss_pointwise"]}
+    return {**scalars, **cosine, **by_time}

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -173,8 +172,7 @@ def test_skipped_steps_are_counted_and_leave_the_means_alone():
     assert (line.scalars()["loss"], line.skipped) == (2.0, 1)
     window.add({"loss": torch.tensor(float("nan"))}, applied=False)
     line = window.close()
-    assert math.isnan(line.scalars()["loss"])
-    assert line.skipped == 1
+    assert (line.scalars(), line.skipped) == ({}, 1)
 
 
 def test_a_pause_is_no_time_of_steps():

@@ -135,8 +135,10 @@ def test_a_skipped_step_is_explained_and_changes_nothing_else(small_world, tmp_p
     assert told["step"] == 3
     assert told["not_finite"] == ["flow", "pointwise", "structural"]
     assert len(told["sample_ids"]) == 16
-    assert [line["step"] for line in lines] == [1, 2, 4, 5]
-    assert all(math.isfinite(line["loss_total"]) for line in lines)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 0, 0]
+    assert [line["step"] for line in lines if "loss_total" in line] == [1, 2, 4, 5]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
 
 
 def test_several_in_a_row_roll_back_and_the_run_goes_on_behind_them(small_world, tmp_path):
@@ -169,7 +171,8 @@ def test_it_gives_up_after_as_many_rollbacks_as_allowed_over_restarts(small_worl
         assert "skipped.jsonl" in message
         assert len(history(folder, "rolled_back_to")) == 2
         # Step 5 was taken, looked at, and taken back.
-        assert {line["step"] for line in lines} == {1, 2, 3, 4}
+        assert {line["step"] for line in lines if "loss_total" in line} == {1, 2, 3, 4}
+        assert [(line["step"], line["skipped"]) for line in lines[-2:]] == [(5, 1), (6, 1)]
         pictures = sorted(path.name for path in (folder / "pictures").iterdir())
         assert pictures == [f"step-000000{step}.png" for step in (1, 2, 3, 4)]
         events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
