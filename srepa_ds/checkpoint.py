@@ -33,6 +33,7 @@ _STATE = "state.json"
 _LATEST = "latest"
 _PREFIX = "step-"
 _ASIDE = ".writing-"
+_REPLACED = f"{_ASIDE}replaced-"
 
 log = logging.getLogger("srepa_ds")
 
@@ -224,8 +225,9 @@ def _finish(
         write_manifest(aside, files, format=FORMAT, version=VERSION)
         flush_to_disk(aside)
         # One of the same step is moved, not deleted, until this one has its name.
-        replaced = root / f"{_ASIDE}replaced-{final.name}"
+        replaced = root / f"{_REPLACED}{final.name}"
         if final.is_dir():
+            shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
         aside.rename(final)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -238,14 +240,22 @@ def fault_of(folder: Path) -> str | None:
     return fault_in(folder, format=FORMAT, version=VERSION, needed=_STATE)
 
 
-def steps_in(root: Path, *, prefix: str = "") -> list[Path]:
+def steps_in(root: Path) -> list[Path]:
     """Returns the checkpoint folders under `root`, oldest first, valid or not.
 
-    With `prefix` those whose names begin with it instead.
+    Among them one that a kill left aside just before another of the same step took its name.
     """
+    replaced = [
+        path for path in named(root, _REPLACED) if not step_folder(root, step_of(path)).is_dir()
+    ]
+    return sorted((*named(root), *replaced), key=step_of)
+
+
+def named(root: Path, prefix: str = "") -> list[Path]:
+    """Returns the folders under `root` that are named as checkpoints are, after `prefix`."""
     beginning = f"{prefix}{_PREFIX}"
-    named = [path for path in root.glob(f"{beginning}*") if path.name[len(beginning) :].isdigit()]
-    return sorted((path for path in named if path.is_dir()), key=step_of)
+    paths = [path for path in root.glob(f"{beginning}*") if path.name[len(beginning) :].isdigit()]
+    return [path for path in paths if path.is_dir()]
 
 
 def newest_valid(root: Path) -> Path | None:

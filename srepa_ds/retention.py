@@ -13,6 +13,7 @@ from typing import NamedTuple
 from srepa_ds.checkpoint import (
     CheckpointConfig,
     fault_of,
+    named,
     newest_valid,
     step_folder,
     step_of,
@@ -71,7 +72,7 @@ def prune(root: Path, config: CheckpointConfig, *, newest: int) -> None:
     folders = [folder for folder in steps_in(root) if step_of(folder) <= newest]
     kept = {*folders[-config.keep_last :], *_milestones(folders, config.keep_every_steps)}
     kept |= {*[folder for folder in folders if _is_marked(folder)][-1:]}
-    failed = [folder for folder in steps_in(root, prefix=_FAILED) if step_of(folder) <= newest]
+    failed = [folder for folder in named(root, _FAILED) if step_of(folder) <= newest]
     for folder in {*folders, *failed} - kept:
         shutil.rmtree(folder, ignore_errors=True)
 

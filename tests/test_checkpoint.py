@@ -261,6 +261,23 @@ def test_what_interrupted_saves_left_is_removed(tmp_path):
     assert not stale.exists()
 
 
+def test_a_kill_while_a_step_is_saved_again_leaves_the_former_one(tmp_path):
+    former = write(tmp_path, 5)
+    aside = tmp_path / ".writing-replaced-step-0000005"
+    # Between the two renames: the new one has no name yet, the former no longer.
+    former.rename(aside)
+    assert newest_valid(tmp_path) == aside
+    assert CheckpointReader(aside).state["step"] == 5
+    # Both are there if the kill comes a moment later, and then the step is saved once more.
+    write(tmp_path, 5)
+    assert newest_valid(tmp_path) == former
+    write(tmp_path, 4).rename(aside)
+    write(tmp_path, 5)
+    assert newest_valid(tmp_path) == former
+    assert CheckpointReader(former).state["step"] == 5
+    assert not aside.exists()
+
+
 @pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
 def test_a_kill_at_any_moment_leaves_a_readable_newest(tmp_path, mode):
     run_worker("killed_saves", 1, tmp_path, "10", mode)

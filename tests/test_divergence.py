@@ -8,7 +8,7 @@ import pytest
 from ranks import run_worker, start_ranks
 from test_train import wait_for
 
-from srepa_ds.checkpoint import steps_in
+from srepa_ds.checkpoint import named
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ def train(world, folder: Path, *overrides: str) -> tuple[list[int], str]:
 
 
 def steps(folder: Path, prefix: str = "") -> list[int]:
-    return [int(path.name[-7:]) for path in steps_in(folder / "checkpoints", prefix=prefix)]
+    return [int(path.name[-7:]) for path in sorted(named(folder / "checkpoints", prefix))]
 
 
 @pytest.fixture(scope="module")

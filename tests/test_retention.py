@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from srepa_ds.checkpoint import CheckpointConfig, Piece, newest_valid, save, step_folder, steps_in
+from srepa_ds.checkpoint import CheckpointConfig, Piece, named, newest_valid, save, step_folder
 from srepa_ds.checkpoint_writer import CheckpointWriter
 from srepa_ds.retention import ReturnPoint, mark_good, prune, return_point
 
@@ -23,7 +23,7 @@ def write(root: Path, steps: Iterable[int], *, good: Iterable[int] = ()) -> None
 
 
 def steps(root: Path, *, prefix: str = "") -> list[int]:
-    return [int(folder.name[-7:]) for folder in steps_in(root, prefix=prefix)]
+    return [int(folder.name[-7:]) for folder in sorted(named(root, prefix))]
 
 
 def config(**changes: Any) -> CheckpointConfig:
