@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from srepa_ds.errors import ConfigError, Fault, SRepaError, TopologyError
+from srepa_ds.errors import ConfigError, Fault, SRepaError, TopologyError, met_by_all
 from srepa_ds.launcher import free_port, launched
 
 T = TypeVar("T")
@@ -91,9 +91,7 @@ def _device_if_all_have_one(
     if device is not None and all(other["kind"] == device.type for other in told):
         return device
     _wait_until_all_know(store, rank, world_size)
-    error = TopologyError(_device_fault(told))
-    error.on_all_ranks = True
-    raise error
+    raise met_by_all(TopologyError(_device_fault(told)))
 
 
 def _device_fault(told: list[dict[str, str]]) -> str:
@@ -226,9 +224,7 @@ def together(action: Callable[[], T]) -> T:
         if error is None:
             first.add_note(f"met by {where}")
         # The same type everywhere: it tells callers what to clean up. A rank's own keeps its cause.
-        shared = error if error is not None else first
-        shared.on_all_ranks = True
-        raise shared
+        raise met_by_all(error if error is not None else first)
     return result  # type: ignore[return-value]
 
 
@@ -247,9 +243,7 @@ def check_same(facts: Mapping[str, Any], *, what: str) -> None:
                 values = f"{expected.get(key)!r} on {first}, {found.get(key)!r} on {where}"
                 faults.setdefault(key, Fault(key, values))
     if faults:
-        error = ConfigError(what, faults.values())
-        error.on_all_ranks = True
-        raise error
+        raise met_by_all(ConfigError(what, faults.values()))
 
 
 def _where(number: int) -> str:
