@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, track
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from srepa_ds import __version__, distributed
 from srepa_ds.files import write_aside
+from srepa_ds.tensorboard_file import TensorBoardFile
 
 log = logging.getLogger("srepa_ds")
 T = TypeVar("T")
@@ -158,7 +157,7 @@ class Telemetry:
             return
         _forget_after(folder, first_step)
         self._file = (folder / RECORD).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._board = TensorBoardFile(folder / "tensorboard", first_step=first_step)
         if sys.stderr.isatty():
             self._progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -180,8 +179,7 @@ class Telemetry:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
         with despite_full_disk("tensorboard"):
-            for name, value in values.items():
-                self._board.add_scalar(f"train/{name}", value, step)
+            self._board.scalars(step, {f"train/{name}": v for name, v in values.items()})
         if self._progress is not None:
             self._progress.update(self._task, completed=step, text=_short_line(values))
         else:
@@ -197,7 +195,7 @@ class Telemetry:
         self._file = (self._folder / RECORD).open("a", encoding="utf-8")
         with despite_full_disk("tensorboard"):
             self._board.close()
-        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
+            self._board = TensorBoardFile(self._folder / "tensorboard", first_step=step)
 
     def picture(self, step: int, image: Image.Image) -> None:
         """Keeps a picture drawn at `step`: as a file of the run's folder, and in TensorBoard."""
@@ -208,7 +206,7 @@ class Telemetry:
             path.parent.mkdir(exist_ok=True)
             write_aside(path, lambda aside: image.save(aside, format="PNG"))
         with despite_full_disk("tensorboard"):
-            self._board.add_image("samples", np.asarray(image), step, dataformats="HWC")
+            self._board.image(step, "samples", image)
 
     def __enter__(self) -> "Telemetry":
         return self

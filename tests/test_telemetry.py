@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -34,6 +35,26 @@ def test_a_line_per_step_and_tensorboard_as_a_view(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5), (2, 1), (3, 1.5)]
+
+
+def test_a_full_disk_costs_a_warning_and_the_lines_it_had_no_room_for(tmp_path, caplog, capfd):
+    telemetry = Telemetry(tmp_path, first_step=0, total_steps=9, is_main=True)
+    telemetry.record(1, {"loss": 1.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    board = next((tmp_path / "tensorboard").iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (board.stat().st_size + 3, hard))
+    try:
+        for step in (2, 3):
+            telemetry.record(step, {"loss": float(step)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    telemetry.record(4, {"loss": 4.0})
+    telemetry.close()
+    assert caplog.text.count("cannot write tensorboard: File too large") == 2
+    assert capfd.readouterr().err == ""
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 4]
 
 
 def test_a_line_is_on_disk_before_the_next_step(tmp_path):

@@ -1,0 +1,84 @@
+"""What TensorBoard reads: one file of events, written where the caller meets what goes wrong.
+
+The usual writer hands events to a thread, which meets a full disk with a traceback of its own.
+"""
+
+import io
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+
+class TensorBoardFile:
+    """Appends scalars and images to a new file; what a call gives is written when it returns.
+
+    Points that earlier files in the folder have after `first_step` no longer show. Every method
+    may raise OSError, and then leaves the file as it was.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._first_step = first_step
+        self._file: BinaryIO | None = None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds a point to each of the named curves."""
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._write(Event(step=step, summary=Summary(value=points)))
+
+    def image(self, step: int, tag: str, image: Image.Image) -> None:
+        """Adds an image in RGB."""
+        encoded = io.BytesIO()
+        image.convert("RGB").save(encoded, format="PNG")
+        value = Summary.Image(
+            width=image.width,
+            height=image.height,
+            colorspace=3,
+            encoded_image_string=encoded.getvalue(),
+        )
+        self._write(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=value)])))
+
+    def close(self) -> None:
+        """Closes the file; writing again begins another."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, event: Event) -> None:
+        file = self._file = self._file or self._opened()
+        begin = file.tell()
+        beginning = [] if begin else self._beginning()
+        records = io.BytesIO()
+        for record in (*beginning, event):
+            record.wall_time = time.time()
+            RecordWriter(records).write(record.SerializeToString())
+        rest = records.getbuffer()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            # Readers give up a file at its first torn record.
+            file.truncate(begin)
+            file.seek(begin)
+            raise
+
+    def _opened(self) -> BinaryIO:
+        # In the order in which they are read.
+        name = f"events.out.tfevents.{time.time_ns():019d}.{socket.gethostname()}.{os.getpid()}"
+        return (self._folder / name).open("xb", buffering=0)
+
+    def _beginning(self) -> list[Event]:
+        restart = SessionLog(status=SessionLog.START)
+        return [
+            Event(file_version="brain.Event:2"),
+            Event(step=self._first_step + 1, session_log=restart),
+        ]
