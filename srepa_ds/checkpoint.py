@@ -95,7 +95,7 @@ class CheckpointReader:
         """Returns the shape of the whole weight `name`."""
         return tuple(self._shapes[name])
 
-    def run(self, kind: str, name: str, *, start: int, numel: int) -> Float[Tensor, "numel"]:
+    def run(self, kind: str, name: str, *, start: int, numel: int) -> Float[Tensor, " numel"]:
         """Returns elements start .. start + numel of the flattened tensor.
 
         Raises CheckpointError unless the stored pieces cover every one of them.

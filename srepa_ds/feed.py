@@ -23,8 +23,8 @@ class Prepared:
     """The inputs of one micro batch, and what names its bad samples."""
 
     inputs: TrainingInputs
-    sample_ids: Int64[Tensor, "batch"]
-    finite: tuple[Bool[Tensor, "batch"] | None, ...]
+    sample_ids: Int64[Tensor, " batch"]
+    finite: tuple[Bool[Tensor, " batch"] | None, ...]
     """Per alignment: which samples' teacher tokens are finite; stays on the device until asked."""
 
 
@@ -192,7 +192,7 @@ class Feed:
         return tuple(found)
 
 
-def _finite(tokens: TeacherTokens) -> Bool[Tensor, "batch"]:
+def _finite(tokens: TeacherTokens) -> Bool[Tensor, " batch"]:
     patches = tokens.patches.isfinite().flatten(1).all(1)
     return patches if tokens.cls is None else patches & tokens.cls.isfinite().all(1)
 

@@ -35,7 +35,7 @@ class Piece:
     name: str
     shape: tuple[int, ...]
     start: int
-    values: Float[Tensor, "numel"]
+    values: Float[Tensor, " numel"]
 
     @property
     def key(self) -> str:

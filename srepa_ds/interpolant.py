@@ -34,9 +34,9 @@ class Coefficients:
 class Noised:
     """Noised data and what the model has to predict from it."""
 
-    x_t: Float[Tensor, "batch *event"]
-    t: Float[Tensor, "batch"]
-    velocity: Float[Tensor, "batch *event"]
+    x_t: Float[Tensor, " batch *event"]
+    t: Float[Tensor, " batch"]
+    velocity: Float[Tensor, " batch *event"]
 
 
 class Interpolant(ABC):
@@ -49,10 +49,10 @@ class Interpolant(ABC):
     @abstractmethod
     def score(
         self,
-        velocity: Float[Tensor, "batch *event"],
-        x_t: Float[Tensor, "batch *event"],
-        t: Float[Tensor, "batch"],
-    ) -> Float[Tensor, "batch *event"]:
+        velocity: Float[Tensor, " batch *event"],
+        x_t: Float[Tensor, " batch *event"],
+        t: Float[Tensor, " batch"],
+    ) -> Float[Tensor, " batch *event"]:
         """Returns the score of p_t at `x_t`; finite for t in (0, 1], infinite at t = 0."""
 
     @abstractmethod
@@ -61,9 +61,9 @@ class Interpolant(ABC):
 
     def noised(
         self,
-        x: Float[Tensor, "batch *event"],
-        noise: Float[Tensor, "batch *event"],
-        t: Float[Tensor, "batch"],
+        x: Float[Tensor, " batch *event"],
+        noise: Float[Tensor, " batch *event"],
+        t: Float[Tensor, " batch"],
     ) -> Noised:
         """Returns x_t = alpha_t x + sigma_t noise and its velocity alpha_t' x + sigma_t' noise.
 
@@ -87,10 +87,10 @@ class LinearInterpolant(Interpolant):
 
     def score(
         self,
-        velocity: Float[Tensor, "batch *event"],
-        x_t: Float[Tensor, "batch *event"],
-        t: Float[Tensor, "batch"],
-    ) -> Float[Tensor, "batch *event"]:
+        velocity: Float[Tensor, " batch *event"],
+        x_t: Float[Tensor, " batch *event"],
+        t: Float[Tensor, " batch"],
+    ) -> Float[Tensor, " batch *event"]:
         """Returns the score -(x_t + (1 - t) velocity) / t; infinite at t = 0."""
         t = _over_event(t, x_t)
         return -(x_t + (1 - t) * velocity) / t
@@ -115,10 +115,10 @@ class CosineInterpolant(Interpolant):
 
     def score(
         self,
-        velocity: Float[Tensor, "batch *event"],
-        x_t: Float[Tensor, "batch *event"],
-        t: Float[Tensor, "batch"],
-    ) -> Float[Tensor, "batch *event"]:
+        velocity: Float[Tensor, " batch *event"],
+        x_t: Float[Tensor, " batch *event"],
+        t: Float[Tensor, " batch"],
+    ) -> Float[Tensor, " batch *event"]:
         """Returns the score -(2 / pi) cot(pi t / 2) velocity - x_t; infinite at t = 0."""
         # cos / sin, not 1 / tan: near t = 1 the tangent runs off while its inverse must reach 0.
         angle = _over_event(_HALF_PI * t, x_t)
@@ -150,8 +150,8 @@ TIME_WEIGHTINGS = {
 
 
 def sample_time(
-    weighting: TimeWeighting, interpolant: Interpolant, draw: Float[Tensor, "batch"]
-) -> Float[Tensor, "batch"]:
+    weighting: TimeWeighting, interpolant: Interpolant, draw: Float[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
     """Returns training times in [0, 1] made of `draw`, the output of `weighting.draw`.
 
     "uniform" is the draw itself; "lognormal" puts sigma_t / alpha_t = exp(draw), which on the
@@ -161,8 +161,8 @@ def sample_time(
 
 
 def flow_loss(
-    prediction: Float[Tensor, "batch *event"], velocity: Float[Tensor, "batch *event"]
-) -> Float[Tensor, "batch"]:
+    prediction: Float[Tensor, " batch *event"], velocity: Float[Tensor, " batch *event"]
+) -> Float[Tensor, " batch"]:
     """Returns each sample's mean squared error (Eq. 3 as a mean), in float32 or wider."""
     dtype = torch.promote_types(
         torch.promote_types(prediction.dtype, velocity.dtype), torch.float32

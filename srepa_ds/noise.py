@@ -59,7 +59,7 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
 
 
 def bits(
-    seed: int, stream: Stream, ids: Int[Tensor, "batch"], num_words: int, draw: int = 0
+    seed: int, stream: Stream, ids: Int[Tensor, " batch"], num_words: int, draw: int = 0
 ) -> Int[Tensor, "batch num_words"]:
     """Returns `num_words` random 32-bit words (int64) for each sample id, on the device of `ids`.
 
@@ -80,7 +80,7 @@ def bits(
 def uniform(
     seed: int,
     stream: Stream,
-    ids: Int[Tensor, "batch"],
+    ids: Int[Tensor, " batch"],
     shape: tuple[int, ...] = (),
     *,
     draw: int = 0,
@@ -97,7 +97,7 @@ def uniform(
 def normal(
     seed: int,
     stream: Stream,
-    ids: Int[Tensor, "batch"],
+    ids: Int[Tensor, " batch"],
     shape: tuple[int, ...] = (),
     *,
     draw: int = 0,
@@ -118,8 +118,8 @@ def normal(
 
 
 def integers(
-    seed: int, stream: Stream, ids: Int[Tensor, "batch"], high: int, *, draw: int = 0
-) -> Int[Tensor, "batch"]:
+    seed: int, stream: Stream, ids: Int[Tensor, " batch"], high: int, *, draw: int = 0
+) -> Int[Tensor, " batch"]:
     """Returns one integer in [0, high) per sample id.
 
     The bias of the multiply-shift map is below high / 2**31, which no sample set here can show.

@@ -54,8 +54,8 @@ class TrainingInputs(NamedTuple):
     """Everything one forward pass needs; all randomness is already drawn."""
 
     latents: Float[Tensor, "batch channels height width"]
-    labels: Int[Tensor, "batch"]
-    t: Float[Tensor, "batch"]
+    labels: Int[Tensor, " batch"]
+    t: Float[Tensor, " batch"]
     noise: Float[Tensor, "batch channels height width"]
     teacher_patches: tuple[Float[Tensor, "batch tokens teacher_width"] | None, ...] = ()
     """One per alignment; None where its schedule has ended."""
@@ -84,9 +84,9 @@ def draw_inputs(
     config: ObjectiveConfig,
     model: SiTConfig,
     latents: Float[Tensor, "batch channels height width"],
-    labels: Int[Tensor, "batch"],
+    labels: Int[Tensor, " batch"],
     *,
-    positions: Int[Tensor, "batch"],
+    positions: Int[Tensor, " batch"],
     seed: int,
 ) -> TrainingInputs:
     """Returns the inputs with time, noise and label dropout drawn by global sample position.

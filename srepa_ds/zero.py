@@ -46,7 +46,7 @@ class Fragment:
     """Where the run begins in the flattened holder."""
 
     @property
-    def master(self) -> Float[Tensor, "numel"]:
+    def master(self) -> Float[Tensor, " numel"]:
         """A view of the fp32 master weights."""
         return self.holder.detach().view(-1).narrow(0, self.offset, self.numel)
 

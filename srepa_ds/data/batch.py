@@ -19,10 +19,10 @@ class Batch:
     """Pixels; the teacher sees these, and the identity codec trains on them."""
     moments: Float[Tensor, "batch moments latent_height latent_width"] | None
     """Mean and standard deviation of a VAE's posterior, concatenated over channels."""
-    labels: Int64[Tensor, "batch"]
-    sample_ids: Int64[Tensor, "batch"]
+    labels: Int64[Tensor, " batch"]
+    sample_ids: Int64[Tensor, " batch"]
     """Index in the data set: names a bad sample."""
-    positions: Int64[Tensor, "batch"]
+    positions: Int64[Tensor, " batch"]
     """The global sample counter: the key of all training noise."""
     teacher_tokens: tuple[StoredTokens, ...] = ()
     """What was stored of each teacher, in the order in which the data set was given the stores."""

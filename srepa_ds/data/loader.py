@@ -33,7 +33,7 @@ class DataConfig(Section):
     """Micro batches each worker keeps ready."""
 
 
-def epoch_permutation(seed: int, epoch: int, num_samples: int) -> Int64[Tensor, "samples"]:
+def epoch_permutation(seed: int, epoch: int, num_samples: int) -> Int64[Tensor, " samples"]:
     """Returns the order of the samples in one epoch, a pure function of its arguments."""
     words = bits(seed, Stream.DATA_ORDER, torch.arange(num_samples), 2, draw=epoch)
     return torch.argsort((words[:, 0] << 30) | (words[:, 1] >> 2), stable=True)
@@ -47,7 +47,7 @@ class DataOrder:
         self._num_samples = num_samples
         self._permutations: dict[int, Tensor] = {}
 
-    def sample_at(self, positions: Int64[Tensor, "batch"]) -> Int64[Tensor, "batch"]:
+    def sample_at(self, positions: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
         """Returns the index in the data set of each value of the global sample counter."""
         epochs = positions // self._num_samples
         places = positions % self._num_samples

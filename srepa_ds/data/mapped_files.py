@@ -30,7 +30,7 @@ class MappedFiles:
                 self._opened[number] = {name: file.get_tensor(name) for name in file.keys()}
         return self._opened[number]
 
-    def gather(self, indices: Int64[Tensor, "batch"]) -> dict[str, Tensor]:
+    def gather(self, indices: Int64[Tensor, " batch"]) -> dict[str, Tensor]:
         """Returns copies of the samples of `indices` in their order; IndexError outside."""
         total = self._starts[-1]
         if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < total):

@@ -59,12 +59,12 @@ class ShardDataset:
         return self.index.num_classes
 
     @property
-    def labels(self) -> Int64[Tensor, "samples"]:
+    def labels(self) -> Int64[Tensor, " samples"]:
         """The labels of the whole data set."""
         return torch.cat([self._files.file(k)["labels"] for k in range(len(self.index.shards))])
 
     def read(
-        self, indices: Int64[Tensor, "batch"], *, positions: Int64[Tensor, "batch"] | None = None
+        self, indices: Int64[Tensor, " batch"], *, positions: Int64[Tensor, " batch"] | None = None
     ) -> Batch:
         """Returns the samples of `indices` in their order; `positions` default to the indices.
 

@@ -35,7 +35,7 @@ class Source(Protocol):
         """The name of each label."""
 
     @property
-    def labels(self) -> Int64[Tensor, "samples"]:
+    def labels(self) -> Int64[Tensor, " samples"]:
         """The label of every image, without decoding one."""
 
     def item(self, index: int) -> SourceItem:
@@ -83,12 +83,12 @@ def build_source(config: SourceConfig) -> Source:
 class Split:
     """Indices of a source, each in rising order, no index in both."""
 
-    train: Int64[Tensor, "train"]
-    heldout: Int64[Tensor, "heldout"]
+    train: Int64[Tensor, " train"]
+    heldout: Int64[Tensor, " heldout"]
 
 
 def stratified_split(
-    labels: Int64[Tensor, "samples"], *, holdout_fraction: float, seed: int
+    labels: Int64[Tensor, " samples"], *, holdout_fraction: float, seed: int
 ) -> Split:
     """Returns a split that holds out the same fraction of every class.
 

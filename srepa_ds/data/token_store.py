@@ -63,7 +63,7 @@ class TokenStore:
                     f"not the {shard.num_samples} in {folder / shard.file}; {again(self.folder)}"
                 )
 
-    def read(self, indices: Int64[Tensor, "batch"]) -> StoredTokens:
+    def read(self, indices: Int64[Tensor, " batch"]) -> StoredTokens:
         """Returns the tokens of the samples of `indices` in their order; IndexError outside."""
         found = self._files.gather(indices)
         return StoredTokens(found["patches"], found.get("patches_scale"), found.get("cls"))

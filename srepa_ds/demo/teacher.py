@@ -228,7 +228,7 @@ def learning_rate(config: TeacherTrainingConfig, step: int) -> float:
 def _augmented(
     images: Float[Tensor, "batch 3 height width"],
     config: TeacherTrainingConfig,
-    positions: Int64[Tensor, "batch"],
+    positions: Int64[Tensor, " batch"],
 ) -> Float[Tensor, "batch 3 height width"]:
     amount = config.augmentation
     choices = uniform(config.seed, Stream.AUGMENTATION, positions, (NUM_CHOICES,))

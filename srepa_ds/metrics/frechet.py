@@ -17,9 +17,9 @@ def frechet_distance(samples: FeatureStatistics, reference: FeatureStatistics) -
 
 
 def gaussian_frechet_distance(
-    mean_a: Float[Tensor, "width"],
+    mean_a: Float[Tensor, " width"],
     covariance_a: Float[Tensor, "width width"],
-    mean_b: Float[Tensor, "width"],
+    mean_b: Float[Tensor, " width"],
     covariance_b: Float[Tensor, "width width"],
 ) -> Float[Tensor, ""]:
     """Returns |mean_a - mean_b|^2 + tr(A) + tr(B) - 2 tr((A^1/2 B A^1/2)^1/2) in float64.

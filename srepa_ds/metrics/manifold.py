@@ -65,7 +65,7 @@ def neighbour_radii(
     num_neighbours: int,
     block_size: int = 4096,
     arithmetic: Arithmetic = "fp32",
-) -> Float32[Tensor, "points"]:
+) -> Float32[Tensor, " points"]:
     """Returns each point's squared distance to its k-th nearest neighbour in its own set.
 
     The point itself counts as neighbour 0, by its computed distance, as in ADM's evaluator.

@@ -18,7 +18,7 @@ class FeatureStatistics:
     """Count, mean and scatter (sum of outer products of deviations from the mean), float64."""
 
     count: int
-    mean: Float[Tensor, "width"]
+    mean: Float[Tensor, " width"]
     scatter: Float[Tensor, "width width"]
 
     @classmethod
@@ -59,7 +59,7 @@ class FeatureStatistics:
             raise DataError(f"a covariance needs at least 2 images, got {self.count}")
         return self.scatter / (self.count - 1)
 
-    def tensors(self, origin: Float[Tensor, "width"]) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self, origin: Float[Tensor, " width"]) -> tuple[Tensor, Tensor, Tensor]:
         """Returns float64 (count, sum, outer sum) about `origin`, which add up over ranks.
 
         All ranks give the same `origin`; the nearer to the mean, the less is lost to cancellation
@@ -73,10 +73,10 @@ class FeatureStatistics:
     def from_tensors(
         cls,
         count: Float[Tensor, ""],
-        total: Float[Tensor, "width"],
+        total: Float[Tensor, " width"],
         outer: Float[Tensor, "width width"],
         *,
-        origin: Float[Tensor, "width"],
+        origin: Float[Tensor, " width"],
     ) -> "FeatureStatistics":
         """Returns the statistics whose `tensors(origin)` (or the sum of several) these are."""
         number = round(count.item())

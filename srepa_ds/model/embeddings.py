@@ -38,7 +38,7 @@ def _axis_embedding(length: int, width: int) -> Tensor:
 
 
 def timestep_sinusoid(
-    t: Float[Tensor, "batch"], width: int = SINUSOID_WIDTH
+    t: Float[Tensor, " batch"], width: int = SINUSOID_WIDTH
 ) -> Float[Tensor, "batch width"]:
     """Returns cosines, then sines, of `t` in [0, 1] (never times 1000), in float32."""
     half = width // 2
@@ -48,11 +48,11 @@ def timestep_sinusoid(
 
 
 def drop_labels(
-    labels: Int[Tensor, "batch"],
-    uniforms: Float[Tensor, "batch"],
+    labels: Int[Tensor, " batch"],
+    uniforms: Float[Tensor, " batch"],
     probability: float,
     null_label: int,
-) -> Int[Tensor, "batch"]:
+) -> Int[Tensor, " batch"]:
     """Returns `labels` with `null_label` where the uniform draw is below `probability`."""
     return labels.masked_fill(uniforms < probability, null_label)
 
@@ -91,7 +91,7 @@ class TimestepEmbedding(nn.Module):
             WideLinear(SINUSOID_WIDTH, hidden_size), nn.SiLU(), WideLinear(hidden_size, hidden_size)
         )
 
-    def forward(self, t: Float[Tensor, "batch"]) -> Float[Tensor, "batch hidden"]:
+    def forward(self, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch hidden"]:
         """Returns the embedding of `t` in [0, 1], in float32 or wider.
 
         The reference computes the perceptron in the dtype of autocast; nearby times differ by less
@@ -110,7 +110,7 @@ class LabelEmbedding(nn.Module):
         unset = torch.empty(num_classes + 1, hidden_size)
         self.embedding_table = nn.Embedding.from_pretrained(unset, freeze=False)
 
-    def forward(self, labels: Int64[Tensor, "batch"]) -> Float[Tensor, "batch hidden"]:
+    def forward(self, labels: Int64[Tensor, " batch"]) -> Float[Tensor, "batch hidden"]:
         """Returns the rows of `labels`."""
         return self.embedding_table(labels)
 

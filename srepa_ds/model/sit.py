@@ -125,8 +125,8 @@ class SiT(nn.Module):
     def forward(
         self,
         x_t: Float[Tensor, "batch channels height width"],
-        t: Float[Tensor, "batch"],
-        labels: Int64[Tensor, "batch"],
+        t: Float[Tensor, " batch"],
+        labels: Int64[Tensor, " batch"],
         *,
         cls_t: Float[Tensor, "batch class_token_width"] | None = None,
         depths: tuple[int, ...] = (),

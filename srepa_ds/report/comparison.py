@@ -39,7 +39,7 @@ class Space:
 
     name: str
     similarities: Float[Tensor, "shown queries tokens"]
-    correlations: Float[Tensor, "images"] | None
+    correlations: Float[Tensor, " images"] | None
     """With the teacher's Gram matrices, of all images measured; None for the teacher itself."""
 
 
@@ -52,7 +52,7 @@ class Probe:
     t: float
     noised: UInt8[Tensor, "images height width 3"]
     """`x_t` as pictures."""
-    shown: Int64[Tensor, "shown"]
+    shown: Int64[Tensor, " shown"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _check_fit(experiment: Config, codec: LatentCodec, real: ShardDataset) -> No
         )
 
 
-def _spread_over_classes(labels: Int64[Tensor, "samples"], count: int) -> Tensor:
+def _spread_over_classes(labels: Int64[Tensor, " samples"], count: int) -> Tensor:
     by_class = labels.argsort(stable=True)
     return by_class[_spread(len(labels), min(count, len(labels)))]
 

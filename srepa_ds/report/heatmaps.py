@@ -102,7 +102,7 @@ def _scaled(space: Space, row: int) -> tuple[float, float, Tensor]:
 
 
 def coloured(
-    values: Float[Tensor, "tokens"], *, grid: tuple[int, int]
+    values: Float[Tensor, " tokens"], *, grid: tuple[int, int]
 ) -> UInt8[ndarray, "rows columns 3"]:
     """Returns one colour per token for values in [0, 1]."""
     colours = colormaps[_COLORMAP](values.reshape(grid).numpy(), bytes=True)

@@ -43,7 +43,7 @@ def _real(real: ShardDataset, samples: Path, drawn_labels: ndarray | None) -> Ma
     return _sheet(sheet, f"Real images, from {real.folder}.")
 
 
-def real_sheet(real: ShardDataset, drawn_labels: Int64[Tensor, "samples"]) -> Image.Image:
+def real_sheet(real: ShardDataset, drawn_labels: Int64[Tensor, " samples"]) -> Image.Image:
     """Returns a contact sheet of real images with the rows of a sample set of `drawn_labels`.
 
     Raises DataError if `real` holds none of the classes shown, or no pixels.

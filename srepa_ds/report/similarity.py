@@ -32,7 +32,7 @@ def spread_queries(
 
 def gram_correlation(
     first: Float[Tensor, "batch tokens d_first"], second: Float[Tensor, "batch tokens d_second"]
-) -> Float[Tensor, "batch"]:
+) -> Float[Tensor, " batch"]:
     """Returns each image's Pearson correlation of two Gram matrices of L2-normalised tokens.
 
     Over the pairs i != j, in float64; nan where all pairs of one image are equally similar.

@@ -29,7 +29,7 @@ class Chunk:
     start: int
     stop: int
 
-    def sample_ids(self, device: torch.device | str = "cpu") -> Int64[Tensor, "batch"]:
+    def sample_ids(self, device: torch.device | str = "cpu") -> Int64[Tensor, " batch"]:
         """Returns the indices of the chunk's images."""
         return torch.arange(self.start, self.stop, dtype=torch.int64, device=device)
 
@@ -39,8 +39,8 @@ class ImageBatch:
     """Generated images with what was asked for, on the CPU, and the chunk they are."""
 
     images: UInt8[Tensor, "batch height width 3"]
-    labels: Int64[Tensor, "batch"]
-    sample_ids: Int64[Tensor, "batch"]
+    labels: Int64[Tensor, " batch"]
+    sample_ids: Int64[Tensor, " batch"]
     chunk: Chunk
 
 
@@ -75,8 +75,8 @@ def even_chunks(
 
 
 def draw_labels(
-    config: SamplerConfig, sample_ids: Int64[Tensor, "batch"], *, num_classes: int
-) -> Int64[Tensor, "batch"]:
+    config: SamplerConfig, sample_ids: Int64[Tensor, " batch"], *, num_classes: int
+) -> Int64[Tensor, " batch"]:
     """Returns the label of each image, by `config.label_mode`."""
     if config.label_mode == "balanced":
         return sample_ids % num_classes

@@ -36,13 +36,13 @@ class Guidance:
 
 def guided_velocity(
     model: VelocityModel,
-    x_t: Float[Tensor, "batch *event"],
-    t: Float[Tensor, "batch"],
-    labels: Int[Tensor, "batch"],
+    x_t: Float[Tensor, " batch *event"],
+    t: Float[Tensor, " batch"],
+    labels: Int[Tensor, " batch"],
     *,
     null_label: int,
     scale: float | Float[Tensor, "*event"],
-) -> Float[Tensor, "batch *event"]:
+) -> Float[Tensor, " batch *event"]:
     """Returns v_null + scale * (v_class - v_null) in float64, both from one doubled batch.
 
     Guides every channel; a tensor gives each element its own scale. Source: Ho and Salimans,
@@ -71,8 +71,8 @@ class GuidedModel:
     scales: Tensor | None = None
 
     def __call__(
-        self, x_t: Float[Tensor, "batch *event"], t: float, guidance_t: float
-    ) -> Float[Tensor, "batch *event"]:
+        self, x_t: Float[Tensor, " batch *event"], t: float, guidance_t: float
+    ) -> Float[Tensor, " batch *event"]:
         """Returns the float64 velocity at time `t`, guided if `guidance_t` is in the interval."""
         x_t = x_t.to(self.dtype)
         times = torch.full((len(x_t),), t, dtype=torch.float64, device=x_t.device).to(self.dtype)

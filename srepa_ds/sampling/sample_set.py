@@ -26,7 +26,7 @@ _DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImp
 
 def read_samples(
     folder: Path,
-) -> tuple[UInt8[ndarray, "samples height width 3"], Int64[ndarray, "samples"] | None]:
+) -> tuple[UInt8[ndarray, "samples height width 3"], Int64[ndarray, " samples"] | None]:
     """Returns the images of an ADM archive, and their labels if it holds any.
 
     Raises DataError if the archive is missing, damaged or empty, or holds something else.
@@ -43,7 +43,7 @@ def read_samples(
     return images, labels
 
 
-def read_labels(folder: Path) -> Int64[ndarray, "samples"] | None:
+def read_labels(folder: Path) -> Int64[ndarray, " samples"] | None:
     """Returns the labels of a sample set, if it holds any, without reading its images.
 
     Raises DataError if the archive is missing or damaged.

@@ -16,7 +16,7 @@ class SheetBuilder:
     set of one class fills all rows.
     """
 
-    def __init__(self, labels: Int64[Tensor, "samples"], *, rows: int = 10, columns: int = 10):
+    def __init__(self, labels: Int64[Tensor, " samples"], *, rows: int = 10, columns: int = 10):
         """Plans the sheet for the `labels` of the whole set."""
         classes = labels.unique().tolist()
         chosen = np.linspace(0, len(classes) - 1, min(rows, len(classes))).round().astype(int)
@@ -30,7 +30,7 @@ class SheetBuilder:
         return {label: self._wanted - len(tiles) for label, tiles in self._tiles.items()}
 
     def add(
-        self, images: UInt8[Tensor, "batch height width 3"], labels: Int64[Tensor, "batch"]
+        self, images: UInt8[Tensor, "batch height width 3"], labels: Int64[Tensor, " batch"]
     ) -> None:
         """Takes what the sheet still needs of a batch."""
         for image, label in zip(images, labels.tolist(), strict=True):

@@ -53,27 +53,27 @@ class Solver:
     step: Callable[[Dynamics, Tensor, Step], Tensor]
 
 
-def uniform_grid(num_steps: int) -> Float[Tensor, "nodes"]:
+def uniform_grid(num_steps: int) -> Float[Tensor, " nodes"]:
     """Returns `num_steps` + 1 equidistant float64 times from 1 to 0."""
     return torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float64)
 
 
-def diffusion_grid(num_steps: int) -> Float[Tensor, "nodes"]:
+def diffusion_grid(num_steps: int) -> Float[Tensor, " nodes"]:
     """Returns `num_steps` equidistant float64 times from 1 to 0.04, then 0 (REPA's SDE grid)."""
     inner = torch.linspace(1.0, SDE_LAST_TIME, num_steps, dtype=torch.float64)
     return torch.cat((inner, inner.new_zeros(1)))
 
 
 def euler_step(
-    dynamics: Dynamics, x_t: Float[Tensor, "batch *event"], step: Step
-) -> Float[Tensor, "batch *event"]:
+    dynamics: Dynamics, x_t: Float[Tensor, " batch *event"], step: Step
+) -> Float[Tensor, " batch *event"]:
     """Returns the state at `step.next_t` after an Euler step of dx = v dt."""
     return x_t + (step.next_t - step.t) * dynamics.velocity(x_t, step.t, step.t)
 
 
 def heun_step(
-    dynamics: Dynamics, x_t: Float[Tensor, "batch *event"], step: Step
-) -> Float[Tensor, "batch *event"]:
+    dynamics: Dynamics, x_t: Float[Tensor, " batch *event"], step: Step
+) -> Float[Tensor, " batch *event"]:
     """Returns the state at `step.next_t` after a Heun step; the last step is Euler's.
 
     As in REPA, the step's start decides about guidance for both evaluations.
@@ -87,8 +87,8 @@ def heun_step(
 
 
 def euler_maruyama_step(
-    dynamics: Dynamics, x_t: Float[Tensor, "batch *event"], step: Step
-) -> Float[Tensor, "batch *event"]:
+    dynamics: Dynamics, x_t: Float[Tensor, " batch *event"], step: Step
+) -> Float[Tensor, " batch *event"]:
     """Returns the state at `step.next_t` of dx = (v - w s / 2) dt + sqrt(w) dW, w = 2 t.
 
     The diffusion is 2 t on every path; the last step has no noise. Source: SiT, Eq. 6, with the
@@ -114,11 +114,11 @@ SOLVERS = {
 
 def integrate(
     dynamics: Dynamics,
-    x_start: Float[Tensor, "batch *event"],
+    x_start: Float[Tensor, " batch *event"],
     *,
     solver: str,
     num_steps: int,
-) -> Float[Tensor, "batch *event"]:
+) -> Float[Tensor, " batch *event"]:
     """Returns the float64 state at t = 0 of the path that starts at `x_start` at t = 1."""
     row = SOLVERS[solver]
     x_t = x_start.double()

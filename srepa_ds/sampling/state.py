@@ -55,7 +55,7 @@ class StateLayout:
         self,
         seed: int,
         streams: tuple[Stream, Stream],
-        sample_ids: Int64[Tensor, "batch"],
+        sample_ids: Int64[Tensor, " batch"],
         *,
         draw: int = 0,
         dtype: torch.dtype = torch.float32,
@@ -73,7 +73,7 @@ class StateLayout:
 
     def guidance_scales(
         self, guidance: Guidance, device: torch.device | str = "cpu"
-    ) -> Float[Tensor, "elements"]:
+    ) -> Float[Tensor, " elements"]:
         """Returns the float64 scale of every element: of the image, then of the class token."""
         parts = (
             (math.prod(self.latent_shape), guidance.scale),
