@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -25,7 +24,6 @@ from srepa_ds.errors import CheckpointError, OutputError, SRepaError
 from srepa_ds.files import flush_to_disk, sha256_of, write_aside
 from srepa_ds.fragment_file import Piece, snapshot_of, write_snapshot
 from srepa_ds.manifest import FOREIGN, MANIFEST, FileEntry, entry_of, fault_in, write_manifest
-from srepa_ds.schema import Section
 
 FORMAT = "srepa_ds.checkpoint"
 VERSION = 1
@@ -36,26 +34,6 @@ _ASIDE = ".writing-"
 _REPLACED = f"{_ASIDE}replaced-"
 
 log = logging.getLogger("srepa_ds")
-
-
-class CheckpointConfig(Section):
-    """When checkpoints are written and which are kept."""
-
-    every_steps: int = Field(default=5_000, ge=1)
-    """Optimizer steps between checkpoints; one is also written at the end and when interrupted. One
-    that falls due at a skipped step is written after the next that is not."""
-
-    keep_last: int = Field(default=2, ge=1)
-    """How many of the newest are kept, and beside them always the newest that is known to be good:
-    from which a step was taken."""
-
-    keep_every_steps: int = Field(default=50_000, ge=0)
-    """The first checkpoint at or after each multiple of this is kept for good; 0 keeps none."""
-
-    asynchronous: bool = False
-    """Write while training goes on. A save then stops it only while this rank's share of the state
-    is copied to host memory, where the copy (16 bytes per weight, shared by all ranks) stays until
-    it is written."""
 
 
 class CheckpointReader:

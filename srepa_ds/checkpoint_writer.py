@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from srepa_ds import distributed
-from srepa_ds.checkpoint import CheckpointConfig, UnfinishedCheckpoint, remove_leftovers
+from srepa_ds.checkpoint import UnfinishedCheckpoint, remove_leftovers
 from srepa_ds.fragment_file import Piece
 from srepa_ds.manifest import FileEntry
-from srepa_ds.retention import mark_good, prune
+from srepa_ds.retention import CheckpointConfig, mark_good, prune
 
 log = logging.getLogger("srepa_ds")
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 from srepa_ds.alignment.alignment import AlignmentConfig
-from srepa_ds.checkpoint import CheckpointConfig
 from srepa_ds.cross_checks import CROSS_CHECKS
 from srepa_ds.data.loader import DataConfig
 from srepa_ds.ema import EmaConfig
@@ -14,6 +13,7 @@ from srepa_ds.model.variants import SiTConfig
 from srepa_ds.model.weights import exported_step
 from srepa_ds.objective import ObjectiveConfig
 from srepa_ds.optim import OptimizerConfig
+from srepa_ds.retention import CheckpointConfig
 from srepa_ds.schema import Section, Tree, apply_overrides, load_tree, validated
 from srepa_ds.sections import (
     EngineConfig,

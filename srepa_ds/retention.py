@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay, and which are good: those from which a step was taken.
+"""When a run saves, which checkpoints stay, and which are good: those from which a step was taken.
 
 What is saved right after the step that ruined the weights is whole and valid, yet no step from it
 is finite. So a checkpoint counts as good once a later step was applied; an empty file of that name
@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import Field
+
 from srepa_ds.checkpoint import (
-    CheckpointConfig,
     fault_of,
     named,
     newest_valid,
@@ -20,10 +21,31 @@ from srepa_ds.checkpoint import (
     steps_in,
     writing,
 )
+from srepa_ds.schema import Section
 from srepa_ds.telemetry import despite_full_disk
 
 _GOOD = "good"
 _FAILED = "failed-"
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept."""
+
+    every_steps: int = Field(default=5_000, ge=1)
+    """Optimizer steps between checkpoints; one is also written at the end and when interrupted. One
+    that falls due at a skipped step is written after the next that is not."""
+
+    keep_last: int = Field(default=2, ge=1)
+    """How many of the newest are kept, and beside them always the newest that is known to be good:
+    from which a step was taken."""
+
+    keep_every_steps: int = Field(default=50_000, ge=0)
+    """The first checkpoint at or after each multiple of this is kept for good; 0 keeps none."""
+
+    asynchronous: bool = False
+    """Write while training goes on. A save then stops it only while this rank's share of the state
+    is copied to host memory, where the copy (16 bytes per weight, shared by all ranks) stays until
+    it is written."""
 
 
 class ReturnPoint(NamedTuple):

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from srepa_ds.checkpoint import CheckpointConfig, Piece, named, newest_valid, save, step_folder
+from srepa_ds.checkpoint import Piece, named, newest_valid, save, step_folder
 from srepa_ds.checkpoint_writer import CheckpointWriter
-from srepa_ds.retention import ReturnPoint, mark_good, prune, return_point
+from srepa_ds.retention import CheckpointConfig, ReturnPoint, mark_good, prune, return_point
 
 FRAGMENTS = "fragments-00000.safetensors"
 PIECE = Piece("master", "w", (3,), 0, torch.zeros(3))

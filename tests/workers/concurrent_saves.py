@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from srepa_ds import distributed
 from srepa_ds.checkpoint import (
-    CheckpointConfig,
     CheckpointReader,
     fault_of,
     newest_valid,
@@ -26,6 +25,7 @@ from srepa_ds.checkpoint import (
 from srepa_ds.checkpoint_writer import CheckpointWriter
 from srepa_ds.errors import OutputError
 from srepa_ds.fragment_file import Piece
+from srepa_ds.retention import CheckpointConfig
 
 NUMEL = 300_000
 CONFIG = CheckpointConfig(keep_last=2, keep_every_steps=0, asynchronous=True)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from srepa_ds.checkpoint import CheckpointConfig, CheckpointReader, Piece, newest_valid
+from srepa_ds.checkpoint import CheckpointReader, Piece, newest_valid
 from srepa_ds.checkpoint_writer import CheckpointWriter
+from srepa_ds.retention import CheckpointConfig
 
 NUMEL = 50_000
 SAVE_EVERY = 6
