@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -36,10 +37,11 @@ def tokens(images: int, count: int, width: int, device: str) -> tuple[Tensor, Te
 
 def seconds(loss: Loss, student: Tensor, teacher: Tensor) -> float:
     """Returns the wall-clock time of one forward and backward."""
-    _wait(student)
+    wait = torch.cuda.synchronize if student.is_cuda else lambda: None
+    wait()
     begin = time.perf_counter()
     torch.autograd.grad(loss(student, teacher), student)
-    _wait(student)
+    wait()
     return time.perf_counter() - begin
 
 
@@ -55,16 +57,16 @@ def traced(loss: Loss, student: Tensor, teacher: Tensor) -> tuple[float, int]:
         return elapsed, torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True) as profile:
         elapsed = seconds(loss, student, teacher)
-    current = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            current += event.nbytes()
-            peak = max(peak, current)
-    return elapsed, peak
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return elapsed, max(accumulate(changes, initial=0))
 
 
 def predicted_bytes(loss: Loss, *, images: int, count: int, width: int, device: str) -> float:
-    """Returns the peak at `count` tokens: a parabola through zero and two smaller runs."""
+    """Returns the peak at `count` tokens: a parabola through zero and two smaller runs.
+
+    Too much if those are so small that several of their images are worked on together.
+    """
     few, many = PROBES
     a, b = (traced(loss, *tokens(images, n, width, device))[1] for n in PROBES)
     quadratic = (b / many - a / few) / (many - few)
@@ -77,8 +79,3 @@ def free_bytes(device: str) -> int:
         return torch.cuda.mem_get_info()[0]
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
-
-
-def _wait(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
