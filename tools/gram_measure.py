@@ -77,5 +77,4 @@ def free_bytes(device: str) -> int:
     """Returns the memory that may still be taken."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
