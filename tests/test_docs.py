@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from srepa_ds.config import config_from
+from srepa_ds.schema import parse_yaml
 
 DOCS = Path(__file__).parents[1] / "docs"
 BASE = {
@@ -17,27 +17,27 @@ BASE = {
 }
 
 
-def blocks(name: str) -> list[str]:
-    return re.findall(r"```yaml\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL)
+def shown() -> list[tuple[str, str]]:
+    """Every YAML block of the guides, with the page it stands on."""
+    pages = ((page.name, page.read_text(encoding="utf-8")) for page in sorted(DOCS.glob("*.md")))
+    return [
+        (name, block)
+        for name, text in pages
+        for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    ]
 
 
-@pytest.mark.parametrize("text", blocks("methods.md"))
-def test_every_method_shown_is_a_valid_experiment(text):
-    shown = yaml.safe_load(text)
-    tree = {**BASE, **shown, "model": {**BASE["model"], **shown.get("model", {})}}
-    config = config_from(tree, source="docs/methods.md")
-    assert len(config.alignments) == len(shown["alignments"])
-
-
-@pytest.mark.parametrize("text", blocks("training.md"))
-def test_every_setting_of_a_run_shown_is_one(text):
-    shown = yaml.safe_load(text)
+@pytest.mark.parametrize(("page", "block"), shown())
+def test_every_setting_shown_is_one(page, block):
+    settings = parse_yaml(block)
+    if "teacher" in settings:
+        settings = {"alignments": [{**settings, "depth": 8, "pointwise": {"weight": 1.0}}]}
     extractor = {"name": "dinov2-vit-b"}
-    tree = {**BASE, "evaluate": {"reference": "data/test", "extractor": extractor}, **shown}
-    config = config_from(tree, source="docs/training.md")
-    for section, settings in shown.items():
-        for name in settings:
-            assert getattr(getattr(config, section), name) is not None
+    tree = {**BASE, "evaluate": {"reference": "data/test", "extractor": extractor}}
+    for section, value in settings.items():
+        tree[section] = {**BASE.get(section, {}), **value} if isinstance(value, dict) else value
+    config = config_from(tree, source=f"docs/{page}")
+    assert len(config.alignments) == len(settings.get("alignments", []))
 
 
 @pytest.mark.parametrize(
