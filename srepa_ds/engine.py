@@ -166,7 +166,7 @@ class Engine:
         masters = [fragment.master.clone() for fragment in self._whole()]
         self._set_masters(list(self._averages_over(self._whole())))
         # Not in a `finally`: to give them back is collective, and after an error of one rank the
-        # others may be anywhere. The run is over then, and its checkpoints are good.
+        # others may be anywhere. The run is over then; what it saved before is untouched.
         yield
         self._set_masters(masters)
 
