@@ -66,6 +66,7 @@ class Engine:
         )
         zero.hide_gathering(self._deepspeed)
         zero.judge_by_norm(self._deepspeed)
+        zero.keep_gradients_of_one_rank(self._deepspeed)
         self._is_dealt_out = stage_of(document) == 0 and ranks.world_size > 1
         if initial:
             zero.set_masters(self._deepspeed, lambda f: _run_of(initial[f.name], f))

@@ -234,6 +234,15 @@ def judge_by_norm(engine: deepspeed.DeepSpeedEngine) -> None:
         optimizer.update_offload_overflow_tracker = lambda _: None
 
 
+def keep_gradients_of_one_rank(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Keeps DeepSpeed, under stage 0, from reducing over ranks where there is but one.
+
+    It would copy all gradients into a buffer and back.
+    """
+    if engine.zero_optimization_stage() == 0 and torch.distributed.get_world_size() == 1:
+        engine.enable_backward_allreduce = False
+
+
 def forget_gradients(engine: deepspeed.DeepSpeedEngine) -> None:
     """Drops the gradients of a skipped step where DeepSpeed does not.
 

@@ -1,8 +1,8 @@
 """Times the steps of a case, alone in its process, and says where the time goes."""
 
-import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,15 +10,27 @@ from step_case import Case
 from torch.profiler import ProfilerActivity, profile
 
 from srepa_ds.distributed import choose_accelerator
-from srepa_ds.model.flops import training_flops
 from srepa_ds.throughput import peak_memory_gb
 
 
-def measured(case: Case, *, steps: int, warmup: int, profiled: Path | None) -> dict[str, float]:
-    """Returns the median step, the peak memory, and the share of this device's matmul ceiling.
+@dataclass(frozen=True)
+class Measured:
+    """One process's steps."""
 
-    `mfu` counts the model's products, without recomputation, projectors and teacher. With
-    `profiled`, that file gets the operations of three more steps, the longest first.
+    times: list[float]
+    """Seconds of each."""
+
+    gb: float
+    """Peak memory in 1e9 bytes: of the GPU, or of the process."""
+
+    ceiling: float
+    """Operations per second of a large product on this device."""
+
+
+def measured(case: Case, *, steps: int, warmup: int, profiled: Path) -> Measured:
+    """Returns `steps` steps of a case, timed.
+
+    The file `profiled` gets the operations of three more, the longest first.
     """
     choose_accelerator()
     # After that, because it imports DeepSpeed, which looks for an accelerator at once.
@@ -29,18 +41,8 @@ def measured(case: Case, *, steps: int, warmup: int, profiled: Path | None) -> d
     # Reading the loss waits for the device, so every step is timed whole.
     times = [timed(step) for _ in range(warmup + steps)][warmup:]
     memory = peak_memory_gb(device)
-    if profiled is not None:
-        profiled.write_text(operations(step), encoding="utf-8")
-    seconds = statistics.median(times)
-    ceiling = matmul_ceiling(device)
-    rate = training_flops(case.config.model) * case.batch / seconds
-    return {
-        "seconds": seconds,
-        "fastest": min(times),
-        "gb": memory,
-        "mfu": rate / ceiling,
-        "ceiling_tflops": ceiling / 1e12,
-    }
+    profiled.write_text(operations(step), encoding="utf-8")
+    return Measured(times, memory, matmul_ceiling(device))
 
 
 def timed(step: Callable[[], float]) -> float:
