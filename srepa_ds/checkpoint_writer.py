@@ -14,6 +14,7 @@ from srepa_ds.checkpoint import UnfinishedCheckpoint, remove_leftovers
 from srepa_ds.fragment_file import Piece
 from srepa_ds.manifest import FileEntry
 from srepa_ds.retention import CheckpointConfig, mark_good, prune
+from srepa_ds.telemetry import despite_full_disk
 
 log = logging.getLogger("srepa_ds")
 
@@ -112,8 +113,9 @@ class CheckpointWriter:
         folder = unfinished.finish(written)
         self._whole = self._unproven = unfinished.step
         if self._rank == 0:
-            remove_leftovers(self._root)
-            prune(self._root, self._config, newest=unfinished.step)
+            with despite_full_disk(f"in {self._root}"):
+                remove_leftovers(self._root)
+                prune(self._root, self._config, newest=unfinished.step)
             log.info("saved %s", folder)
         self._prove()
 
@@ -125,7 +127,8 @@ class CheckpointWriter:
         if self._rank == 0:
             mark_good(self._root, step)
             # Until now the one before it had to stay.
-            prune(self._root, self._config, newest=step)
+            with despite_full_disk(f"in {self._root}"):
+                prune(self._root, self._config, newest=step)
 
     def _news(self) -> int | None:
         news, self._whole = self._whole, None

@@ -13,7 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from srepa_ds.errors import ConfigError, Fault, SRepaError, TopologyError, met_by_all
+from srepa_ds.errors import (
+    ConfigError,
+    Fault,
+    OutputError,
+    SRepaError,
+    TopologyError,
+    met_by_all,
+)
 from srepa_ds.launcher import free_port, launched
 
 T = TypeVar("T")
@@ -78,6 +85,12 @@ def _device_if_all_have_one(
 
     By way of the store, for a rank without its device cannot join the group and say so there.
     """
+    if store.check([f"device/{rank}"]):
+        raise TopologyError(
+            f"{_where(rank)}: torchrun restarts with the store of the attempt before, whose ranks "
+            "would be taken for today's; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where it is "
+            "started, or run it again instead of --max-restarts"
+        )
     device, fault = None, ""
     try:
         device = local_device(local_rank)
@@ -140,7 +153,10 @@ def local_device(local_rank: int = 0) -> torch.device:
             f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
             "start as many ranks per node as it has GPUs"
         )
-    torch.cuda.set_device(local_rank)
+    try:
+        torch.cuda.set_device(local_rank)
+    except RuntimeError as error:
+        raise TopologyError(f"local rank {local_rank}: its GPU is not usable: {error}") from error
     return torch.device("cuda", local_rank)
 
 
@@ -207,7 +223,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def together(action: Callable[[], T]) -> T:
-    """Returns `action()`, or raises on *every* rank the user error that any rank met.
+    """Returns `action()`, or raises on *every* rank the user error (or OSError) that any rank met.
 
     So no rank waits in a collective for one that has already left. The first rank's error speaks;
     on ranks that did not meet it a note says who did.
@@ -218,6 +234,9 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except SRepaError as caught:
         error = caught
+    except OSError as caught:
+        # Otherwise this rank alone would leave.
+        error = OutputError(f"{caught.filename or 'a file'}: {caught.strerror or caught}")
     errors = [met for met in gather((_where(rank()), error) if error else None) if met is not None]
     if errors:
         where, first = errors[0]

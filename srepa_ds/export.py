@@ -73,7 +73,10 @@ def _mixture(reader: CheckpointReader, sigma: float) -> Mixture:
     for folder in checkpoint.steps_in(reader.folder.parent):
         if folder == reader.folder:
             source = reader
-        elif folder < reader.folder and checkpoint.fault_of(folder) is None:
+        elif (
+            checkpoint.step_of(folder) < reader.state["step"]
+            and checkpoint.fault_of(folder) is None
+        ):
             source = CheckpointReader(folder)
         else:
             continue

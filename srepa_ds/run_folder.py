@@ -4,7 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ _SAFE_ANYWHERE = (
     *(".structural.algorithm", ".structural.tile"),
 )
 # A network file system may believe for so long that what was not there a moment ago still is not.
-_NEWS_SECONDS = 30.0
+_NEWS_SECONDS = 90.0
 _POLL_SECONDS = 0.1
 
 
@@ -79,7 +79,8 @@ def check_shared(folder: Path) -> None:
         distributed.together(lambda: _find(token))
     finally:
         if distributed.rank() == 0:
-            token.unlink(missing_ok=True)
+            with suppress(OSError):
+                token.unlink(missing_ok=True)
 
 
 def _leave(token: Path) -> None:

@@ -104,21 +104,13 @@ class TrainingLoop:
             self._paused(lambda: self._look(since=before))
 
     def _stop(self) -> None:
-        """Ends the run early, saved unless it fails right now."""
+        """Ends the run early, saved: skipped steps have changed nothing."""
         step, skipped = self.engine.step_count, self.engine.step_count - self.applied_at
-        if not skipped and self.saved_at != step:
+        if self.applied_at > self.saved_at:
             self._save()
         self.writer.wait()
-        if not skipped:
-            log.info("stopped by a signal at step %d; run the same command to go on", step)
-            return
-        log.info(
-            "stopped by a signal at step %d; the last %d were not finite and are not saved, the "
-            "same command goes on from step %d",
-            step,
-            skipped,
-            self.saved_at,
-        )
+        so_far = f" ({skipped} skipped before it)" if skipped else ""
+        log.info("stopped by a signal at step %d%s; run the same command to go on", step, so_far)
 
     def _paused(self, action: Callable[[], None]) -> None:
         with self.window.paused():
@@ -156,7 +148,7 @@ class TrainingLoop:
         self.writer.wait()
         point = distributed.on_main(lambda: return_point(self.config.checkpoints))
         if point is None:
-            raise self._diverged("and there is no checkpoint yet")
+            raise self._diverged(f"and there {self._without_checkpoint()}")
         reader = distributed.together(lambda: CheckpointReader(point.folder))
         back_to, seen = reader.state["step"], engine.samples_seen
         before = distributed.on_main(lambda: setbacks.setbacks_after(folder, back_to)).rollbacks
@@ -176,6 +168,14 @@ class TrainingLoop:
         if self.ranks.is_main:
             how_often = f"{before + 1} of {allowed} times"
             log.warning("rolled back from step %d to %s (%s)", failed_at, point.folder, how_often)
+
+    def _without_checkpoint(self) -> str:
+        """Saves a run that only its very last steps keep from its end; returns what there is."""
+        if self.engine.step_count - self.applied_at >= self.config.train.max_skipped_steps:
+            return "is no checkpoint yet"
+        self._save()
+        self.writer.wait()
+        return f"was no checkpoint to go back to; step {self.applied_at} is saved as the last"
 
     def _diverged(self, how_far: str) -> DivergedError:
         listed = self.config.run.folder / setbacks.SKIPPED

@@ -8,7 +8,7 @@ import torch
 from ranks import SECONDS, WORKERS, run_worker, start_ranks
 
 from srepa_ds import distributed
-from srepa_ds.errors import ConfigError, Fault, TopologyError
+from srepa_ds.errors import ConfigError, Fault, OutputError, TopologyError
 
 
 def test_two_ranks_do_things_together(tmp_path):
@@ -44,6 +44,30 @@ def test_incomplete_variables_name_what_is_missing(monkeypatch):
     with pytest.raises(TopologyError, match="did not set MASTER_ADDR, MASTER_PORT"):
         distributed.initialize()
     assert not distributed.joined()
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_an_attempt_that_finds_its_predecessors_answers_says_so(monkeypatch):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    place |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    try:
+        assert distributed.initialize().world_size == 1
+        distributed.close()
+        with pytest.raises(TopologyError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+            distributed.initialize()
+    finally:
+        distributed.close()
+
+
+def test_an_error_of_the_machine_is_shared_like_a_user_s():
+    def fail():
+        raise OSError(28, "No space left on device", "runs/x")
+
+    with pytest.raises(OutputError, match="runs/x: No space left on device"):
+        distributed.together(fail)
 
 
 @pytest.mark.usefixtures("no_launcher")

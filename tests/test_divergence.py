@@ -1,5 +1,6 @@
 """What a run that diverges keeps, tells and goes back to: on the command line of two ranks."""
 
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -76,7 +77,15 @@ def test_one_bad_batch_at_the_end_does_not_end_the_run(small_world, tmp_path):
     assert steps(tmp_path) == [8, 9]
 
 
-def test_a_signal_while_steps_fail_saves_nothing(small_world, healthy):
+def test_a_bad_batch_at_the_end_of_a_run_without_checkpoints_loses_nothing(small_world, tmp_path):
+    common = [f"run.folder={tmp_path}", "train.steps=9", "checkpoint.every_steps=100"]
+    run_worker("faulty_data", 2, small_world.config, "128-144", *common)
+    said = (tmp_path / "message.txt").read_text()
+    assert "there was no checkpoint to go back to; step 8 is saved as the last" in said
+    assert steps(tmp_path) == [9]
+
+
+def test_a_signal_while_steps_fail_keeps_the_good_one(small_world, healthy):
     never = ("train.steps=4000", "train.max_skipped_steps=4000", "checkpoint.every_steps=2000")
     ranks = start(small_world, healthy, *RUIN, *never)
     wait_for(healthy / "skipped.jsonl", ranks)
@@ -84,8 +93,14 @@ def test_a_signal_while_steps_fail_saves_nothing(small_world, healthy):
         process.send_signal(signal.SIGTERM)
     said = "".join(process.communicate(timeout=100)[0] for process in ranks)
     assert [process.returncode for process in ranks] == [75, 75], said
-    assert "not finite and are not saved, the same command goes on from step 10" in said
-    assert steps(healthy) == [5, 10]
+    (stopped_at,) = set(re.findall(r"stopped by a signal at step (\d+) \(\d+ skipped", said))
+    # The weights were ruined before; what is saved of them is no obstacle to going on.
+    assert steps(healthy)[-2:] == [10, int(stopped_at)]
+    mended = (f"train.steps={int(stopped_at) + 9}", "train.max_skipped_steps=2")
+    codes, said = train(small_world, healthy, *mended, "--allow-config-change")
+    assert codes == [0, 0], said
+    assert "rolled back" in said
+    assert steps(healthy)[-1] == int(stopped_at) + 9
 
 
 def test_what_falls_due_at_a_skipped_step_is_done_after_the_next(small_world, tmp_path):
