@@ -26,12 +26,20 @@ TEACHER = {
 
 @pytest.fixture(autouse=True)
 def _own_logging() -> Iterator[None]:
-    """Undoes what a command line does to the logger, so that the next test can listen to it."""
-    log = logging.getLogger("srepa_ds")
-    before = log.handlers[:], log.propagate, log.level
+    """Undoes what a command line does to the logger, so that a test can listen to it.
+
+    Before the test as well as after: a fixture of a module may have run a command.
+    """
+    _reset_logging()
     yield
-    log.handlers[:], log.propagate = before[:2]
-    log.setLevel(before[2])
+    _reset_logging()
+
+
+def _reset_logging() -> None:
+    log = logging.getLogger("srepa_ds")
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
 
 
 @dataclass(frozen=True)
