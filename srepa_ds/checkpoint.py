@@ -223,10 +223,23 @@ def steps_in(root: Path) -> list[Path]:
 
     Among them one that a kill left aside just before another of the same step took its name.
     """
-    replaced = [
-        path for path in named(root, _REPLACED) if not step_folder(root, step_of(path)).is_dir()
-    ]
-    return sorted((*named(root), *replaced), key=step_of)
+    return sorted((*named(root), *_left_aside(root)), key=step_of)
+
+
+def put_back(root: Path) -> None:
+    """Gives those that a kill left aside their names again, so that they count and are kept.
+
+    For who alone writes there, once no rank is about to open one of them. Raises OutputError.
+    """
+    with writing(root):
+        for path in _left_aside(root):
+            path.rename(step_folder(root, step_of(path)))
+
+
+def _left_aside(root: Path) -> list[Path]:
+    """Returns those moved for another of the same step that never took the name."""
+    moved = named(root, _REPLACED)
+    return [path for path in moved if not step_folder(root, step_of(path)).is_dir()]
 
 
 def named(root: Path, prefix: str = "") -> list[Path]:

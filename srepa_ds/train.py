@@ -14,7 +14,7 @@ from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.alignment.gram_triton import unavailable as triton_unavailable
 from srepa_ds.alignment.teachers import Teacher, load_teacher
 from srepa_ds.arrangement import deepspeed_config, micro_batch_size
-from srepa_ds.checkpoint import CheckpointReader
+from srepa_ds.checkpoint import CheckpointReader, put_back
 from srepa_ds.checkpoint_writer import CheckpointWriter
 from srepa_ds.config import Config
 from srepa_ds.data.loader import BatchLoader
@@ -77,7 +77,7 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
         )
         objective = _build_objective(config, inputs.targets, ranks, begins=source is None)
         engine = stack.enter_context(closing(Engine(objective, config, ranks)))
-        _begin_or_resume(engine, source, config.run.folder)
+        _begin_or_resume(engine, source, config)
         distributed.on_main(lambda: run_folder.describe(config, arrangement))
         telemetry = distributed.together(lambda: _telemetry(config, engine, ranks))
         stack.enter_context(telemetry)
@@ -115,7 +115,8 @@ def _feed(config: Config, inputs: _Inputs, engine: Engine, ranks: Ranks, stack: 
     )
 
 
-def _begin_or_resume(engine: Engine, source: Path | None, folder: Path) -> None:
+def _begin_or_resume(engine: Engine, source: Path | None, config: Config) -> None:
+    folder = config.run.folder
     if source is None:
         distributed.on_main(lambda: setbacks.begin_anew(folder))
         return
@@ -123,6 +124,7 @@ def _begin_or_resume(engine: Engine, source: Path | None, folder: Path) -> None:
     distributed.together(lambda: engine.check(reader))
     engine.restore(reader)
     log.info("resuming from %s", source)
+    distributed.on_main(lambda: put_back(config.checkpoints))
     failed = distributed.on_main(lambda: setbacks.setbacks_after(folder, engine.step_count))
     # Where a rollback to it, or past it, went on: the samples before would only fail again.
     engine.samples_seen = max(engine.samples_seen, failed.samples_seen)

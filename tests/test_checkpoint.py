@@ -3,6 +3,7 @@
 import json
 import logging
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,11 @@ from srepa_ds.checkpoint import (
     Piece,
     fault_of,
     newest_valid,
+    put_back,
     remove_leftovers,
     save,
     step_folder,
+    steps_in,
 )
 from srepa_ds.errors import CheckpointError, OutputError
 
@@ -276,6 +279,17 @@ def test_a_kill_while_a_step_is_saved_again_leaves_the_former_one(tmp_path):
     assert newest_valid(tmp_path) == former
     assert CheckpointReader(former).state["step"] == 5
     assert not aside.exists()
+
+
+def test_what_a_kill_left_aside_gets_its_name_back_unless_another_has_it(tmp_path):
+    write(tmp_path, 4).rename(tmp_path / ".writing-replaced-step-0000004")
+    newer = write(tmp_path, 5)
+    before = contents(newer)
+    shutil.copytree(write(tmp_path / "other", 6), tmp_path / ".writing-replaced-step-0000005")
+    put_back(tmp_path)
+    assert steps_in(tmp_path) == [step_folder(tmp_path, 4), newer]
+    assert fault_of(step_folder(tmp_path, 4)) is None
+    assert contents(newer) == before
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])

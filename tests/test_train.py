@@ -88,7 +88,11 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(small_world, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert not (broken / "checkpoints" / "step-0000010").exists()
+    # As if the kill had come while the step was saved once more, between two names.
+    five = step_folder(broken / "checkpoints", 5)
+    five.rename(five.with_name(f".writing-replaced-{five.name}"))
     run_worker("train_runs", 2, small_world.config, ";".join((f"run.folder={broken}", *overrides)))
+    assert (five / "good").is_file()
     assert losses(broken) == losses(whole)
     assert [line["step"] for line in record(broken)] == list(range(1, 11))
     assert_same_state(*(step_folder(f / "checkpoints", 10) for f in (whole, broken)))
