@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # Of what is installed and from where: another checkout on the same environment installs itself anew.
 KEY := $(shell (cat setup.cfg pyproject.toml; pwd) | sha256sum | cut -c1-12)
 INSTALLED := $(VENV)/.installed-$(KEY)
+# Processes that share the tests, file by file; many tests start ranks of their own besides.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-all check format clean
 
@@ -14,11 +17,11 @@ demo: $(INSTALLED)
 
 ## test: lint, types, floors, and the quick tests
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 ## test-all: everything that runs without a GPU
 test-all: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	$(PYTEST)
 
 ## check: what a commit must pass, without the tests
 check: $(INSTALLED)
