@@ -7,7 +7,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from srepa_ds.alignment.gram import compute_dtype
+from srepa_ds.alignment.gram_parts import compute_dtype
 from srepa_ds.alignment.losses import (
     PointwiseConfig,
     StructuralConfig,

@@ -7,7 +7,6 @@ are. The computation is one operator, `torch.ops.srepa_ds.structural_loss`, opaq
 `torch.compile` and nameable in a selective checkpointing policy.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -15,20 +14,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from srepa_ds.alignment.gram_algorithms import PairSum, Temperatures
 from srepa_ds.alignment.gram_choice import (
     ALGORITHMS,
     image_groups,
     resolve_algorithm,
     working_set,
 )
+from srepa_ds.alignment.gram_parts import Temperatures, compute_dtype
 from srepa_ds.alignment.precision import full_precision
 
 Reduction = Literal["token_mean", "batch_mean"]
 
 DEFAULT_TILE = 256
-
-EPSILON = 1e-12
 
 
 def structural_mse(
@@ -139,7 +136,7 @@ def _structural_loss(
     scale: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    options: dict[str, Any] = {"with_gradient": with_gradient}
+    options: dict[str, Any] = {"scale": scale}
     if algorithm == "tiled":
         options["tile"] = tile
     if kind == "kl":
@@ -150,30 +147,8 @@ def _structural_loss(
     with full_precision(student.device.type):
         for images in image_groups(student, teacher, kind=kind, algorithm=algorithm, tile=tile):
             target = gradient[images] if with_gradient else None
-            loss += _of_images(student[images], teacher[images], compute, scale, target)
+            loss += compute(student[images], teacher[images], gradient=target)
     return (loss * scale).to(compute_dtype(student, teacher)), gradient
-
-
-def _of_images(
-    student: Tensor,
-    teacher: Tensor,
-    compute: Callable[[Tensor, Tensor], PairSum],
-    scale: float,
-    gradient: Tensor | None,
-) -> Tensor:
-    """Returns the sum over these images, whose gradient times `scale` goes to `gradient`.
-
-    A function of its own so that nothing of one group of images lives beside the next.
-    """
-    dtype = compute_dtype(student, teacher)
-    unit_student, norm = _unit(student.to(dtype))
-    unit_teacher, _ = _unit(teacher.to(dtype))
-    result = compute(unit_student, unit_teacher)
-    if gradient is not None:
-        assert result.gradient is not None
-        outward = _through_unit(unit_student, norm, result.gradient)
-        torch.mul(outward, scale / norm.clamp_min(EPSILON), out=gradient)
-    return result.value
 
 
 def _space_for_gradient(student: Tensor, teacher: Tensor, with_gradient: bool) -> Tensor:
@@ -227,26 +202,3 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 torch.library.register_autograd(_OPERATOR, _backward, setup_context=_remember)
-
-
-def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """Returns the dtype losses are computed in: the wider of the two, at least float32."""
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _unit(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns x / max(||x||, 1e-12) and ||x||, so that a zero vector stays zero."""
-    norm = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
-    return tokens / norm.clamp_min(EPSILON), norm
-
-
-def _through_unit(unit: Tensor, norm: Tensor, gradient: Tensor) -> Tensor:
-    """Returns the gradient with respect to the tokens that made `unit`, times their `norm`.
-
-    The gradient handed in is used up.
-    """
-    along = torch.linalg.vecdot(unit, gradient).unsqueeze(-1)
-    # Below the clamp the denominator is a constant and nothing is projected out.
-    along.masked_fill_(norm < EPSILON, 0)
-    return gradient.addcmul_(unit, along, value=-1)

@@ -1,33 +1,29 @@
 """Which algorithm computes a structural loss, and for how many images at a time."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from jaxtyping import Float
 from torch import Tensor
 
-from srepa_ds.alignment.gram_algorithms import (
-    PairSum,
-    kl_dense,
-    kl_tiled,
-    kl_triton,
-    mse_dense,
-    mse_feature,
-    mse_tiled,
-    mse_triton,
-)
+from srepa_ds.alignment.gram_kl import kl_dense, kl_tiled
+from srepa_ds.alignment.gram_mse import mse_dense, mse_feature, mse_tiled
+from srepa_ds.alignment.gram_parts import BLOCK, compute_dtype, on_unit_tokens
+from srepa_ds.alignment.gram_triton import kl_triton, mse_triton
 from srepa_ds.errors import nearest
 
-Algorithm = Callable[..., PairSum]
+# From tokens, `scale`, where to write the gradient, and its own options: the sum over pairs.
+Algorithm = Callable[..., Float[Tensor, ""]]
 MSE_ALGORITHMS: dict[str, Algorithm] = {
     "dense": mse_dense,
-    "tiled": mse_tiled,
-    "feature": mse_feature,
-    "triton": mse_triton,
+    "tiled": partial(on_unit_tokens, mse_tiled),
+    "feature": partial(on_unit_tokens, mse_feature),
+    "triton": partial(on_unit_tokens, mse_triton),
 }
 KL_ALGORITHMS: dict[str, Algorithm] = {
-    "dense": kl_dense,
-    "tiled": kl_tiled,
-    "triton": kl_triton,
+    "dense": partial(on_unit_tokens, kl_dense),
+    "tiled": partial(on_unit_tokens, kl_tiled),
+    "triton": partial(on_unit_tokens, kl_triton),
 }
 ALGORITHMS = {"mse": MSE_ALGORITHMS, "kl": KL_ALGORITHMS}
 
@@ -39,9 +35,9 @@ Row = dict[str, int | float]
 DENSE_UP_TO: Row = {"cpu": 1024, "cuda": 0}
 FEATURE_ABOVE: Row = {"cpu": 2.0, "cuda": 1.9}
 
-# Images are worked on together until their temporaries reach this many elements. CPU: two images of
-# 256 tokens at width 1,024 were faster than one or four. CUDA: not measured; with what a bfloat16
-# student keeps, 32 images of 1,024 tokens at width 768 stay below 64 MiB.
+# Images are worked on together until their temporaries reach this many elements. CPU: with 256
+# tokens `dense` KL was fastest on two to four images, MSE on eight. CUDA: not measured; with what a
+# bfloat16 student keeps, 32 images of 1,024 tokens at width 768 stay below 64 MiB.
 WORKING_SET_ELEMENTS: Row = {"cpu": 7 << 18, "cuda": 3 << 20}
 
 # `triton` has a program for every 64 tokens: these are one for each multiprocessor of an H100.
@@ -77,21 +73,31 @@ def image_groups(
     tile: int,
 ) -> Iterator[slice]:
     """Returns groups of images small enough that temporaries do not grow with the batch."""
-    num_images, num_tokens, d_student = student.shape
-    d_teacher = teacher.shape[2]
+    num_images, num_tokens, _ = student.shape
     if algorithm == "triton":
         size = TRITON_TOKENS // num_tokens
     else:
-        matrices = {
-            "dense": num_tokens**2 * (2 if kind == "kl" else 1),
-            "tiled": min(tile, num_tokens) * num_tokens * (4 if kind == "kl" else 1),
-            "feature": d_student**2 + d_teacher**2 + d_student * d_teacher,
-        }[algorithm]
-        unit_tokens_and_gradient = num_tokens * (2 * d_student + d_teacher)
-        size = working_set(student) // (matrices + unit_tokens_and_gradient)
+        size = working_set(student) // _temporaries(student, teacher, kind, algorithm, tile)
     size = max(1, size)
     for start in range(0, num_images, size):
         yield slice(start, start + size)
+
+
+def _temporaries(student: Tensor, teacher: Tensor, kind: str, algorithm: str, tile: int) -> int:
+    """Returns how many elements an algorithm makes for an image, roughly."""
+    _, num_tokens, d_student = student.shape
+    d_teacher = teacher.shape[2]
+    if (kind, algorithm) == ("mse", "dense"):
+        # Tokens are copied if their dtype is not computed in; then so is the gradient.
+        dtype = compute_dtype(student, teacher)
+        widths = d_teacher * (teacher.dtype != dtype) + 2 * d_student * (student.dtype != dtype)
+        return num_tokens * (num_tokens + 2 * BLOCK + widths)
+    matrices = {
+        "dense": 2 * num_tokens**2,
+        "tiled": min(tile, num_tokens) * num_tokens * (4 if kind == "kl" else 1),
+        "feature": d_student**2 + d_teacher**2 + d_student * d_teacher,
+    }[algorithm]
+    return matrices + num_tokens * (2 * d_student + d_teacher)
 
 
 def working_set(tensor: Tensor) -> int:

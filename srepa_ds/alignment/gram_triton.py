@@ -5,13 +5,14 @@ Triton's interpreter, for which TRITON_INTERPRET=1 must be set before that call.
 """
 
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from srepa_ds.alignment.gram_algorithms import PairSum, Temperatures
+from srepa_ds.alignment.gram_parts import PairSum, Temperatures
 
 
 class Tiling(NamedTuple):
@@ -64,10 +65,10 @@ def mse_triton(
 ) -> PairSum:
     """Returns the sum of (S^S_ij - S^T_ij)^2 over i != j (Eq. 6) in one pass over the tiles.
 
-    Tokens are unit ones, of one dtype, float32 or float64.
+    Tokens are unit ones, of one dtype, float32 or float64. Raises ValueError where the kernels
+    cannot run.
     """
-    from srepa_ds.alignment import gram_triton_kernels as kernels
-
+    kernels = _kernels(student.device)
     student, teacher = student.contiguous(), teacher.contiguous()
     row_values = student.new_empty(student.shape[:2], dtype=torch.float64)
     gradient = torch.zeros_like(student) if with_gradient else None
@@ -90,8 +91,7 @@ def kl_triton(
     One pass for the value and the rows' statistics, a second for the gradient, which needs the
     statistics of rows and of columns. Tokens as for `mse_triton`.
     """
-    from srepa_ds.alignment import gram_triton_kernels as kernels
-
+    kernels = _kernels(student.device)
     student, teacher = student.contiguous(), teacher.contiguous()
     images, num_tokens, _ = student.shape
     row_values = student.new_empty((images, num_tokens), dtype=torch.float64)
@@ -107,6 +107,15 @@ def kl_triton(
     gradient = torch.zeros_like(student)
     _launch(kernels.kl_gradient_kernel, (student, teacher, statistics, gradient), **scales)
     return PairSum(row_values.sum(), gradient)
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    reason = unavailable(device)
+    if reason:
+        raise ValueError(f"algorithm 'triton' cannot run here: {reason}; 'auto' runs anywhere")
+    from srepa_ds.alignment import gram_triton_kernels
+
+    return gram_triton_kernels
 
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], **constants: bool | float) -> None:

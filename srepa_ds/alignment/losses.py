@@ -10,13 +10,12 @@ from torch import Tensor
 from srepa_ds.alignment.gram import (
     ALGORITHMS,
     DEFAULT_TILE,
-    EPSILON,
     Reduction,
     check_token_grids,
-    compute_dtype,
     structural_kl,
     structural_mse,
 )
+from srepa_ds.alignment.gram_parts import EPSILON, compute_dtype
 from srepa_ds.alignment.schedule import ScheduleConfig
 from srepa_ds.errors import nearest
 from srepa_ds.schema import Section

@@ -357,7 +357,7 @@ def test_groups_of_images_are_bounded_on_every_device():
     for kind, table in (("mse", MSE_ALGORITHMS), ("kl", KL_ALGORITHMS)):
         for algorithm in table:
             for device in ("cpu", "meta"):
-                student = torch.empty(70, 1024, 768, device=device)
+                student = torch.empty(70, 1024, 768, device=device, dtype=torch.bfloat16)
                 groups = list(
                     image_groups(student, student, kind=kind, algorithm=algorithm, tile=256)
                 )

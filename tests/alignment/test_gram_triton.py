@@ -9,7 +9,9 @@ from ranks import run_worker
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
-from srepa_ds.alignment.gram_algorithms import Temperatures, kl_dense, mse_dense
+from srepa_ds.alignment.gram_kl import kl_dense
+from srepa_ds.alignment.gram_mse import mse_tiled
+from srepa_ds.alignment.gram_parts import Temperatures
 from srepa_ds.alignment.gram_triton import unavailable
 
 if find_spec("triton") is None:
@@ -100,9 +102,9 @@ def by_loops(loss, student, teacher):
     return total.detach(), torch.autograd.grad(total, student)[0]
 
 
-def by_dense(loss, student, teacher):
+def by_products(loss, student, teacher):
     if loss == "mse":
-        return mse_dense(student, teacher, with_gradient=True)
+        return mse_tiled(student, teacher, with_gradient=True, tile=student.shape[1])
     return kl_dense(student, teacher, with_gradient=True, temperatures=TEMPERATURES[loss])
 
 
@@ -138,7 +140,7 @@ class TestAgrees:
         check(interpreted, by_loops, name, suffix, loss)
 
     def test_with_dense(self, interpreted, name, suffix, loss):
-        check(interpreted, by_dense, name, suffix, loss)
+        check(interpreted, by_products, name, suffix, loss)
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

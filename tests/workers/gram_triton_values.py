@@ -34,7 +34,7 @@ def measure(gram_triton, temperatures, name, student, teacher):
 def main(device, source, target):
     jaxtyping.install_import_hook("srepa_ds", "beartype.beartype")
     from srepa_ds.alignment import gram_triton
-    from srepa_ds.alignment.gram_algorithms import Temperatures
+    from srepa_ds.alignment.gram_parts import Temperatures
 
     # As documented: in time is before the first call.
     os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
