@@ -164,19 +164,23 @@ def publish_masters(engine: deepspeed.DeepSpeedEngine) -> None:
         for low, high in _stage_0_holders(engine).items():
             low.copy_(high)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        pairs = zip(
-            optimizer.fp16_partitioned_groups_flat,
-            optimizer.fp32_partitioned_groups_flat,
-            strict=True,
-        )
-        for low, high in pairs:
-            low.copy_(high)
-        if optimizer.persistent_parameters:
-            # Small weights stay gathered on every rank, so their full copies are stale now.
-            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        _publish_stage_3(optimizer)
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
+
+
+def _publish_stage_3(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
+    # Whole weights that a rank holds go stale now: small ones, which it always does, and what a
+    # forward pass without a backward one has left gathered, for the next to compute with.
+    persistent = optimizer.persistent_parameters
+    if persistent:
+        persistent[0].partition(persistent)
+    optimizer.empty_partition_cache()
+    lows, highs = optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat
+    for low, high in zip(lows, highs, strict=True):
+        low.copy_(high)
+    if persistent:
+        persistent[0].all_gather(persistent)
 
 
 @torch.no_grad()

@@ -15,7 +15,14 @@ from srepa_ds.setbacks import setbacks_after
 
 pytestmark = pytest.mark.slow
 
-ARRANGEMENTS = {"stage 0": (2, 0, "fp32"), "stage 2": (2, 2, "bf16"), "stage 3": (2, 3, "bf16")}
+# Weights below the threshold are never released under stage 3; at real sizes the large ones are.
+RELEASED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+ARRANGEMENTS = {
+    "stage 0": (2, "zero0", "fp32"),
+    "stage 2": (2, "zero2", "bf16"),
+    "stage 3": (2, "zero3", "bf16"),
+    "stage 3, weights released": (2, "released", "fp32"),
+}
 STEPS = 6
 
 
@@ -32,10 +39,12 @@ def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
 def watched(request, small_world, tmp_path_factory) -> tuple[Path, Path]:
     """The same run, left alone and looked at."""
     root = tmp_path_factory.mktemp("watched")
-    world_size, stage, precision = ARRANGEMENTS[request.param]
+    world_size, arrangement, precision = ARRANGEMENTS[request.param]
+    (root / "released.json").write_text(json.dumps(RELEASED))
+    folder = root if arrangement == "released" else Path("ds_configs")
     common = [
         f"train.steps={STEPS}",
-        f"engine.deepspeed=ds_configs/zero{stage}.json",
+        f"engine.deepspeed={folder / arrangement}.json",
         f"engine.precision={precision}",
     ]
     looking = [
