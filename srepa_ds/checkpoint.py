@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from srepa_ds import distributed
-from srepa_ds.errors import CheckpointError, OutputError, SRepaError
+from srepa_ds.errors import CheckpointError, OutputError
 from srepa_ds.files import flush_to_disk, sha256_of, write_aside
 from srepa_ds.fragment_file import Piece, snapshot_of, write_snapshot
 from srepa_ds.manifest import FOREIGN, MANIFEST, FileEntry, entry_of, fault_in, write_manifest
@@ -126,7 +126,9 @@ class UnfinishedCheckpoint:
         self._file = f"fragments-{rank:05d}.safetensors"
         self._aside = root / f"{_ASIDE}{self.folder.name}"
         distributed.on_main(lambda: _make_aside(root, self._aside))
-        self._snapshot = snapshot_of(pieces, label=f"{FORMAT} {VERSION}")
+        self._snapshot = distributed.together(
+            lambda: snapshot_of(pieces, label=f"{FORMAT} {VERSION}")
+        )
         # A copy, because the run goes on while this is written.
         self._document = copy.deepcopy(state)
 
@@ -155,7 +157,7 @@ class UnfinishedCheckpoint:
             distributed.on_main(
                 lambda: _finish(self._root, self._aside, self.folder, document, entries)
             )
-        except SRepaError:
+        except Exception:
             if self._rank == 0:
                 shutil.rmtree(self._aside, ignore_errors=True)
             raise

@@ -215,10 +215,10 @@ def _on_ranks(action: Callable[[], int], ranks: int, *, command: Sequence[str]) 
     """Runs `action` on this rank, or starts `ranks` processes that run `command`: each the same."""
     if ranks != 1 and not launched():
         raise typer.Exit(run_ranks(command, ranks, port=free_port()))
-    from srepa_ds import distributed
+    from srepa_ds import devices, distributed
 
     _log()
-    distributed.choose_accelerator()
+    devices.choose_accelerator()
     try:
         code = action()
     finally:

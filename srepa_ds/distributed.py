@@ -1,8 +1,6 @@
 """The process group: who this rank is, and decisions that all ranks take together."""
 
-import json
 import os
-import platform
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from srepa_ds.devices import agreed_device, local_device, place_of
 from srepa_ds.errors import (
     ConfigError,
     Fault,
     OutputError,
+    RankError,
     SRepaError,
     TopologyError,
     met_by_all,
@@ -39,12 +39,6 @@ class Ranks:
     def is_main(self) -> bool:
         """True on the one rank that prints and writes what concerns all."""
         return self.rank == 0
-
-
-def choose_accelerator() -> None:
-    """Tells DeepSpeed, before it is imported, that a machine without GPU means to use its CPU."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def initialize(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
@@ -71,60 +65,11 @@ def _from_launcher(local_rank: int, timeout: timedelta) -> dict[str, Any]:
         raise TopologyError(f"the launcher did not set {', '.join(missing)}; start with torchrun")
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     return {
-        "device": _device_if_all_have_one(store, rank, world_size, local_rank),
+        "device": agreed_device(store, rank, world_size, local_rank),
         "store": dist.PrefixStore("default_pg", store),
         "rank": rank,
         "world_size": world_size,
     }
-
-
-def _device_if_all_have_one(
-    store: dist.Store, rank: int, world_size: int, local_rank: int
-) -> torch.device:
-    """Returns this rank's device; raises TopologyError on all ranks if one has none, or another's.
-
-    By way of the store, for a rank without its device cannot join the group and say so there.
-    """
-    if store.check([f"device/{rank}"]):
-        raise TopologyError(
-            f"{_where(rank)}: torchrun restarts with the store of the attempt before, whose ranks "
-            "would be taken for today's; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where it is "
-            "started, or run it again instead of --max-restarts"
-        )
-    device, fault = None, ""
-    try:
-        device = local_device(local_rank)
-    except TopologyError as error:
-        fault = str(error)
-    said = {"where": _where(rank), "kind": device.type if device else "", "fault": fault}
-    store.set(f"device/{rank}", json.dumps(said))
-    told = [
-        json.loads(text) for text in store.multi_get([f"device/{k}" for k in range(world_size)])
-    ]
-    if device is not None and all(other["kind"] == device.type for other in told):
-        return device
-    _wait_until_all_know(store, rank, world_size)
-    raise met_by_all(TopologyError(_device_fault(told)))
-
-
-def _device_fault(told: list[dict[str, str]]) -> str:
-    for rank in told:
-        if rank["fault"]:
-            return f"{rank['where']}: {rank['fault']}"
-    gpu = next(rank["where"] for rank in told if rank["kind"] == "cuda")
-    none = next(rank["where"] for rank in told if rank["kind"] != "cuda")
-    return (
-        f"{none} sees no GPU, {gpu} has one; mend its driver, or set CUDA_VISIBLE_DEVICES= "
-        "(empty) on all nodes to train on their CPUs"
-    )
-
-
-def _wait_until_all_know(store: dist.Store, rank: int, world_size: int) -> None:
-    """Returns on rank 0, which may be the store's host, when all the others have read from it."""
-    if store.add("know", 1) == world_size:
-        store.set("all know", "")
-    if rank == 0:
-        store.wait(["all know"])
 
 
 def _alone(local_rank: int) -> dict[str, Any]:
@@ -139,25 +84,6 @@ def _alone(local_rank: int) -> dict[str, Any]:
         "rank": 0,
         "world_size": 1,
     }
-
-
-def local_device(local_rank: int = 0) -> torch.device:
-    """Returns the device of a local rank: its GPU, or the CPU where there is none.
-
-    Raises TopologyError when the node has fewer GPUs than local ranks.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise TopologyError(
-            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
-            "start as many ranks per node as it has GPUs"
-        )
-    try:
-        torch.cuda.set_device(local_rank)
-    except RuntimeError as error:
-        raise TopologyError(f"local rank {local_rank}: its GPU is not usable: {error}") from error
-    return torch.device("cuda", local_rank)
 
 
 def joined() -> bool:
@@ -199,6 +125,15 @@ def gather(value: T) -> list[T]:
     return box
 
 
+def gather_on_main(value: T) -> list[T]:
+    """Returns every rank's value, in rank order, on the main rank, and nothing on the others."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, box)
+    return box or []
+
+
 def summed(tensor: Tensor) -> Tensor:
     """Returns the sum of `tensor` over ranks, as a new tensor on every rank."""
     total = tensor.clone()
@@ -226,10 +161,13 @@ def together(action: Callable[[], T]) -> T:
     """Returns `action()`, or raises on *every* rank the user error (or OSError) that any rank met.
 
     So no rank waits in a collective for one that has already left. The first rank's error speaks;
-    on ranks that did not meet it a note says who did.
+    on ranks that did not meet it a note says who did. An error nobody foresaw is raised as it is
+    where it was met, and as a RankError on the others.
     """
     result: T | None = None
     error: SRepaError | None = None
+    unforeseen: Exception | None = None
+    here = place_of(rank())
     try:
         result = action()
     except SRepaError as caught:
@@ -237,11 +175,16 @@ def together(action: Callable[[], T]) -> T:
     except OSError as caught:
         # Otherwise this rank alone would leave.
         error = OutputError(f"{caught.filename or 'a file'}: {caught.strerror or caught}")
-    errors = [met for met in gather((_where(rank()), error) if error else None) if met is not None]
+    except Exception as caught:
+        unforeseen = caught
+        error = RankError(f"{here} failed: {type(caught).__name__}: {caught}")
+    errors = [met for met in gather((here, error) if error else None) if met is not None]
+    if unforeseen is not None:
+        raise unforeseen
     if errors:
-        where, first = errors[0]
+        place, first = errors[0]
         if error is None:
-            first.add_note(f"met by {where}")
+            first.add_note(f"met by {place}")
         # The same type everywhere: it tells callers what to clean up. A rank's own keeps its cause.
         raise met_by_all(error if error is not None else first)
     return result  # type: ignore[return-value]
@@ -253,7 +196,7 @@ def check_same(facts: Mapping[str, Any], *, what: str) -> None:
     It names the differing keys and the first rank that differs from rank 0; `what` says what the
     facts are of, and what to do.
     """
-    by_rank = gather((_where(rank()), dict(facts)))
+    by_rank = gather((place_of(rank()), dict(facts)))
     first, expected = by_rank[0]
     faults: dict[str, Fault] = {}
     for where, found in by_rank[1:]:
@@ -265,10 +208,6 @@ def check_same(facts: Mapping[str, Any], *, what: str) -> None:
         raise met_by_all(ConfigError(what, faults.values()))
 
 
-def _where(number: int) -> str:
-    return f"rank {number} ({platform.node()})"
-
-
 def on_main(action: Callable[[], T]) -> T:
     """Returns on every rank what `action` returns on the main one, the only one that runs it.
 
@@ -276,6 +215,16 @@ def on_main(action: Callable[[], T]) -> T:
     """
     result = together(lambda: action() if rank() == 0 else None)
     return broadcast(result)  # type: ignore[return-value]
+
+
+def another_group() -> Any:
+    """Returns a new group of all ranks that waits as long as the one they have joined. Collective.
+
+    torch's default for a new one is ten minutes with NCCL; a rank may write or compile for longer.
+    """
+    own: Any = dist.group.WORLD
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return dist.new_group(timeout=own._get_backend(torch.device(device)).options._timeout)
 
 
 def close() -> None:

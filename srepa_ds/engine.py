@@ -49,7 +49,9 @@ class Engine:
         self._device = ranks.device
         self._shapes = {name: tuple(p.shape) for name, p in objective.named_parameters()}
         # DeepSpeed casts the module before it clones the masters; these give them back their bits.
-        initial = _clones(objective) if config.engine.precision == "bf16" else {}
+        # Casting and moving make new tensors, so what is kept here need not be a copy.
+        named = objective.named_parameters() if config.engine.precision == "bf16" else ()
+        initial = {name: parameter.detach() for name, parameter in named}
         objective.to(ranks.device)
         parameters = [p for p in objective.parameters() if p.requires_grad]
         document = deepspeed_config(config, ranks.world_size)
@@ -57,6 +59,7 @@ class Engine:
         optimizer = distributed.together(
             lambda: build_optimizer_for(document, config.optimizer, parameters)
         )
+        zero.use_group(distributed.another_group)
         self._deepspeed, *_ = deepspeed.initialize(
             model=objective,
             model_parameters=parameters,
@@ -208,10 +211,6 @@ class Engine:
 
     def _masters(self) -> list[Tensor]:
         return [fragment.master for fragment in zero.fragments(self._deepspeed)]
-
-
-def _clones(objective: Objective) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in objective.named_parameters()}
 
 
 def _run_of(tensor: Tensor, fragment: zero.Fragment) -> Tensor:

@@ -42,6 +42,10 @@ class OutputError(SRepaError):
     """A place that cannot be written to."""
 
 
+class RankError(SRepaError):
+    """Another rank that failed in a way nobody foresaw; its own output says where."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """One fault of a configuration: where it is and what is wrong with it."""

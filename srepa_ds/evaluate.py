@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from srepa_ds import distributed
+from srepa_ds import devices
 from srepa_ds.alignment.teachers import Teacher, load_teacher
 from srepa_ds.config import Config
 from srepa_ds.data.shards import ShardDataset
@@ -41,7 +41,7 @@ def evaluate(config: Config) -> Scores:
     if config.evaluate is None:
         raise ConfigError("configuration", [Fault("evaluate", "is required to evaluate")])
     settings = config.evaluate
-    device = distributed.local_device()
+    device = devices.local_device()
     folder = settings.samples or config.samples_folder
     images, labels = read_samples(folder)
     provenance = read_provenance(folder)

@@ -8,6 +8,7 @@ everything and keep other threads waiting meanwhile.
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from srepa_ds.manifest import FileEntry
+
+log = logging.getLogger("srepa_ds")
 
 # 64 MiB. Page-locked memory comes in powers of two, so nothing of it is lost.
 CHUNK_NUMEL = 1 << 24
@@ -70,7 +73,7 @@ def snapshot_of(pieces: Iterable[Piece], *, label: str, chunk_numel: int = CHUNK
     pinned = any(piece.values.is_cuda for piece in pieces)
     total = sum(piece.values.numel() for piece in pieces)
     chunks = tuple(
-        torch.empty(min(chunk_numel, total - start), dtype=torch.float32, pin_memory=pinned)
+        room_for(min(chunk_numel, total - start), pinned=pinned)
         for start in range(0, total, chunk_numel)
     )
     _copy([piece.values for piece in pieces], chunks, chunk_numel)
@@ -80,6 +83,16 @@ def snapshot_of(pieces: Iterable[Piece], *, label: str, chunk_numel: int = CHUNK
         copied.record()
     shapes = {piece.name: piece.shape for piece in pieces}
     return Snapshot(shapes, _header(pieces, label), chunks, copied)
+
+
+def room_for(numel: int, *, pinned: bool) -> Float[Tensor, " numel"]:
+    """Returns host memory, page-locked if that is asked for and to be had; else copies wait."""
+    if pinned:
+        try:
+            return torch.empty(numel, dtype=torch.float32, pin_memory=True)
+        except RuntimeError as error:
+            log.warning("no page-locked memory for the checkpoint, which costs time: %s", error)
+    return torch.empty(numel, dtype=torch.float32)
 
 
 def _copy(sources: Iterable[Tensor], chunks: tuple[Tensor, ...], chunk_numel: int) -> None:

@@ -87,13 +87,15 @@ class Monitor:
 
     def _sheet(self, engine: Engine) -> Image.Image | None:
         count = self._config.monitor.num_images
-        batches = distributed.gather(list(self._drawn(engine, count)))
+        # Where ranks are more than pictures, most have drawn some that nobody wants.
+        own = [b for b in self._drawn(engine, count) if int(b.sample_ids[0]) < count]
+        batches = distributed.gather_on_main(own)
         if not self._ranks.is_main:
             return None
         ids = torch.arange(count)
         sampler, model = self._sampler(count), self._config.model
         builder = SheetBuilder(draw_labels(sampler, ids, num_classes=model.num_classes))
-        in_order = sorted((b for own in batches for b in own), key=lambda b: b.chunk.index)
+        in_order = sorted((b for drawn in batches for b in drawn), key=lambda b: b.chunk.index)
         for batch in in_order:
             wanted = batch.sample_ids < count
             builder.add(batch.images[wanted], batch.labels[wanted])
@@ -118,7 +120,8 @@ class Monitor:
         drawn_statistics = _over_ranks(drawn, device)
         # Between looks its memory is the student's.
         self._extractor = extractor.cpu()
-        return frechet_distance(drawn_statistics, self._real_statistics)
+        real_statistics = self._real_statistics
+        return distributed.on_main(lambda: frechet_distance(drawn_statistics, real_statistics))
 
     def _drawn(self, engine: Engine, count: int) -> Iterator[ImageBatch]:
         sampler = self._sampler(count)

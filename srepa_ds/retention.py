@@ -44,8 +44,8 @@ class CheckpointConfig(Section):
 
     asynchronous: bool = False
     """Write while training goes on. A save then stops it only while this rank's share of the state
-    is copied to host memory, where the copy (16 bytes per weight, shared by all ranks) stays until
-    it is written."""
+    is copied to host memory: 16 bytes per weight, shared by all ranks. Next to a GPU that memory is
+    page-locked, and kept for the next save."""
 
 
 class ReturnPoint(NamedTuple):

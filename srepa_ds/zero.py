@@ -16,6 +16,7 @@ import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
@@ -49,6 +50,15 @@ class Fragment:
     def master(self) -> Float[Tensor, " numel"]:
         """A view of the fp32 master weights."""
         return self.holder.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+def use_group(make: Callable[[], torch.distributed.ProcessGroup]) -> None:
+    """Has every engine built from now on communicate in the group that `make` returns.
+
+    Otherwise DeepSpeed makes one of all ranks, with torch's timeout instead of ours.
+    """
+    if groups._WORLD_GROUP is None:
+        groups._WORLD_GROUP = make()
 
 
 def fragments(engine: deepspeed.DeepSpeedEngine, *, whole: bool = False) -> list[Fragment]:

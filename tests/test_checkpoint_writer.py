@@ -7,7 +7,7 @@ import torch
 from ranks import WORKERS, run_worker, start_ranks
 from safetensors import safe_open
 
-from srepa_ds.fragment_file import Piece, snapshot_of, write_snapshot
+from srepa_ds.fragment_file import Piece, room_for, snapshot_of, write_snapshot
 
 
 def test_two_ranks_save_beside_training(tmp_path):
@@ -52,6 +52,15 @@ def test_a_snapshot_is_of_its_moment_and_in_float32():
     assert torch.cat(plain.chunks).tolist() == [0, 1, 2, 3, 4, 5]
     assert plain.chunks[0].dtype == torch.float32
     assert snapshot.shapes == {"w": (2, 3)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="page-locked memory is to be had")
+def test_without_page_locked_memory_ordinary_memory_serves(caplog):
+    assert room_for(5, pinned=True).shape == (5,)
+    assert "no page-locked memory for the checkpoint" in caplog.text
+    caplog.clear()
+    assert room_for(5, pinned=False).shape == (5,)
+    assert not caplog.text
 
 
 def test_a_rank_without_pieces_writes_an_empty_file(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from ranks import SECONDS, WORKERS, run_worker, start_ranks
 
-from srepa_ds import distributed
+from srepa_ds import devices, distributed
 from srepa_ds.errors import ConfigError, Fault, OutputError, TopologyError
 
 
@@ -19,6 +19,12 @@ def test_two_ranks_do_things_together(tmp_path):
 def no_launcher(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+
+
+def test_float32_convolutions_are_not_tf32_ones(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    devices.local_device()
+    assert not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.usefixtures("no_launcher")

@@ -110,6 +110,13 @@ def test_it_starts_from_the_initial_weights_to_the_bit(lookup, world_size, arran
 
 
 @each_case
+def test_deepspeed_waits_as_long_as_the_ranks_agreed_on(lookup, world_size, arrangement, precision):
+    facts = lookup(world_size, arrangement, precision)
+    # Not gloo's default, half an hour, nor NCCL's, a third of that.
+    assert facts["timeout"] == 420
+
+
+@each_case
 def test_all_ranks_fragments_are_every_weight_once(lookup, world_size, arrangement, precision):
     facts = lookup(world_size, arrangement, precision)
     for moment in ("0", "1", "bad", f"{LAST_STEP}", "split.2", "restored", "restored.next"):

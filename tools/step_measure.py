@@ -9,7 +9,7 @@ import torch
 from step_case import Case
 from torch.profiler import ProfilerActivity, profile
 
-from srepa_ds.distributed import choose_accelerator
+from srepa_ds.devices import choose_accelerator
 from srepa_ds.throughput import peak_memory_gb
 
 

@@ -68,7 +68,9 @@ class PatchEmbedding(nn.Module):
         self, x_t: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch tokens hidden"]:
         """Returns the patch tokens, in the dtype of the projection."""
-        return self.proj(x_t.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = self.proj(x_t.to(self.proj.weight.dtype))
+        # The residual stream takes this layout over: by tokens, or every block would copy it.
+        return patches.flatten(2).transpose(1, 2).contiguous()
 
 
 class WideLinear(nn.Linear):

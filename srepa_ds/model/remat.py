@@ -128,7 +128,8 @@ def offloaded(stream: Float[Tensor, "batch tokens hidden"]) -> AbstractContextMa
     def pack(tensor: Tensor) -> Tensor | _OnTheCpu:
         if tensor.untyped_storage().data_ptr() != storage:
             return tensor
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+        # In its own layout, which compiled graphs insist on.
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
         return _OnTheCpu(tensor.device, copy.copy_(tensor, non_blocking=pinned))
 
     def unpack(packed: Tensor | _OnTheCpu) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from srepa_ds import distributed
+from srepa_ds import devices
 from srepa_ds.config import Config
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import DataError, OutputError, SRepaError
@@ -195,7 +195,7 @@ def _similarities(run: _Run) -> Markup:
 
     exported = run.exported or read_model(run.given.weights_folder)
     real = _real(run)
-    device = distributed.local_device()
+    device = devices.local_device()
     seen = probe(run.given, exported, real, t=SIMILARITY_TIME, device=device)
     weights = str(exported.provenance.get("weights", "exported"))
     return similarity_section(compare(run.given, exported, seen), seen, weights=weights)

@@ -143,6 +143,13 @@ def test_offloading_copies_the_stream_and_nothing_else():
     assert torch.equal(other.grad, stream)
 
 
+def test_offloading_keeps_the_layout():
+    stream = torch.rand(2, 4, 3, requires_grad=True).mT
+    with offloaded(stream):
+        product = stream * 2 * stream
+    assert product.grad_fn._saved_other.stride() == stream.stride()
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 @tracing
 @pytest.mark.parametrize("policy", ["none", "full", "products"])
@@ -165,14 +172,16 @@ def test_compiled_blocks_share_one_graph_and_have_the_same_gradients(policy):
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked_shapes")
 @tracing
-@pytest.mark.parametrize("policy", ["none", "attention"])
-def test_a_compiled_training_step_is_the_eager_one_but_for_rounding(policy):
+@pytest.mark.parametrize(
+    ("policy", "offload"), [("none", False), ("attention", False), ("full", True)]
+)
+def test_a_compiled_training_step_is_the_eager_one_but_for_rounding(policy, offload):
     torch._dynamo.reset()
     stepped = []
     for compiled in (False, True):
         model = tiny_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        model.set_remat(POLICIES[policy])
+        model.set_remat(POLICIES[policy].model_copy(update={"offload": offload}))
         if compiled:
             model.compile_blocks()
         found = gradients(model, tiny_inputs(), autocast=True)

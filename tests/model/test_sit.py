@@ -272,6 +272,14 @@ def test_the_residual_stream_of_a_bfloat16_model_is_not_rounded():
     assert torch.equal(out.hidden[0], model.pos_embed.expand(3, -1, -1))
 
 
+@pytest.mark.parametrize("width", [None, 5])
+def test_the_residual_stream_lies_token_by_token_in_memory(width):
+    model = tiny_model(class_token_width=width)
+    cls_t = None if width is None else torch.randn(3, width)
+    for tapped in model(*tiny_inputs(), cls_t=cls_t, depths=(1, 2)).hidden:
+        assert tapped.is_contiguous()
+
+
 # The checker looks at a random item of a tuple, which torch.compile cannot trace.
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_the_compiled_model_is_one_graph_with_the_same_numbers():

@@ -10,7 +10,7 @@ import torch
 
 from srepa_ds import distributed
 from srepa_ds.checkpoint import CheckpointReader, Piece, newest_valid, save
-from srepa_ds.errors import CheckpointError, ConfigError, Fault, OutputError, SRepaError
+from srepa_ds.errors import CheckpointError, ConfigError, Fault, OutputError, RankError, SRepaError
 from srepa_ds.telemetry import Window
 
 
@@ -32,6 +32,8 @@ def values(rank: int) -> None:
     assert distributed.rank() == rank
     assert distributed.joined()
     assert distributed.gather(("rank", rank)) == [("rank", 0), ("rank", 1)]
+    mine = distributed.gather_on_main(("rank", rank))
+    assert mine == ([("rank", 0), ("rank", 1)] if rank == 0 else [])
     assert distributed.broadcast(f"from {rank}") == "from 0"
     assert distributed.broadcast(f"from {rank}", source=1) == "from 1"
     mine = torch.tensor([1.0, 10.0]) * (rank + 1)
@@ -65,6 +67,21 @@ def errors(rank: int) -> None:
     error = error_of(CheckpointError(f"of rank {rank}"))
     assert str(error) == f"of rank {rank}"
     assert error.on_all_ranks
+
+
+def unforeseen(rank: int) -> None:
+    """An error nobody foresaw leaves no rank waiting, and keeps its own shape where it arose."""
+
+    def action() -> None:
+        if rank == 1:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError if rank == 1 else RankError, match="out of memory") as caught:
+        distributed.together(action)
+    if rank == 0:
+        assert re.match(r"rank 1 \(.+\) failed: RuntimeError: out of memory", str(caught.value))
+        assert caught.value.on_all_ranks
+    assert distributed.together(lambda: rank) == rank
 
 
 def facts(rank: int) -> None:
@@ -116,6 +133,7 @@ if __name__ == "__main__":
     ranks = distributed.initialize()
     values(ranks.rank)
     errors(ranks.rank)
+    unforeseen(ranks.rank)
     facts(ranks.rank)
     checkpoints(ranks.rank, Path(sys.argv[1]))
     distributed.leave(0)

@@ -44,8 +44,11 @@ def experiment(folder: Path, stage: int) -> Config:
         # Several buckets, as a large model has.
         settings["reduce_bucket_size"] = 5_000
     if stage == 3:
-        # Some weights stay gathered, others do not, as in a large model.
+        # As in a large model: some weights stay gathered, others are fetched little by little and
+        # released after the forward pass.
         settings["stage3_param_persistence_threshold"] = 500
+        settings["stage3_prefetch_bucket_size"] = 2_000
+        settings["stage3_max_reuse_distance"] = 1_000
     deepspeed = folder / f"zero{stage}.json"
     distributed.on_main(lambda: deepspeed.write_text(json.dumps(document)))
     spec = {"architecture": "vit_tiny_patch16_224", "width": TEACHER.width}

@@ -8,6 +8,7 @@ of its precision restores.
 
 import json
 import sys
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 BATCH, NUM_TOKENS, TEACHER_WIDTH = 8, 4, 10
 TEACHER = TeacherShape(TEACHER_WIDTH, (2, 2))
 LEARNING_RATE, WEIGHT_DECAY, EPSILON, CLIPPING = 1e-2, 0.1, 1e-3, 0.5
+TIMEOUT = timedelta(minutes=7)
 GOOD_STEPS = 4
 SAVED_STEP = 3
 KINDS = ("master", "ema", "exp_avg", "exp_avg_sq")
@@ -56,8 +58,11 @@ def experiment(
         # Several buckets, as a large model has.
         settings["reduce_bucket_size"] = 5_000
     if stage == 3:
-        # Some weights stay gathered, others do not, as in a large model.
+        # As in a large model: some weights stay gathered, others are fetched little by little and
+        # released after the forward pass.
         settings["stage3_param_persistence_threshold"] = 500
+        settings["stage3_prefetch_bucket_size"] = 2_000
+        settings["stage3_max_reuse_distance"] = 1_000
     deepspeed = folder / f"zero{arrangement}.json"
     distributed.together(
         lambda: deepspeed.write_text(json.dumps(document)) if distributed.rank() == 0 else None
@@ -236,6 +241,7 @@ def train(folder: Path, arrangement: str, precision: str, ranks: Ranks) -> Facts
     objective = objective_of(config)
     shapes = {name: parameter.shape for name, parameter in objective.named_parameters()}
     engine = Engine(objective, config, ranks)
+    facts["timeout"] = torch.tensor(timeout_of(engine))
     facts["adam_step_at_build"] = torch.tensor(engine.state()["adam_step"])
     (averages,) = engine.ema.averages.values()
     mine = sum(average.numel() * average.element_size() for average in averages)
@@ -256,6 +262,12 @@ def train(folder: Path, arrangement: str, precision: str, ranks: Ranks) -> Facts
     facts |= copies_facts(f"{GOOD_STEPS}", engine, arrangement)
     engine.close()
     return facts
+
+
+def timeout_of(engine: Engine) -> float:
+    """The seconds for which DeepSpeed's collectives wait for other ranks."""
+    group = engine._deepspeed.seq_data_parallel_group
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
 
 def accumulate(folder: Path, arrangement: str, precision: str, ranks: Ranks) -> Facts:
@@ -297,7 +309,7 @@ def restore(folder: Path, arrangement: str, precision: str, ranks: Ranks) -> Fac
 
 def main(folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
-    ranks = distributed.initialize()
+    ranks = distributed.initialize(TIMEOUT)
     for case in cases:
         arrangement, precision = case.rsplit("-", 1)
         facts: Facts = {}
