@@ -27,12 +27,12 @@ KL_ALGORITHMS: dict[str, Algorithm] = {
 }
 ALGORITHMS = {"mse": MSE_ALGORITHMS, "kl": KL_ALGORITHMS}
 
-# What `auto` stands for, by device: `dense` up to so many tokens (6 times tokens^2 floats are small
-# then), and for mse `feature` above so many tokens per channel of mean width; `tiled` elsewhere.
+# What `auto` stands for, by device: `dense` up to so many tokens, where whole Gram matrices are
+# small, and for mse `feature` above so many tokens per channel of mean width; `tiled` elsewhere.
 # CPU: value and gradient timed on two cores of an AMD EPYC, widths 768 and 1024, 256 to 4,096
 # tokens, November 2026; `feature` and `tiled` were equal at about 2.0. CUDA: not measured.
 Row = dict[str, int | float]
-DENSE_UP_TO: Row = {"cpu": 1024, "cuda": 0}
+DENSE_UP_TO: dict[str, Row] = {"mse": {"cpu": 768, "cuda": 0}, "kl": {"cpu": 1024, "cuda": 0}}
 FEATURE_ABOVE: Row = {"cpu": 2.0, "cuda": 1.9}
 
 # Images are worked on together until their temporaries reach this many elements. CPU: with 256
@@ -61,7 +61,7 @@ def resolve_algorithm(
     mean_width = (d_student + teacher.shape[2]) / 2
     if kind == "mse" and num_tokens > _row(FEATURE_ABOVE, student) * mean_width:
         return "feature"
-    return "dense" if num_tokens <= _row(DENSE_UP_TO, student) else "tiled"
+    return "dense" if num_tokens <= _row(DENSE_UP_TO[kind], student) else "tiled"
 
 
 def image_groups(
