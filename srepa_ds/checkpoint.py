@@ -114,7 +114,7 @@ class UnfinishedCheckpoint:
     """A checkpoint from its first byte to its name.
 
     To build it is collective, and it holds what the run was at that moment. Raises OutputError on
-    every rank if it cannot be begun.
+    every rank if it cannot be begun, and RankError if one has no memory for the copy.
     """
 
     def __init__(
@@ -126,9 +126,10 @@ class UnfinishedCheckpoint:
         self._file = f"fragments-{rank:05d}.safetensors"
         self._aside = root / f"{_ASIDE}{self.folder.name}"
         distributed.on_main(lambda: _make_aside(root, self._aside))
-        self._snapshot = distributed.together(
-            lambda: snapshot_of(pieces, label=f"{FORMAT} {VERSION}")
-        )
+        with self._nothing_left():
+            self._snapshot = distributed.together(
+                lambda: snapshot_of(pieces, label=f"{FORMAT} {VERSION}")
+            )
         # A copy, because the run goes on while this is written.
         self._document = copy.deepcopy(state)
 
@@ -146,7 +147,7 @@ class UnfinishedCheckpoint:
         `written` gives what `write` returned, or raises what it raised. Raises OutputError on every
         rank if any could not write; then nothing is left of it.
         """
-        try:
+        with self._nothing_left():
             entry = distributed.together(written)
             parts = distributed.gather((self._file, entry, self._snapshot.shapes))
             entries = {file: entry for file, entry, _ in parts}
@@ -157,11 +158,17 @@ class UnfinishedCheckpoint:
             distributed.on_main(
                 lambda: _finish(self._root, self._aside, self.folder, document, entries)
             )
+        return self.folder
+
+    @contextlib.contextmanager
+    def _nothing_left(self) -> Iterator[None]:
+        """Removes what was begun if the block fails."""
+        try:
+            yield
         except Exception:
             if self._rank == 0:
                 shutil.rmtree(self._aside, ignore_errors=True)
             raise
-        return self.folder
 
 
 def save(

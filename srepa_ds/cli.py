@@ -183,7 +183,7 @@ def run(arguments: Sequence[str]) -> int:
         return app(list(arguments), standalone_mode=False) or 0
     except SRepaError as error:
         _complain(error)
-        return 2
+        return error.exit_code
     except typer.TyperException as error:
         text = error.format_message()
         typer.echo(f"error: {text} See `srepa-ds --help`." if arguments else text, err=True)

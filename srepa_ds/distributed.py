@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -161,12 +162,11 @@ def together(action: Callable[[], T]) -> T:
     """Returns `action()`, or raises on *every* rank the user error (or OSError) that any rank met.
 
     So no rank waits in a collective for one that has already left. The first rank's error speaks;
-    on ranks that did not meet it a note says who did. An error nobody foresaw is raised as it is
-    where it was met, and as a RankError on the others.
+    on ranks that did not meet it a note says who did. An error nobody foresaw is a RankError, once
+    its traceback is printed where it was met; a process alone raises it as it is.
     """
     result: T | None = None
     error: SRepaError | None = None
-    unforeseen: Exception | None = None
     here = place_of(rank())
     try:
         result = action()
@@ -176,11 +176,13 @@ def together(action: Callable[[], T]) -> T:
         # Otherwise this rank alone would leave.
         error = OutputError(f"{caught.filename or 'a file'}: {caught.strerror or caught}")
     except Exception as caught:
-        unforeseen = caught
+        if world_size() == 1:
+            raise
+        # At once: the others may have long to do before they hear of it.
+        traceback.print_exception(caught)
         error = RankError(f"{here} failed: {type(caught).__name__}: {caught}")
+        error.__cause__ = caught
     errors = [met for met in gather((here, error) if error else None) if met is not None]
-    if unforeseen is not None:
-        raise unforeseen
     if errors:
         place, first = errors[0]
         if error is None:

@@ -7,7 +7,9 @@ from typing import TypeVar
 
 
 class SRepaError(Exception):
-    """A fault the user can mend; the command line prints its text and exits with code 2."""
+    """A fault the user can mend; the command line prints its text and ends with `exit_code`."""
+
+    exit_code = 2
 
     on_all_ranks = False
     """True once every rank has raised it, so that one of them may speak for all."""
@@ -43,7 +45,9 @@ class OutputError(SRepaError):
 
 
 class RankError(SRepaError):
-    """Another rank that failed in a way nobody foresaw; its own output says where."""
+    """A rank that failed in a way nobody foresaw; its own output has the traceback."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,8 @@ def snapshot_of(pieces: Iterable[Piece], *, label: str, chunk_numel: int = CHUNK
     pieces = list(pieces)
     pinned = any(piece.values.is_cuda for piece in pieces)
     total = sum(piece.values.numel() for piece in pieces)
-    chunks = tuple(
-        room_for(min(chunk_numel, total - start), pinned=pinned)
-        for start in range(0, total, chunk_numel)
-    )
+    sizes = [min(chunk_numel, total - start) for start in range(0, total, chunk_numel)]
+    chunks = tuple(room_for(sizes, pinned=pinned))
     _copy([piece.values for piece in pieces], chunks, chunk_numel)
     copied = None
     if pinned:
@@ -85,14 +83,20 @@ def snapshot_of(pieces: Iterable[Piece], *, label: str, chunk_numel: int = CHUNK
     return Snapshot(shapes, _header(pieces, label), chunks, copied)
 
 
-def room_for(numel: int, *, pinned: bool) -> Float[Tensor, " numel"]:
-    """Returns host memory, page-locked if that is asked for and to be had; else copies wait."""
-    if pinned:
+def room_for(sizes: Iterable[int], *, pinned: bool) -> Iterator[Float[Tensor, " numel"]]:
+    """Yields host memory, page-locked if that is asked for, and as long as it is to be had.
+
+    Copies to ordinary memory make the host wait.
+    """
+    for size in sizes:
         try:
-            return torch.empty(numel, dtype=torch.float32, pin_memory=True)
+            yield torch.empty(size, dtype=torch.float32, pin_memory=pinned)
         except RuntimeError as error:
+            if not pinned:
+                raise
             log.warning("no page-locked memory for the checkpoint, which costs time: %s", error)
-    return torch.empty(numel, dtype=torch.float32)
+            pinned = False
+            yield torch.empty(size, dtype=torch.float32)
 
 
 def _copy(sources: Iterable[Tensor], chunks: tuple[Tensor, ...], chunk_numel: int) -> None:

@@ -76,6 +76,11 @@ def test_an_error_of_the_machine_is_shared_like_a_user_s():
         distributed.together(fail)
 
 
+def test_a_process_alone_raises_what_nobody_foresaw_as_it_is():
+    with pytest.raises(ZeroDivisionError):
+        distributed.together(lambda: 1 / 0)
+
+
 @pytest.mark.usefixtures("no_launcher")
 def test_without_a_group_everything_is_its_own():
     assert distributed.rank() == 0

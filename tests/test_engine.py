@@ -198,8 +198,9 @@ def test_accumulation_does_not_change_training(lookup, world_size, arrangement, 
     facts = lookup(world_size, arrangement, precision)
     losses, small, norm, weights = 1e-5, 1e-6, 1e-5, 1e-5
     if precision != "fp32":
-        # The point-wise term is a mean of cosines of both signs, near zero.
-        losses, small, norm, weights = 5e-3, 1e-3, BF16_SPLIT_NORM, BF16_SPLIT_CHANGE
+        # The point-wise term is a mean of cosines of both signs, near zero: measured 0.0012, where
+        # bf16 rounds each component by up to 0.002.
+        losses, small, norm, weights = 5e-3, 2e-3, BF16_SPLIT_NORM, BF16_SPLIT_CHANGE
     for step in (1, 2):
         found, expected = facts[f"split.{step}.losses"], facts[f"{step}.losses"]
         torch.testing.assert_close(found, expected, rtol=losses, atol=small)

@@ -1,10 +1,10 @@
 """Structural alignment losses: how far the student's token similarities are from the teacher's.
 
-One definition per loss, several exact algorithms for it. Tokens are L2-normalised, products are at
-least float32 without TF32 whatever the surrounding autocast says, and the gradient is formed in the
-forward pass: what is kept for backward has the size of the student's tokens, in bfloat16 where they
-are. The computation is one operator, `torch.ops.srepa_ds.structural_loss`, opaque to
-`torch.compile` and nameable in a selective checkpointing policy.
+One definition per loss, several exact algorithms for it. Similarities are of L2-normalised tokens,
+products are at least float32 without TF32 whatever the surrounding autocast says, and the gradient
+is formed in the forward pass: what is kept for backward has the size of the student's tokens, in
+bfloat16 where they are. The computation is one operator, `torch.ops.srepa_ds.structural_loss`,
+opaque to `torch.compile` and nameable in a selective checkpointing policy.
 """
 
 from functools import partial

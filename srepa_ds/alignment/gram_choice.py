@@ -36,8 +36,8 @@ DENSE_UP_TO: dict[str, Row] = {"mse": {"cpu": 768, "cuda": 0}, "kl": {"cpu": 102
 FEATURE_ABOVE: Row = {"cpu": 2.0, "cuda": 1.9}
 
 # Images are worked on together until their temporaries reach this many elements. CPU: with 256
-# tokens `dense` KL was fastest on two to four images, MSE on eight. CUDA: not measured; with what a
-# bfloat16 student keeps, 32 images of 1,024 tokens at width 768 stay below 64 MiB.
+# tokens `dense` KL was fastest on two to four images, MSE on eight or more. CUDA: not measured;
+# with what a bfloat16 student keeps, 32 images of 1,024 tokens at width 768 stay below 64 MiB.
 WORKING_SET_ELEMENTS: Row = {"cpu": 7 << 18, "cuda": 3 << 20}
 
 # `triton` has a program for every 64 tokens: these are one for each multiprocessor of an H100.
@@ -91,7 +91,7 @@ def _temporaries(student: Tensor, teacher: Tensor, kind: str, algorithm: str, ti
         # Tokens are copied if their dtype is not computed in; then so is the gradient.
         dtype = compute_dtype(student, teacher)
         widths = d_teacher * (teacher.dtype != dtype) + 2 * d_student * (student.dtype != dtype)
-        return num_tokens * (num_tokens + 2 * BLOCK + widths)
+        return num_tokens * (num_tokens + 3 * BLOCK + widths)
     matrices = {
         "dense": 2 * num_tokens**2,
         "tiled": min(tile, num_tokens) * num_tokens * (4 if kind == "kl" else 1),

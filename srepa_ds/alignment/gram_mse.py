@@ -33,13 +33,11 @@ def mse_dense(
     Similarities are products of tokens, divided by both norms; each pair is computed once. So is
     the gradient a product M s with the tokens as they are, M_ij = 4 D_ij / (|s_i| |s_j|), where
     M_ii = -4 sum_j D_ij S^S_ij / |s_i|^2 takes away what would change a norm. `scale` times it is
-    written to `gradient`, if given.
+    written to `gradient`, if given. In float32 lengths must stay below 1e18.
     """
-    dtype = compute_dtype(student, teacher)
-    student, teacher = student.to(dtype), teacher.to(dtype)
+    student, teacher = _wide(student, teacher)
     norm = norms(student)
-    inverse = norm.clamp_min(EPSILON).reciprocal_()
-    teacher_inverse = norms(teacher).clamp_min_(EPSILON).reciprocal_()
+    inverse, teacher_inverse = _inverse(norm), _inverse(norms(teacher))
     value = student.new_zeros((), dtype=torch.float64)
     size = student.shape[1]
     matrix = student.new_empty(len(student), size, size) if gradient is not None else None
@@ -122,6 +120,15 @@ def mse_feature(
     gradient.baddbmm_(student, student_gram, alpha=4)
     gradient.baddbmm_(teacher, teacher_student, alpha=-4)
     return PairSum(value, gradient.to(dtype))
+
+
+def _wide(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(student, teacher)
+    return student.to(dtype), teacher.to(dtype)
+
+
+def _inverse(norm: Tensor) -> Tensor:
+    return norm.clamp_min(EPSILON).reciprocal_()
 
 
 def _divided(products: Tensor, inverse: Tensor, start: int) -> Tensor:

@@ -128,7 +128,7 @@ def offloaded(stream: Float[Tensor, "batch tokens hidden"]) -> AbstractContextMa
     def pack(tensor: Tensor) -> Tensor | _OnTheCpu:
         if tensor.untyped_storage().data_ptr() != storage:
             return tensor
-        # In its own layout, which compiled graphs insist on.
+        # In the layout of the stream, which is dense: compiled graphs insist on it.
         copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
         return _OnTheCpu(tensor.device, copy.copy_(tensor, non_blocking=pinned))
 
