@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 import typer
 
 from srepa_ds import __version__
+from srepa_ds.console import show_warnings_once
 from srepa_ds.errors import SRepaError
 from srepa_ds.launcher import free_port, launched, run_ranks
 
@@ -195,6 +196,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Runs the command line of this process and ends it."""
+    show_warnings_once()
     code = run(sys.argv[1:])
     if launched():
         from srepa_ds import distributed

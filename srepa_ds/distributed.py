@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from srepa_ds.console import let_ranks_agree
 from srepa_ds.devices import agreed_device, local_device, place_of
 from srepa_ds.errors import (
     ConfigError,
@@ -65,6 +66,7 @@ def _from_launcher(local_rank: int, timeout: timedelta) -> dict[str, Any]:
     if missing:
         raise TopologyError(f"the launcher did not set {', '.join(missing)}; start with torchrun")
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    let_ranks_agree(lambda key: store.add(f"shown/{key}", 1) == 1)
     return {
         "device": agreed_device(store, rank, world_size, local_rank),
         "store": dist.PrefixStore("default_pg", store),
@@ -232,6 +234,7 @@ def another_group() -> Any:
 def close() -> None:
     """Leaves the process group, if this process is in one."""
     if dist.is_initialized():
+        let_ranks_agree()
         dist.destroy_process_group()
 
 

@@ -1,9 +1,10 @@
 """Runs a script of `tests/workers` as real ranks: separate processes, gloo, real DeepSpeed."""
 
 import os
-import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from srepa_ds.launcher import free_port
@@ -12,9 +13,38 @@ WORKERS = Path(__file__).parent / "workers"
 SECONDS = 240
 
 
-def start_ranks(
-    command: list[str], world_size: int, *, cwd: Path | None = None
-) -> list[subprocess.Popen[str]]:
+class Rank(subprocess.Popen[str]):
+    """A process whose output is read from its start.
+
+    A pipe holds 64 KiB. If ranks were read one after the other, one that fills its pipe would stop
+    in the middle of a warning, and the others would wait for it in a collective.
+    """
+
+    def __init__(self, command: list[str], environment: dict[str, str], cwd: Path | None):
+        super().__init__(
+            command,
+            env=environment,
+            cwd=cwd,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self._said = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with self.stdout as pipe:
+            self._said = pipe.read()
+
+    def output(self, *, seconds: float = SECONDS) -> str:
+        """Returns all the process has printed once it has ended; raises TimeoutExpired."""
+        self.wait(seconds)
+        self._reader.join(seconds)
+        return self._said
+
+
+def start_ranks(command: list[str], world_size: int, *, cwd: Path | None = None) -> list[Rank]:
     """Starts `python COMMAND` as `world_size` ranks."""
     port = str(free_port())
     common = {
@@ -26,27 +56,33 @@ def start_ranks(
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=cwd,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        Rank([sys.executable, *command], {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd)
         for rank in range(world_size)
     ]
 
 
-def run_worker(name: str, world_size: int, *arguments: str | Path) -> None:
-    """Runs `tests/workers/NAME.py ARGUMENTS` on all ranks; a failing rank's output is the error."""
-    command = [str(WORKERS / f"{name}.py"), *map(str, arguments)]
-    ranks = start_ranks(command, world_size)
+def end(ranks: Iterable[Rank]) -> None:
+    """Kills the ranks that still run."""
+    for process in ranks:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def run_worker(name: str, world_size: int, *arguments: str | Path) -> list[str]:
+    """Runs `tests/workers/NAME.py ARGUMENTS` on all ranks and returns what each printed.
+
+    A failing rank's output is the error.
+    """
+    ranks = start_ranks([str(WORKERS / f"{name}.py"), *map(str, arguments)], world_size)
     try:
-        outputs = [process.communicate(timeout=SECONDS)[0] for process in ranks]
-    finally:
         for process in ranks:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
+            process.wait(SECONDS)
+    except subprocess.TimeoutExpired:
+        pass  # A killed rank fails below, with what it had printed.
+    finally:
+        end(ranks)
+    outputs = [process.output() for process in ranks]
     failed = [i for i, process in enumerate(ranks) if process.returncode != 0]
     assert not failed, f"ranks {failed} failed:\n" + "\n".join(outputs[i] for i in failed)
+    return outputs

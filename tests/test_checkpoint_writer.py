@@ -17,7 +17,7 @@ def test_two_ranks_save_beside_training(tmp_path):
 def test_a_rank_killed_while_it_saves_leaves_the_previous_one(tmp_path):
     command = [str(WORKERS / "concurrent_saves.py"), str(tmp_path), "killed"]
     ranks = start_ranks(command, 2)
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
+    outputs = [process.output(seconds=120) for process in ranks]
     assert ranks[1].returncode == -signal.SIGKILL
     assert ranks[0].returncode == 0, outputs[0]
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from ranks import SECONDS, WORKERS, run_worker, start_ranks
+from ranks import WORKERS, run_worker, start_ranks
 
 from srepa_ds import devices, distributed
 from srepa_ds.errors import ConfigError, Fault, OutputError, TopologyError
@@ -123,7 +123,7 @@ def test_what_goes_wrong_on_one_rank_is_said_once(small_world, tmp_path):
 def test_ranks_that_cannot_join_say_so_once_and_end_together(seen, words):
     command = [str(WORKERS / "rank_without_gpu.py"), seen]
     ranks = start_ranks(command, 2)
-    outputs = [process.communicate(timeout=SECONDS)[0] for process in ranks]
+    outputs = [process.output() for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2], outputs
     assert outputs[0].count("error:") == 1
     assert not [word for word in words if word not in outputs[0]], outputs

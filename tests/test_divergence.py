@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from ranks import run_worker, start_ranks
+from ranks import Rank, run_worker, start_ranks
 from test_train import wait_for
 
 from srepa_ds.checkpoint import named
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 RUIN = ("optimizer.learning_rate=1e30", "train.log_every_steps=100", "--allow-config-change")
 
 
-def start(world, folder: Path, *overrides: str) -> list[subprocess.Popen]:
+def start(world, folder: Path, *overrides: str) -> list[Rank]:
     command = ["-m", "srepa_ds", "train", str(world.config), f"run.folder={folder}", *overrides]
     return start_ranks(command, 2)
 
@@ -25,7 +25,7 @@ def start(world, folder: Path, *overrides: str) -> list[subprocess.Popen]:
 def train(world, folder: Path, *overrides: str) -> tuple[list[int], str]:
     """Returns the ranks' exit codes, and all they said."""
     ranks = start(world, folder, *overrides)
-    said = [process.communicate(timeout=200)[0] for process in ranks]
+    said = [process.output(seconds=200) for process in ranks]
     return [process.returncode for process in ranks], "".join(said)
 
 
@@ -91,7 +91,7 @@ def test_a_signal_while_steps_fail_keeps_the_good_one(small_world, healthy):
     wait_for(healthy / "skipped.jsonl", ranks)
     for process in ranks:
         process.send_signal(signal.SIGTERM)
-    said = "".join(process.communicate(timeout=100)[0] for process in ranks)
+    said = "".join(process.output(seconds=100) for process in ranks)
     assert [process.returncode for process in ranks] == [75, 75], said
     (stopped_at,) = set(re.findall(r"stopped by a signal at step (\d+) \(\d+ skipped", said))
     # The weights were ruined before; what is saved of them is no obstacle to going on.

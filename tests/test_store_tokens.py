@@ -139,7 +139,7 @@ def test_a_killed_run_is_resumed_where_it_stopped(world):
     # Of 3 + 3 + 1 batches, the fourth is in the middle of the second shard.
     worker = str(Path(__file__).parent / "workers" / "token_stores.py")
     (process,) = start_ranks([worker, str(world.config), "16", INT8, "batch 4/7"], 1)
-    output = process.communicate(timeout=120)[0]
+    output = process.output(seconds=120)
     assert process.returncode == -signal.SIGKILL, output
     assert sorted(path.name for path in folder.iterdir()) == [FILES[1], f"{FILES[2]}.partial"]
     first_written = (folder / FILES[1]).stat().st_mtime_ns
@@ -165,7 +165,7 @@ def test_two_processes_do_not_write_the_same_store(world):
         store(world, "alignments.0.stored_tokens=bf16")
     finally:
         process.send_signal(signal.SIGCONT)
-        output = process.communicate(timeout=120)[0]
+        output = process.output(seconds=120)
     assert process.returncode == 0, output
     assert contents(folder) == expected
 

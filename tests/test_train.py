@@ -2,12 +2,11 @@
 
 import json
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from ranks import run_worker, start_ranks
+from ranks import Rank, run_worker, start_ranks
 from safetensors.torch import load_file
 
 from srepa_ds.checkpoint import CheckpointReader, fault_of, step_folder
@@ -23,17 +22,17 @@ def losses(folder: Path) -> list[float]:
     return [line["loss_total"] for line in record(folder)]
 
 
-def start_training(world, folder: Path, *overrides: str) -> list[subprocess.Popen]:
+def start_training(world, folder: Path, *overrides: str) -> list[Rank]:
     command = ["-m", "srepa_ds", "train", str(world.config), f"run.folder={folder}", *overrides]
     return start_ranks(command, 2)
 
 
-def wait_for(path: Path, ranks: list[subprocess.Popen]) -> None:
+def wait_for(path: Path, ranks: list[Rank]) -> None:
     deadline = time.monotonic() + 120
     # A record that is opened but empty says nothing of the other ranks.
     while not (path.exists() and path.stat().st_size):
         assert time.monotonic() < deadline, f"{path} never came"
-        assert all(process.poll() is None for process in ranks), ranks[0].communicate()[0]
+        assert all(process.poll() is None for process in ranks), ranks[0].output()
         time.sleep(0.01)
 
 
@@ -86,7 +85,7 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(small_world, tmp_path):
     wait_for(broken / "checkpoints" / "step-0000005", ranks)
     for process in ranks:
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.wait()
     assert not (broken / "checkpoints" / "step-0000010").exists()
     # As if the kill had come while the step was saved once more, between two names.
     five = step_folder(broken / "checkpoints", 5)
@@ -104,7 +103,7 @@ def test_a_signal_saves_and_the_same_command_resumes(small_world, tmp_path):
     wait_for(tmp_path / "metrics.jsonl", ranks)
     for process in ranks:
         process.send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=60)[0] for process in ranks]
+    outputs = [process.output(seconds=60) for process in ranks]
     assert [process.returncode for process in ranks] == [75, 75], outputs
     (saved,) = (tmp_path / "checkpoints").glob("step-*")
     assert fault_of(saved) is None

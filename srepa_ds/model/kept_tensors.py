@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from srepa_ds.model.attention import Attention
+from srepa_ds.model.product_flops import ProductFlops
 from srepa_ds.model.remat import Precision, RematConfig
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
@@ -83,9 +83,9 @@ def counted_flops(
     with FakeTensorMode(), _autocast("cpu", precision):
         _make_fake(model, precision, "cpu")
         velocity = _velocity(model, batch)
-        with FlopCounterMode(display=False) as counter:
+        with ProductFlops() as counter:
             velocity.sum().backward()
-    return counter.get_total_flops()
+    return counter.total
 
 
 def _meta_model(config: SiTConfig, remat: RematConfig) -> SiT:

@@ -1,0 +1,76 @@
+"""Counts the FLOPs of matrix products, operator by operator.
+
+torch's own counter would do, but which operators it knows changes from version to version.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def _product(left: Tensor, right: Tensor) -> int:
+    return 2 * left.numel() * right.shape[-1]
+
+
+def _convolution(_images: Tensor, kernels: Tensor, *_: Any, made: Tensor) -> int:
+    return 2 * made.numel() * kernels[0].numel()
+
+
+def _convolution_backward(gradient: Tensor, _images: Tensor, kernels: Tensor, *rest: Any) -> int:
+    of_images, of_kernels, _ = rest[-1]
+    return (of_images + of_kernels) * 2 * gradient.numel() * kernels[0].numel()
+
+
+def _scores(query: Tensor, key: Tensor) -> int:
+    return 2 * query.numel() * key.shape[-2]
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
+    return _scores(query, key) + _scores(query, key) // query.shape[-1] * value.shape[-1]
+
+
+def _attention_backward(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> int:
+    """Scores once more, and two products for each of the two that the forward pass takes."""
+    return _scores(query, key) + 2 * _attention(query, key, value)
+
+
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "mm": _product,
+    "bmm": _product,
+    "addmm": lambda _bias, *operands: _product(*operands),
+    "baddbmm": lambda _bias, *operands: _product(*operands),
+    "convolution_backward": _convolution_backward,
+}
+_SUSPECTS = ("mm", "matmul", "linear", "einsum", "conv", "attention", "addmv", "dot")
+
+
+class ProductFlops(TorchDispatchMode):
+    """A context that sums the FLOPs of matrix products in it; a multiply-add counts as two.
+
+    Works on meta and fake tensors too. An operator that looks like a product and has no formula
+    here raises LookupError: a silent zero would be a wrong count.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Returns func(*args, **kwargs), having counted it."""
+        made = func(*args, **(kwargs or {}))
+        self.total += _flops(func.overloadpacket.__name__, args, made)
+        return made
+
+
+def _flops(name: str, args: Any, made: Any) -> int:
+    if name in _FORMULAS:
+        return _FORMULAS[name](*args)
+    if name == "convolution":
+        return _convolution(*args, made=made)
+    if name.startswith("_scaled_dot_product"):
+        return (_attention_backward if name.endswith("_backward") else _attention)(*args)
+    if any(suspect in name for suspect in _SUSPECTS):
+        raise LookupError(f"no formula for the FLOPs of torch's operator {name}")
+    return 0
