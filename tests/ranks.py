@@ -56,7 +56,9 @@ def start_ranks(command: list[str], world_size: int, *, cwd: Path | None = None)
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     return [
-        Rank([sys.executable, *command], {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd)
+        Rank(
+            [sys.executable, *command], {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd
+        )
         for rank in range(world_size)
     ]
 

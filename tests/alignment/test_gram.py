@@ -13,6 +13,7 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+from triton_interpreter import needs_interpreter
 
 from srepa_ds.alignment.gram import structural_kl, structural_mse
 from srepa_ds.alignment.gram_choice import (
@@ -480,6 +481,7 @@ def test_auto_takes_the_cheaper_algorithm():
     assert chosen("mse", 256, 768, "meta") == "tiled"
 
 
+@needs_interpreter
 def test_triton_is_a_row_like_others(tmp_path):
     """In Triton's interpreter, which has to be chosen before the kernels are imported."""
     script = (

@@ -8,6 +8,7 @@ import torch
 from ranks import run_worker
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
+from triton_interpreter import needs_interpreter
 
 from srepa_ds.alignment.gram_kl import kl_dense
 from srepa_ds.alignment.gram_mse import mse_tiled
@@ -136,9 +137,11 @@ def check(run, reference, name, suffix, loss):
 @pytest.mark.parametrize("suffix", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
 class TestAgrees:
+    @needs_interpreter
     def test_with_plain_loops(self, interpreted, name, suffix, loss):
         check(interpreted, by_loops, name, suffix, loss)
 
+    @needs_interpreter
     def test_with_dense(self, interpreted, name, suffix, loss):
         check(interpreted, by_products, name, suffix, loss)
 
@@ -148,6 +151,7 @@ class TestAgrees:
         check(compiled, by_loops, name, suffix, loss)
 
 
+@needs_interpreter
 @pytest.mark.parametrize("suffix", DTYPES)
 def test_what_must_be_exactly_zero(interpreted, suffix):
     _, results = interpreted

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from srepa_ds.alignment import gram_triton
 from srepa_ds.alignment import gram_triton_kernels as kernels
 
-warnings.simplefilter("error")
+warnings.filterwarnings("error", module="srepa_ds")
 dtype = {"float32": torch.float32, "float64": torch.float64}[sys.argv[1]]
 element = {torch.float32: "fp32", torch.float64: "fp64"}[dtype]
 SCALES = {"STUDENT_SCALE": 5.0, "TEACHER_SCALE": 10.0}
