@@ -2,14 +2,18 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# The versions to install, if they can be had together. CONSTRAINTS= takes whatever pip chooses.
+TESTED := constraints/tested.txt
+CONSTRAINTS ?= $(TESTED)
 # Of what is installed and from where: another checkout on the same environment installs itself anew.
-KEY := $(shell (cat setup.cfg pyproject.toml; pwd) | sha256sum | cut -c1-12)
+KEY := $(shell (cat setup.cfg pyproject.toml $(CONSTRAINTS) /dev/null; pwd) | sha256sum | cut -c1-12)
 INSTALLED := $(VENV)/.installed-$(KEY)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,dev]"
 # Processes that share the tests, file by file; many tests start ranks of their own besides.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all test-oldest install versions check format clean
 
 ## demo: train, resume, export, sample and score a model on handwritten digits, then report
 demo: $(INSTALLED)
@@ -23,6 +27,10 @@ test: check
 test-all: check
 	$(PYTEST)
 
+## test-oldest: the same with the oldest versions that setup.cfg admits, in an environment of its own
+test-oldest:
+	$(MAKE) test-all VENV=$(VENV)-oldest CONSTRAINTS=constraints/oldest.txt
+
 ## check: what a commit must pass, without the tests
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -35,11 +43,24 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+## versions: what is installed beside what this release was tested with
+versions: $(INSTALLED)
+	@$(BIN)/srepa-ds version
+
+install: $(INSTALLED)
+
+# Only the tested versions are a wish; others were asked for and must be had.
 $(INSTALLED):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
+ifeq ($(CONSTRAINTS),$(TESTED))
+	$(INSTALL) --constraint $(TESTED) || { \
+	  echo "Not all of the versions in $(TESTED) can be installed here: taking those that pip chooses."; \
+	  $(INSTALL); }
+else
+	$(INSTALL) $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+endif
 	rm -f $(VENV)/.installed-*
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-oldest build *.egg-info

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
-from srepa_ds import __version__
 from srepa_ds.console import show_warnings_once
 from srepa_ds.errors import SRepaError
 from srepa_ds.launcher import free_port, launched, run_ranks
@@ -174,8 +173,10 @@ def demo(
 
 @app.command()
 def version() -> None:
-    """Print the version."""
-    typer.echo(__version__)
+    """Print the versions of all packages, beside those that this release was tested with."""
+    from srepa_ds.versions import table, versions
+
+    typer.echo(table(versions()))
 
 
 def run(arguments: Sequence[str]) -> int:

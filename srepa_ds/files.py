@@ -5,7 +5,7 @@ import hashlib
 import os
 import socket
 import stat
-import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,9 +39,21 @@ def write_aside(path: Path, write: Callable[[Path], object], *, concurrent: bool
 
 def shipped(path: Path) -> Path:
     """Returns `path` if it exists, else the file of that name shipped with the package."""
-    roots = (Path(srepa_ds.__file__).parents[1], Path(sys.prefix) / "share" / "srepa_ds")
-    candidates = [root / path for root in roots if not path.is_absolute()]
+    candidates = [] if path.is_absolute() else [root / path for root in _shipping_roots()]
     return next((place for place in (path, *candidates) if place.exists()), path)
+
+
+def _shipping_roots() -> Iterator[Path]:
+    """Yields where the shipped folders may lie, in the order of preference."""
+    beside_package = Path(srepa_ds.__file__).parents[1]
+    yield beside_package  # a checkout
+    # pip's places: a virtual environment's, the system's, the user's, and that of --target.
+    data = [
+        sysconfig.get_path("data"),
+        sysconfig.get_path("data", sysconfig.get_preferred_scheme("user")),
+    ]
+    for root in (*data, beside_package):
+        yield Path(root) / "share" / "srepa_ds"
 
 
 def flush_to_disk(path: Path) -> None:

@@ -24,11 +24,14 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=["mse", "kl"], default=["mse", "kl"])
     parser.add_argument("--images", type=int, help="batch; else 4, on CUDA 32 to 4")
     parser.add_argument("--rounds", type=int, default=15, help="at most; fewer for many tokens")
+    default = ["cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--devices", nargs="+", choices=["cpu", "cuda"], default=default)
     parser.add_argument("--output", type=Path, required=True, help="folder for table, plot, json")
     options = parser.parse_args()
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if "cuda" in options.devices and not torch.cuda.is_available():
+        parser.error("--devices cuda: torch sees no GPU here")
     rows: list[Row] = []
-    for device in devices:
+    for device in options.devices:
         for kind in options.kinds:
             for count in options.tokens:
                 for width in options.widths:

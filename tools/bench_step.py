@@ -7,6 +7,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -25,13 +26,14 @@ def main() -> None:
         print(json.dumps(asdict(found)))
         return
     options.output.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * options.minutes
     print(HEADER, flush=True)
     for model, pixels, mode in product(options.models, options.pixels, options.modes):
         cases = [
             Case(model, pixels, mode, options.batch, options.teacher, arrangement)
             for arrangement in options.arrangements
         ]
-        compare(cases, options)
+        compare(cases, options, deadline)
 
 
 def parsed() -> argparse.Namespace:
@@ -39,20 +41,25 @@ def parsed() -> argparse.Namespace:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--models", nargs="+", default=["SiT-XL/2"])
     parser.add_argument("--pixels", nargs="+", type=int, default=[256])
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=["sit", "repa", "srepa-mse"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["srepa-mse"])
     parser.add_argument("--arrangements", nargs="+", default=ARRANGEMENTS[device])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--teacher", default="dinov2-vit-b")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=2, help="in how many turns")
+    rounds = 1 if device == "cuda" else 2
+    parser.add_argument("--rounds", type=int, default=rounds, help="in how many turns")
     parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=9, help="when to stop, even unfinished")
     parser.add_argument("--output", type=Path, default=Path("bench-step"))
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def compare(cases: list[Case], options: argparse.Namespace) -> None:
-    """Prints a row for every case; they are timed in turns, each in a process of its own."""
+def compare(cases: list[Case], options: argparse.Namespace, deadline: float) -> None:
+    """Prints a row for every case; they are timed in turns, each in a process of its own.
+
+    At `deadline` the process that runs is ended, and no other begins.
+    """
     rounds: dict[Case, list[Measured]] = {case: [] for case in cases}
     failed: dict[Case, str] = {}
     for case in cases * options.rounds:
@@ -61,7 +68,12 @@ def compare(cases: list[Case], options: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
         command += ["--steps", str(options.steps), "--warmup", str(options.warmup)]
         command += ["--output", str(profiled)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        left = max(0.0, deadline - time.monotonic())
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+        except subprocess.TimeoutExpired:
+            failed[case] = f"not finished: the {options.minutes:g} minutes of --minutes are over"
+            continue
         if done.returncode:
             failed[case] = (done.stderr.splitlines() or ["no message"])[-1]
             continue

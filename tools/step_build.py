@@ -26,8 +26,8 @@ class Inputs:
     labels: Tensor
 
 
-def step_of(case: Case) -> Callable[[], float]:
-    """Returns a function that takes one training step and says its loss; everything is built."""
+def step_of(case: Case) -> Callable[[], Tensor]:
+    """Returns a function that takes one training step and returns its loss, left on the device."""
     ranks = distributed.initialize()
     config = case.config
     inputs = _inputs(config, case, ranks.device)
@@ -53,13 +53,13 @@ def step_of(case: Case) -> Callable[[], float]:
 
 def _engine_step(
     config: Config, ranks: Ranks, objective: Objective, teacher: Teacher | None, inputs: Inputs
-) -> Callable[[], float]:
+) -> Callable[[], Tensor]:
     objective.sit.set_remat(config.engine.remat)
     if config.engine.compile:
         objective.sit.compile_blocks()
     engine = Engine(objective, config, ranks)
 
-    def step() -> float:
+    def step() -> Tensor:
         drawn = draw_inputs(
             config.objective,
             config.model,
@@ -72,7 +72,7 @@ def _engine_step(
         report = engine.step(
             [drawn._replace(teacher_patches=patches)], learning_rate=config.optimizer.learning_rate
         )
-        return report.losses.total.item()
+        return report.losses.total
 
     return step
 

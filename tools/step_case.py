@@ -16,12 +16,8 @@ PLAIN = "plain loop"
 ARRANGEMENTS = {
     "cuda": [
         f"{PLAIN} precision=bf16_autocast",
-        "precision=bf16_autocast",
-        "precision=bf16",
-        "precision=bf16 deepspeed=ds_configs/zero1.json",
         "precision=bf16 compile=true",
-        "precision=bf16 compile=true remat.policy=selective",
-        "precision=bf16 compile=true remat.policy=full",
+        "precision=bf16",
     ],
     # Few processors compute in bf16; without, it is a multiple slower than fp32.
     "cpu": [f"{PLAIN} precision=fp32", "precision=fp32", "precision=fp32 remat.policy=full"],

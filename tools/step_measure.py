@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -38,21 +39,36 @@ def measured(case: Case, *, steps: int, warmup: int, profiled: Path) -> Measured
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     step = step_of(case)
-    # Reading the loss waits for the device, so every step is timed whole.
-    times = [timed(step) for _ in range(warmup + steps)][warmup:]
+    times = step_times(step, warmup + steps, device)[warmup:]
     memory = peak_memory_gb(device)
     profiled.write_text(operations(step), encoding="utf-8")
     return Measured(times, memory, matmul_ceiling(device))
 
 
-def timed(step: Callable[[], float]) -> float:
+def step_times(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
+    """Returns the seconds from the beginning of each step to that of the next.
+
+    On a GPU by events in its queue, which the host fills on without waiting, as in a training.
+    """
+    if device.type != "cuda":
+        return [timed(step) for _ in range(count)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1e3 for begin, end in pairwise(marks)]
+
+
+def timed(call: Callable[[], object]) -> float:
     """Returns the seconds a call takes."""
     begin = time.perf_counter()
-    step()
+    call()
     return time.perf_counter() - begin
 
 
-def operations(step: Callable[[], float]) -> str:
+def operations(step: Callable[[], object]) -> str:
     """Returns a table of three steps' operations, those that take longest themselves first."""
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
@@ -74,5 +90,4 @@ def matmul_ceiling(device: torch.device) -> float:
 def matmul_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
     """Returns the operations per second of the fastest of seven square products."""
     left = torch.randn(size, size, device=device, dtype=dtype)
-    times = [timed(lambda: (left @ left)[0, 0].item()) for _ in range(7)]
-    return 2 * size**3 / min(times)
+    return 2 * size**3 / min(step_times(lambda: left @ left, 7, device))

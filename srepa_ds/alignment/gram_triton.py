@@ -30,8 +30,8 @@ class Tiling(NamedTuple):
 # program), not from timings: the largest that keep the tile, its operands and their split in
 # registers. float32: up to 255 registers and 36 KiB, at most four numbers spilled (triton 3.6 to
 # 3.9), two programs to a multiprocessor; 128 columns or chunks of 32 spill. float64: up to 228
-# registers and 20 KiB; 64 columns spill. Widths that are no multiple of 16 are read number by number
-# and spill a little in float32.
+# registers and 20 KiB; 64 columns spill. Widths that are not a multiple of 16 are read number by
+# number and spill a little in float32.
 #
 # "tf32x3" writes each factor as a sum of two TF32 numbers and takes three of the four products on
 # the tensor cores, each chunk from zero and added to the tile in float32: with 768 channels an

@@ -63,8 +63,17 @@ def test_what_does_not_fit_is_not_run_but_listed(tool, monkeypatch):
     assert table.count("does not fit: needs ") == len(rows)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    command = [sys.executable, TOOL, "--devices", "cuda", "--output", tmp_path / "out"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "--devices cuda: torch sees no GPU here" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_tool_writes_table_json_and_plot(tmp_path):
-    options = ["--tokens", "8", "24", "--widths", "6", "--rounds", "2"]
+    options = ["--devices", "cpu", "--tokens", "8", "24", "--widths", "6", "--rounds", "2"]
     subprocess.run(
         [sys.executable, TOOL, *options, "--output", tmp_path], cwd=ROOT, check=True, timeout=120
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from srepa_ds import distributed
 from srepa_ds.alignment.alignment import AlignmentConfig, alignment_losses
 from srepa_ds.alignment.teachers import TeacherConfig, TeacherTokens
 from srepa_ds.errors import ConfigError
@@ -58,6 +59,32 @@ def test_the_plain_loop_computes_the_losses_of_the_engine(tool, kind):
     )
     found = tool("plain_loop").aligned(student, teacher, alignment)
     torch.testing.assert_close(found, 0.7 * terms.pointwise + 1.3 * terms.structural)
+
+
+def test_a_step_leaves_its_loss_on_the_device(tool):
+    weight = torch.nn.Parameter(torch.ones(2))
+    measure = tool("step_measure")
+    times = measure.step_times(lambda: weight.sum(), 3, torch.device("cpu"))
+    assert len(times) == 3
+    assert min(times) > 0
+    case = tool("step_case").Case("SiT-Ti/2", 32, "sit", 2, "none", "plain loop precision=fp32")
+    loss = tool("step_build").step_of(case)()
+    distributed.close()
+    assert isinstance(loss, torch.Tensor)
+    assert not loss.requires_grad
+
+
+def test_the_defaults_for_a_gpu_are_few_processes(tool):
+    assert len(tool("step_case").ARRANGEMENTS["cuda"]) <= 3
+
+
+def test_nothing_runs_past_the_time_given(tmp_path):
+    command = [sys.executable, TOOL, "--minutes", "0", "--rounds", "1", "--output", tmp_path]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    rows = printed.splitlines()[2:]
+    assert len(rows) == 3
+    assert all("not finished: the 0 minutes of --minutes are over" in row for row in rows)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
