@@ -180,8 +180,13 @@ def test_bf16_follows_the_plain_loop(lookup, world_size, arrangement, precision)
 )
 def test_the_stages_agree(lookup, world_size, precision):
     two = lookup(world_size, "2", precision)
-    # Stages sum in different orders; autocast then rounds some weights to another bf16 value.
-    losses, weights = (0.03, BF16_SPLIT_CHANGE) if precision == "bf16_autocast" else (1e-5, 1e-5)
+    # Stages sum in different orders, so that a weight now and then rounds to another bf16 value:
+    # masters of single steps then differ by up to 6e-5, under autocast by more.
+    losses, weights = {
+        "fp32": (1e-5, 1e-5),
+        "bf16": (1e-5, 3e-4),
+        "bf16_autocast": (0.03, BF16_SPLIT_CHANGE),
+    }[precision]
     for arrangement in arrangements_on(world_size, precision):
         facts = lookup(world_size, arrangement, precision)
         for step in range(1, LAST_STEP + 1):
