@@ -20,6 +20,8 @@ from srepa_ds.power_ema import PowerAverage, combination, gamma_of
 from srepa_ds.schema import validated
 
 log = logging.getLogger("srepa_ds")
+LARGEST_ERROR = 0.3
+"""Of a reconstructed average's profile, relative. Beyond it the length asked for means nothing."""
 
 
 def export(config: Config) -> Path:
@@ -30,7 +32,9 @@ def export(config: Config) -> Path:
     """
     reader = CheckpointReader(_chosen(config))
     sigma = config.export.power_sigma
-    mixture = {(reader, config.export.weights): 1.0} if sigma is None else _mixture(reader, sigma)
+    mixture, error = {(reader, config.export.weights): 1.0}, 0.0
+    if sigma is not None:
+        mixture, error = _mixture(reader, sigma)
     label = config.export.weights if sigma is None else power_kind(sigma)
     tensors = {official_name(name): value for name, value in _mixed(mixture)}
     stored = reader.state["config"]
@@ -42,6 +46,7 @@ def export(config: Config) -> Path:
         "step": reader.state["step"],
         "weights": label,
         "ema_decay": stored["ema"]["decay"],
+        **({} if sigma is None else {"profile_error": error}),
     }
     write_model(config.export_folder, tensors, config=stored, provenance=provenance)
     log.info("exported %s of step %d to %s", label, reader.state["step"], config.export_folder)
@@ -64,12 +69,14 @@ def _mixed(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
         yield name, torch.stack(parts).sum(0).float() if len(parts) > 1 else parts[0].float()
 
 
-def _mixture(reader: CheckpointReader, sigma: float) -> Mixture:
+def _mixture(reader: CheckpointReader, sigma: float) -> tuple[Mixture, float]:
     """Returns how the run's power-function averages sum to the one of relative length `sigma`.
 
-    At the step of `reader`; damaged checkpoints are passed over.
+    At the step of `reader`, with the relative error of its profile; damaged checkpoints are passed
+    over. Raises CheckpointError where that error is above `LARGEST_ERROR`.
     """
     stored: dict[tuple[CheckpointReader, str], PowerAverage] = {}
+    lengths: set[float] = set()
     for folder in checkpoint.steps_in(reader.folder.parent):
         if folder == reader.folder:
             source = reader
@@ -84,12 +91,24 @@ def _mixture(reader: CheckpointReader, sigma: float) -> Mixture:
             if source.names(power_kind(kept)):
                 average = PowerAverage(source.state["step"], gamma_of(kept))
                 stored[source, power_kind(kept)] = average
+                lengths.add(kept)
     if not stored:
         raise CheckpointError(
             f"{reader.folder.parent} holds no power-function averages; train with ema.power_sigmas"
         )
     wanted = PowerAverage(reader.state["step"], gamma_of(sigma))
-    return dict(zip(stored, combination(list(stored.values()), wanted), strict=True))
+    factors, error = combination(list(stored.values()), wanted)
+    steps = sorted({average.step for average in stored.values()})
+    told = f"{len(steps)} checkpoint(s) from step {steps[0]} to {steps[-1]}"
+    if error > LARGEST_ERROR:
+        raise CheckpointError(
+            f"export.power_sigma {sigma:g} cannot be made of {told} with averages of the lengths "
+            f"{', '.join(f'{length:g}' for length in sorted(lengths))}: its profile would be off "
+            f"by {error:.0%}, above {LARGEST_ERROR:.0%}; choose a length nearer to those, or keep "
+            "more checkpoints (checkpoint.keep_every_steps)"
+        )
+    log.info("the average of length %g, of %s: its profile is off by %.2g", sigma, told, error)
+    return dict(zip(stored, factors, strict=True)), error
 
 
 def _chosen(config: Config) -> Path:

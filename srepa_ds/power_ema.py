@@ -1,7 +1,7 @@
-"""Power-function averages of weights, and any other of them afterwards from those that were kept.
+"""Power-function averages of weights, and the post-hoc reconstruction of other lengths.
 
 An average whose weight on the past grows as a power of time has a length that is a constant share
-of the training, `sigma_rel`. Two of them, kept in checkpoints on the way, span the averages of
+of the training, `sigma_rel`. Two of them, stored in checkpoints on the way, span the averages of
 other lengths. Source: Karras et al., "Analyzing and improving the training dynamics of diffusion
 models" (EDM2), section 3 and appendix C.
 """
@@ -41,15 +41,33 @@ def power_decay(gamma: float, step: int) -> float:
     return (1 - 1 / step) ** (gamma + 1)
 
 
-def combination(stored: Sequence[PowerAverage], wanted: PowerAverage) -> list[float]:
-    """Returns the factors by which stored averages sum to the one closest to `wanted`.
+class Combination(NamedTuple):
+    """How stored averages sum to another one."""
 
-    Closest in the L2 norm of the profiles over time (EDM2, Algorithm 3). Float64.
+    factors: list[float]
+    """One for each stored average. They sum to 1, as the weights of an average do."""
+
+    error: float
+    """L2 distance of the combined profile from the wanted one, relative to the wanted one's norm.
+
+    Profile: the weight that an average gives to each time of the training.
+    """
+
+
+def combination(stored: Sequence[PowerAverage], wanted: PowerAverage) -> Combination:
+    """Returns the combination of `stored` that is closest to `wanted`.
+
+    The least-squares solution for the profiles over time, divided by its sum (EDM2, Algorithm 3):
+    otherwise all weights of the model would be scaled by that sum. Float64.
     """
     products = np.array([[_product(a, b) for b in stored] for a in stored])
     targets = np.array([_product(a, wanted) for a in stored])
     # Checkpoints close in time make the system nearly singular; the pseudo-inverse does not care.
-    return (np.linalg.pinv(products, rcond=1e-12) @ targets).tolist()
+    factors = np.linalg.pinv(products, rcond=1e-12) @ targets
+    factors /= factors.sum()
+    own = _product(wanted, wanted)
+    squared = factors @ products @ factors - 2 * factors @ targets + own
+    return Combination(factors.tolist(), float(np.sqrt(max(squared, 0.0) / own)))
 
 
 def _product(a: PowerAverage, b: PowerAverage) -> float:

@@ -194,10 +194,14 @@ def test_other_averages_that_were_kept_can_be_exported(small_world, tmp_path):
     # Of a length that was kept: the newest of that kind. Of another: all of them, by their factors.
     torch.testing.assert_close(exported("export.power_sigma=0.1").mean(), values[3, 1])
     stored = [PowerAverage(step, gamma_of(s)) for step in (100, 200) for s in (0.05, 0.1)]
-    factors = combination(stored, PowerAverage(200, gamma_of(0.07)))
+    factors, error = combination(stored, PowerAverage(200, gamma_of(0.07)))
     expected = sum(f * v for f, v in zip(factors, values[2:].T.flatten().tolist(), strict=True))
     found = exported("export.power_sigma=0.07")
     assert found.mean().item() == pytest.approx(expected, rel=1e-5)
+    document = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    assert document["provenance"]["profile_error"] == pytest.approx(error)
+    with pytest.raises(CheckpointError, match=r"cannot be made of 2 checkpoint.*off by \d+%"):
+        exported("export.power_sigma=0.005")
     with pytest.raises(
         CheckpointError, match=r"holds no 'ema-0\.5'; export\.weights may be: ema, "
     ):
