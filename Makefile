@@ -2,10 +2,11 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# The versions to install, if they can be had together. CONSTRAINTS= takes whatever pip chooses.
+# The versions to install, if they can be had together. In a new environment CONSTRAINTS= takes
+# whatever pip chooses.
 TESTED := constraints/tested.txt
 CONSTRAINTS ?= $(TESTED)
-# Of what is installed and from where: another checkout on the same environment installs itself anew.
+# Of what is installed and from where: another checkout on the same environment installs itself there.
 KEY := $(shell (cat setup.cfg pyproject.toml $(CONSTRAINTS) /dev/null; pwd) | sha256sum | cut -c1-12)
 INSTALLED := $(VENV)/.installed-$(KEY)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,dev]"
@@ -49,11 +50,12 @@ versions: $(INSTALLED)
 
 install: $(INSTALLED)
 
-# Only the tested versions are a wish; others were asked for and must be had.
+# The tested versions are preferred; any other constraints must be met.
 $(INSTALLED):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(CONSTRAINTS),$(TESTED))
-	$(INSTALL) --constraint $(TESTED) || { \
+	$(INSTALL) --constraint $(TESTED) 2> $(VENV)/pip.log || { cat $(VENV)/pip.log; \
+	  grep -qE "ResolutionImpossible|No matching distribution" $(VENV)/pip.log || exit 1; \
 	  echo "Not all of the versions in $(TESTED) can be installed here: taking those that pip chooses."; \
 	  $(INSTALL); }
 else

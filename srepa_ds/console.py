@@ -5,8 +5,10 @@ package enters `warnings.catch_warnings`, and every rank follows it for itself.
 """
 
 import logging
+import mmap
 import os
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
@@ -16,19 +18,21 @@ log = logging.getLogger("srepa_ds")
 _PACKAGE = str(Path(__file__).parent) + os.sep
 
 
-def on_main_rank(_key: str) -> bool:
-    """Returns whether this process is the main rank: who shows a warning before all have met."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 class WarningsOnce:
-    """Stands in for `warnings.showwarning`; what this package itself warns of is always shown."""
+    """Stands in for `warnings.showwarning`.
+
+    Once the ranks have joined they agree which one shows a warning. Before that the main rank shows
+    its own, and the others keep theirs until they can ask. Warnings at this package's own lines are
+    shown on every rank, once on each.
+    """
 
     def __init__(self) -> None:
         self._otherwise = warnings.showwarning
-        self._known: set[str] = set()
-        self.is_first: Callable[[str], bool] = on_main_rank
+        self._known = _SharedSet()
         self._process = os.getpid()
+        self._is_first: Callable[[str], bool] | None = None
+        self._shown_alone: list[str] = []
+        self._waiting: list[str] = []
 
     def show(
         self,
@@ -40,34 +44,76 @@ class WarningsOnce:
         line: str | None = None,
     ) -> None:
         """Shows a warning, unless this run has already shown the same text from the same line."""
-        if file is not None or filename.startswith(_PACKAGE):
+        if file is not None:
             self._otherwise(message, category, filename, lineno, file, line)
             return
         where = f"{'/'.join(Path(filename).parts[-3:])}:{lineno}"
-        key = f"{category.__name__} {where} {message}"
-        if key not in self._known:
-            self._known.add(key)
-            if self._may_show(key):
-                log.warning("%s: %s (%s; shown once)", category.__name__, message, where)
+        text = f"{category.__name__}: {message} ({where}; shown once)"
+        if self._known.add(text) and (filename.startswith(_PACKAGE) or self._may_show(text)):
+            log.warning("%s", text)
 
-    def _may_show(self, key: str) -> bool:
-        # A forked data worker must not talk over its parent's connection to the other ranks.
-        if os.getpid() != self._process:
+    def agree_by(self, is_first: Callable[[str], bool] | None) -> None:
+        """Lets ranks decide by `is_first(text)`: True on one rank per text. None: they part."""
+        self._is_first = is_first
+        if is_first is not None:
+            # What the main rank has shown already, no other rank needs to.
+            for text in self._shown_alone:
+                self._ask(text)
+        self._shown_alone = []
+
+    def show_waiting(self) -> None:
+        """Shows what this rank has kept, unless another rank has shown it."""
+        waiting, self._waiting = self._waiting, []
+        for text in waiting:
+            if self._ask(text):
+                log.warning("%s", text)
+
+    def _may_show(self, text: str) -> bool:
+        # A forked data worker must not use its parent's connection to the other ranks.
+        if os.getpid() != self._process or self._is_first is not None:
+            return self._ask(text)
+        if os.environ.get("RANK", "0") == "0":
+            self._shown_alone.append(text)
+            return True
+        self._waiting.append(text)
+        return False
+
+    def _ask(self, text: str) -> bool:
+        if self._is_first is None or os.getpid() != self._process:
             return True
         try:
-            return self.is_first(key)
+            return self._is_first(text)
         except RuntimeError:
             return True  # The other ranks are gone; better twice than never.
+
+
+class _SharedSet:
+    """Texts that this process or one that it forked has seen; data workers are forked."""
+
+    def __init__(self, size: int = 1 << 20) -> None:
+        self._marks = mmap.mmap(-1, size)
+
+    def add(self, text: str) -> bool:
+        """Adds `text` and returns whether it is new; two texts in a million are taken for one."""
+        mark = zlib.crc32(text.encode(errors="replace")) % len(self._marks)
+        is_new = self._marks[mark] == 0
+        self._marks[mark] = 1
+        return is_new
 
 
 _shown = WarningsOnce()
 
 
 def show_warnings_once() -> None:
-    """Has warnings shown by `WarningsOnce` from now on, in this process and those it forks."""
+    """Has `WarningsOnce` show the warnings of this process, and of those that it forks."""
     warnings.showwarning = _shown.show
 
 
-def let_ranks_agree(is_first: Callable[[str], bool] = on_main_rank) -> None:
-    """Has ranks decide by `is_first(key)` who shows a warning: True on one of them per key."""
-    _shown.is_first = is_first
+def let_ranks_agree(is_first: Callable[[str], bool] | None) -> None:
+    """Has the ranks agree which of them shows a warning; see `WarningsOnce.agree_by`."""
+    _shown.agree_by(is_first)
+
+
+def show_waiting_warnings() -> None:
+    """Shows the warnings that this rank met before it could ask the others."""
+    _shown.show_waiting()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from srepa_ds.console import let_ranks_agree
+from srepa_ds.console import let_ranks_agree, show_waiting_warnings
 from srepa_ds.devices import agreed_device, local_device, place_of
 from srepa_ds.errors import (
     ConfigError,
@@ -53,11 +53,15 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> Ranks:
     # DeepSpeed reads LOCAL_RANK on its own.
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     if not dist.is_initialized():
-        place = _from_launcher(local_rank, timeout) if launched() else _alone(local_rank)
-        device: torch.device = place.pop("device")
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        device_id = device if device.type == "cuda" else None
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id, **place)
+        try:
+            place = _from_launcher(local_rank, timeout) if launched() else _alone(local_rank)
+            device: torch.device = place.pop("device")
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            device_id = device if device.type == "cuda" else None
+            dist.init_process_group(backend, timeout=timeout, device_id=device_id, **place)
+        finally:
+            # Also where this rank cannot join: they may say why.
+            show_waiting_warnings()
     return Ranks(dist.get_rank(), dist.get_world_size(), local_device(local_rank))
 
 
@@ -234,7 +238,7 @@ def another_group() -> Any:
 def close() -> None:
     """Leaves the process group, if this process is in one."""
     if dist.is_initialized():
-        let_ranks_agree()
+        let_ranks_agree(None)
         dist.destroy_process_group()
 
 

@@ -5,9 +5,9 @@ import hashlib
 import os
 import socket
 import stat
-import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 
 import srepa_ds
@@ -39,21 +39,29 @@ def write_aside(path: Path, write: Callable[[Path], object], *, concurrent: bool
 
 def shipped(path: Path) -> Path:
     """Returns `path` if it exists, else the file of that name shipped with the package."""
-    candidates = [] if path.is_absolute() else [root / path for root in _shipping_roots()]
-    return next((place for place in (path, *candidates) if place.exists()), path)
+    if path.exists() or path.is_absolute():
+        return path
+    return shipped_with_package(path) or path
+
+
+def shipped_with_package(path: Path) -> Path | None:
+    """Returns the file of that name shipped with the package, if there is one."""
+    return next((root / path for root in _shipping_roots() if (root / path).exists()), None)
 
 
 def _shipping_roots() -> Iterator[Path]:
-    """Yields where the shipped folders may lie, in the order of preference."""
+    """Yields where the shipped folders may lie: in a checkout, or where pip put them."""
     beside_package = Path(srepa_ds.__file__).parents[1]
-    yield beside_package  # a checkout
-    # pip's places: a virtual environment's, the system's, the user's, and that of --target.
-    data = [
-        sysconfig.get_path("data"),
-        sysconfig.get_path("data", sysconfig.get_preferred_scheme("user")),
-    ]
-    for root in (*data, beside_package):
-        yield Path(root) / "share" / "srepa_ds"
+    yield beside_package
+    try:
+        installed = metadata.files("srepa_ds") or ()
+    except metadata.PackageNotFoundError:
+        installed = ()
+    for file in installed:
+        if file.parts[-4:] == ("share", "srepa_ds", "constraints", "tested.txt"):
+            yield Path(str(file.locate())).resolve().parents[1]
+    # `pip install --target` moves them after it has noted where they are.
+    yield beside_package / "share" / "srepa_ds"
 
 
 def flush_to_disk(path: Path) -> None:

@@ -57,13 +57,16 @@ class Combination(NamedTuple):
 def combination(stored: Sequence[PowerAverage], wanted: PowerAverage) -> Combination:
     """Returns the combination of `stored` that is closest to `wanted`.
 
-    The least-squares solution for the profiles over time, divided by its sum (EDM2, Algorithm 3):
-    otherwise all weights of the model would be scaled by that sum. Float64.
+    The least-squares solution for the profiles over time (EDM2, Algorithm 3), divided by its sum as
+    in EDM2's own code: otherwise all weights of the model would be scaled by that sum. Float64.
     """
     products = np.array([[_product(a, b) for b in stored] for a in stored])
     targets = np.array([_product(a, wanted) for a in stored])
     # Checkpoints close in time make the system nearly singular; the pseudo-inverse does not care.
     factors = np.linalg.pinv(products, rcond=1e-12) @ targets
+    if not factors.sum() > 0:
+        # The profiles do not overlap.
+        return Combination([1 / len(stored)] * len(stored), float("inf"))
     factors /= factors.sum()
     own = _product(wanted, wanted)
     squared = factors @ products @ factors - 2 * factors @ targets + own

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from srepa_ds import __version__
-from srepa_ds.files import shipped
+from srepa_ds.errors import DataError
+from srepa_ds.files import shipped_with_package
 
 TESTED = Path("constraints/tested.txt")
 _BROUGHT_ALONG = ("triton",)
@@ -33,7 +34,10 @@ class Version(NamedTuple):
 
 
 def versions() -> list[Version]:
-    """Returns a row for every package of setup.cfg, those of the extra `dev` left out, by name."""
+    """Returns a row for every package of setup.cfg, those of the extra `dev` left out, by name.
+
+    Raises DataError where the package is not, or not wholly, installed.
+    """
     tested = _tested()
     names = sorted({*_required(), *_BROUGHT_ALONG})
     return [Version(name, _installed(name), tested.get(_normal(name))) for name in names]
@@ -52,7 +56,11 @@ def table(rows: list[Version]) -> str:
 
 
 def _required() -> Iterator[str]:
-    for requirement in requires("srepa_ds") or ():
+    try:
+        requirements = requires("srepa_ds") or ()
+    except PackageNotFoundError:
+        raise DataError("srepa_ds is not installed; run `pip install --editable .`") from None
+    for requirement in requirements:
         if not re.search(r"extra == ['\"]dev['\"]", requirement):
             yield re.split(r"[^\w.-]", requirement)[0]
 
@@ -65,8 +73,10 @@ def _installed(package: str) -> str | None:
 
 
 def _tested() -> dict[str, str]:
-    path = shipped(TESTED)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    path = shipped_with_package(TESTED)
+    if path is None:
+        raise DataError(f"{TESTED} is missing from the installation; install srepa_ds again")
+    lines = path.read_text(encoding="utf-8").splitlines()
     pins = (line.split("==") for line in lines if "==" in line)
     return {_normal(name): pin.strip() for name, pin in pins}
 

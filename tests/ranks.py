@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -78,8 +79,9 @@ def run_worker(name: str, world_size: int, *arguments: str | Path) -> list[str]:
     """
     ranks = start_ranks([str(WORKERS / f"{name}.py"), *map(str, arguments)], world_size)
     try:
+        deadline = time.monotonic() + SECONDS
         for process in ranks:
-            process.wait(SECONDS)
+            process.wait(max(0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         pass  # A killed rank fails below, with what it had printed.
     finally:

@@ -1,4 +1,4 @@
-"""Files that an earlier version wrote are read, or refused in so many words."""
+"""Files that an earlier version wrote are read, or refused with a message that says why."""
 
 import json
 import shutil

@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-import site
 import subprocess
 import sys
 import venv
 import zipfile
 from configparser import ConfigParser
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -60,13 +60,27 @@ def test_the_wheel_ships_every_config(wheel):
     assert "constraints/tested.txt" in shipped
 
 
+def test_the_wheel_offers_every_extra(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(name).decode())
+    assert set(metadata.get_all("Provides-Extra")) == {*EXTRAS, "dev"}
+    offered = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    for extra, packages in EXTRAS.items():
+        named = {
+            one.name for one in offered if one.marker and one.marker.evaluate({"extra": extra})
+        }
+        assert {package.name for package in packages} <= named
+
+
 @pytest.fixture(scope="session")
 def elsewhere(wheel, tmp_path_factory) -> Path:
     """The programs of an environment with the wheel; its dependencies are those of the tests."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=True)
     (library,) = (folder / "lib").glob("python*/site-packages")
-    (library / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
+    installed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (library / "dependencies.pth").write_text("\n".join(installed))
     succeeded([*PIP, "--python", folder / "bin" / "python", "install", "--no-deps", wheel])
     return folder / "bin"
 

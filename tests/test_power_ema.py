@@ -69,6 +69,13 @@ def test_a_length_far_from_those_stored_is_known_by_its_error():
     assert errors[-1] > 0.3
 
 
+def test_profiles_that_do_not_overlap_are_infinitely_far():
+    stored = [PowerAverage(10, gamma_of(0.05))]
+    factors, error = combination(stored, PowerAverage(400_000, gamma_of(0.01)))
+    assert factors == [1]
+    assert error == float("inf")
+
+
 def test_one_that_was_kept_is_itself():
     stored = [PowerAverage(100, gamma_of(0.05)), PowerAverage(100, gamma_of(0.1))]
     assert combination(stored, stored[1]).factors == pytest.approx([0, 1], abs=1e-6)

@@ -29,58 +29,95 @@ def test_of_other_packages_lines_only_what_says_something_about_us_does():
 
 @pytest.fixture
 def once(monkeypatch):
-    """Warnings are shown once, and those of this package the way they were."""
-    shown = []
-    monkeypatch.setattr(warnings, "showwarning", lambda *given: shown.append(str(given[0])))
-    monkeypatch.delenv("RANK", raising=False)
-    return WarningsOnce(), shown
+    """Returns a new one for a rank; those of the tests themselves are not in its way."""
+
+    def of_rank(number: int) -> WarningsOnce:
+        monkeypatch.setenv("RANK", str(number))
+        return WarningsOnce()
+
+    return of_rank
 
 
 ELSEWHERE = "/site-packages/torch/distributed/c10d.py"
+OURS = str(Path(__file__).parents[1] / "srepa_ds" / "engine.py")
+
+
+def shown(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records]
 
 
 def test_what_another_package_repeats_is_shown_once(once, caplog):
-    shower, _ = once
+    rank = once(0)
     for text in ("old", "old", "new", "old"):
-        shower.show(FutureWarning(text), FutureWarning, ELSEWHERE, 7)
-    shower.show(FutureWarning("old"), FutureWarning, ELSEWHERE, 8)
-    assert [record.getMessage() for record in caplog.records] == [
+        rank.show(FutureWarning(text), FutureWarning, ELSEWHERE, 7)
+    rank.show(FutureWarning("old"), FutureWarning, ELSEWHERE, 8)
+    assert shown(caplog) == [
         "FutureWarning: old (torch/distributed/c10d.py:7; shown once)",
         "FutureWarning: new (torch/distributed/c10d.py:7; shown once)",
         "FutureWarning: old (torch/distributed/c10d.py:8; shown once)",
     ]
 
 
-def test_our_own_are_never_lost(once, monkeypatch, caplog):
-    shower, shown = once
-    monkeypatch.setenv("RANK", "3")
-    ours = str(Path(__file__).parents[1] / "srepa_ds" / "engine.py")
-    for _ in range(3):
-        shower.show(UserWarning("ours"), UserWarning, ours, 7)
-        shower.show(UserWarning("theirs"), UserWarning, ELSEWHERE, 7)
-    assert shown == ["ours"] * 3
-    assert not caplog.records
+def test_warnings_at_our_own_lines_are_shown_on_every_rank(once, caplog):
+    for number in (0, 3):
+        rank = once(number)
+        rank.agree_by(lambda _text: False)
+        for _ in range(3):
+            rank.show(UserWarning("ours"), UserWarning, OURS, 7)
+            rank.show(UserWarning("theirs"), UserWarning, ELSEWHERE, 7)
+    assert len(shown(caplog)) == 2
+    assert all("ours" in text for text in shown(caplog))
+
+
+def test_what_a_rank_meets_before_it_joins_is_shown_afterwards(once, caplog):
+    said: set[str] = set()
+
+    def is_first(text: str) -> bool:
+        return text not in said and not said.add(text)
+
+    main = once(0)
+    main.show(UserWarning("both"), UserWarning, ELSEWHERE, 7)
+    ranks = [main, once(1)]
+    assert len(shown(caplog)) == 1
+    ranks[1].show(UserWarning("both"), UserWarning, ELSEWHERE, 7)
+    ranks[1].show(UserWarning("my GPU"), UserWarning, ELSEWHERE, 9)
+    assert len(shown(caplog)) == 1
+    for rank in ranks:
+        rank.agree_by(is_first)
+    ranks[1].show_waiting()
+    assert ["both" in text for text in shown(caplog)] == [True, False]
+    assert "my GPU" in shown(caplog)[-1]
+
+
+def test_a_rank_that_cannot_join_shows_what_it_met(once, caplog):
+    rank = once(1)
+    rank.show(UserWarning("my GPU"), UserWarning, ELSEWHERE, 9)
+    rank.show_waiting()
+    assert len(shown(caplog)) == 1
 
 
 def test_ranks_that_cannot_be_asked_do_not_silence_a_warning(once, caplog):
-    def is_first(_key):
+    def is_first(_text):
         raise RuntimeError("connection reset by peer")
 
-    shower, _ = once
-    shower.is_first = is_first
-    shower.show(UserWarning("late"), UserWarning, ELSEWHERE, 7)
+    rank = once(2)
+    rank.agree_by(is_first)
+    rank.show(UserWarning("late"), UserWarning, ELSEWHERE, 7)
     assert "UserWarning: late" in caplog.text
 
 
-def test_two_ranks_show_each_others_warnings_once():
+def test_two_ranks_and_their_data_workers_show_each_others_warnings_once():
     said = "".join(run_worker("repeating", 2))
     assert said.count("every rank, every step") == 1
+    assert said.count("before joining") == 1
     assert said.count("only rank 1") == 1
     assert said.count("only rank 0") == 1
+    # Workers cannot ask other ranks: once for the two of each.
+    assert said.count("data worker") == 2
 
 
 @pytest.mark.slow
-def test_a_training_under_zero_3_repeats_no_warning(small_world, tmp_path):
+def test_a_training_under_zero_3_repeats_no_warning_of_this_torch(small_world, tmp_path):
     settings = [f"run.folder={tmp_path / 'run'}", "engine.deepspeed=ds_configs/zero3.json"]
     settings += ["train.steps=20", "--ranks", "2"]
     command = [sys.executable, "-m", "srepa_ds", "train", str(small_world.config), *settings]

@@ -5,6 +5,7 @@ python tools/bench_step.py --models SiT-B/2 --pixels 256 --batch 4 --output benc
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -49,7 +50,8 @@ def parsed() -> argparse.Namespace:
     rounds = 1 if device == "cuda" else 2
     parser.add_argument("--rounds", type=int, default=rounds, help="in how many turns")
     parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=9, help="when to stop, even unfinished")
+    minutes = 9 if device == "cuda" else math.inf
+    parser.add_argument("--minutes", type=float, default=minutes, help="when to stop, unfinished")
     parser.add_argument("--output", type=Path, default=Path("bench-step"))
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -68,10 +70,8 @@ def compare(cases: list[Case], options: argparse.Namespace, deadline: float) -> 
         command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
         command += ["--steps", str(options.steps), "--warmup", str(options.warmup)]
         command += ["--output", str(profiled)]
-        left = max(0.0, deadline - time.monotonic())
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=left)
-        except subprocess.TimeoutExpired:
+        done = ended(command, deadline)
+        if done is None:
             failed[case] = f"not finished: the {options.minutes:g} minutes of --minutes are over"
             continue
         if done.returncode:
@@ -83,6 +83,17 @@ def compare(cases: list[Case], options: argparse.Namespace, deadline: float) -> 
             file.write(json.dumps(asdict(case) | found) + "\n")
     for case in cases:
         print(row(case, rounds, failed.get(case)), flush=True)
+
+
+def ended(command: list[str], deadline: float) -> subprocess.CompletedProcess[str] | None:
+    """Returns the process that has run `command`, or None where `deadline` came before its end."""
+    left = None if deadline == math.inf else deadline - time.monotonic()
+    if left is not None and left <= 0:
+        return None
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=left)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def measured(case: Case, *, steps: int, warmup: int, profiled: Path) -> Measured
 def step_times(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
     """Returns the seconds from the beginning of each step to that of the next.
 
-    On a GPU by events in its queue, which the host fills on without waiting, as in a training.
+    On a GPU by events in its queue: the host keeps filling the queue and does not wait.
     """
     if device.type != "cuda":
         return [timed(step) for _ in range(count)]
@@ -81,9 +81,9 @@ def operations(step: Callable[[], object]) -> str:
 
 def matmul_ceiling(device: torch.device) -> float:
     """Returns the operations per second of large products, in the faster of bf16 and fp32."""
-    size = 8192 if device.type == "cuda" else 1536
-    # Small ones first: processors without bf16 would take minutes for a large one.
-    dtype = max((torch.bfloat16, torch.float32), key=lambda dtype: matmul_rate(256, dtype, device))
+    size, probe = (8192, 8192) if device.type == "cuda" else (1536, 256)
+    # Processors without bf16 would take minutes for a large one.
+    dtype = max((torch.bfloat16, torch.float32), key=lambda d: matmul_rate(probe, d, device))
     return matmul_rate(size, dtype, device)
 
 

@@ -22,6 +22,8 @@ def row(case: Case, rounds: Mapping[Case, list[Measured]], fault: str | None) ->
     own = rounds[case]
     if not own:
         return f"{shown} {fault} ||||||"
+    if fault:
+        shown = shown.removesuffix(" |") + f" (turns measured: {len(own)}; {fault}) |"
     plain = next((found for other, found in rounds.items() if other.is_plain and found), None)
     against = "" if plain is None else f"{_median(plain) / _median(own):.2f}x"
     ceiling = max(found.ceiling for every in rounds.values() for found in every)

@@ -10,16 +10,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def _product(left: Tensor, right: Tensor) -> int:
+def _product(left: Tensor, right: Tensor, *_: Any) -> int:
     return 2 * left.numel() * right.shape[-1]
 
 
-def _convolution(_images: Tensor, kernels: Tensor, *_: Any, made: Tensor) -> int:
+def _convolution(images: Tensor, kernels: Tensor, *rest: Any, made: Tensor) -> int:
+    _bias, _stride, _padding, _dilation, transposed, *_ = rest
+    if transposed:
+        return 2 * images.numel() * kernels[0].numel()
     return 2 * made.numel() * kernels[0].numel()
 
 
 def _convolution_backward(gradient: Tensor, _images: Tensor, kernels: Tensor, *rest: Any) -> int:
-    of_images, of_kernels, _ = rest[-1]
+    *_, transposed, _output_padding, _groups, (of_images, of_kernels, _of_bias) = rest
+    if transposed:
+        raise LookupError("no formula for the FLOPs of a transposed convolution's backward pass")
     return (of_images + of_kernels) * 2 * gradient.numel() * kernels[0].numel()
 
 
@@ -32,7 +37,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
 
 
 def _attention_backward(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> int:
-    """Scores once more, and two products for each of the two that the forward pass takes."""
+    """Returns the FLOPs of the scores again and of two products for each of the forward pass's."""
     return _scores(query, key) + 2 * _attention(query, key, value)
 
 
@@ -43,7 +48,11 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "baddbmm": lambda _bias, *operands: _product(*operands),
     "convolution_backward": _convolution_backward,
 }
-_SUSPECTS = ("mm", "matmul", "linear", "einsum", "conv", "attention", "addmv", "dot")
+_SUSPECTS = {
+    *("addbmm", "addmv", "attention", "attn", "baddbmm", "bmm", "conv", "conv1d", "conv2d"),
+    *("conv3d", "convolution", "dot", "einsum", "linear", "matmul", "mm", "mv", "vdot"),
+}
+"""Words of the names of operators that are products."""
 
 
 class ProductFlops(TorchDispatchMode):
@@ -71,6 +80,6 @@ def _flops(name: str, args: Any, made: Any) -> int:
         return _convolution(*args, made=made)
     if name.startswith("_scaled_dot_product"):
         return (_attention_backward if name.endswith("_backward") else _attention)(*args)
-    if any(suspect in name for suspect in _SUSPECTS):
+    if _SUSPECTS.intersection(name.split("_")):
         raise LookupError(f"no formula for the FLOPs of torch's operator {name}")
     return 0

@@ -56,7 +56,7 @@ def rand(*shape):
     return torch.randn(shape, requires_grad=True)
 
 
-# Forward and backward pass of one operator each; two products of a backward pass per one of ours.
+# One operator each. Its backward pass takes two products for each of the forward pass.
 PRODUCTS = {
     "mm": (lambda: rand(2, 3) @ rand(3, 5), 2 * 2 * 3 * 5),
     "bmm": (lambda: rand(7, 2, 3) @ rand(7, 3, 5), 7 * 2 * 2 * 3 * 5),
@@ -99,6 +99,15 @@ def test_attention_is_two_products_and_its_backward_pass_four_or_five(backend, b
     assert counter.total == backward * product
 
 
-def test_a_product_without_a_formula_is_not_counted_as_nothing():
-    with pytest.raises(LookupError, match="operator dot"), ProductFlops():
-        torch.dot(torch.ones(3), torch.ones(3))
+@pytest.mark.parametrize("name", ["dot", "mv"])
+def test_a_product_without_a_formula_is_not_counted_as_nothing(name):
+    left = torch.ones(3) if name == "dot" else torch.ones(2, 3)
+    with pytest.raises(LookupError, match=f"operator {name}"), ProductFlops():
+        getattr(torch, name)(left, torch.ones(3))
+
+
+def test_what_is_done_element_by_element_counts_as_nothing():
+    with ProductFlops() as counter:
+        torch.lgamma(torch.ones(3)).exp().sum()
+        torch.nn.functional.interpolate(torch.ones(1, 1, 4, 4), scale_factor=2, mode="bilinear")
+    assert counter.total == 0

@@ -1,11 +1,23 @@
-"""Warns as other packages do: in every step, on one rank or all, though each is shown once."""
+"""Warns as other packages do: in every step, on one rank or all, and in data workers."""
 
 import warnings
+
+from torch.utils.data import DataLoader
 
 from srepa_ds import distributed
 from srepa_ds.console import show_warnings_once
 
+
+class Complaining(list):
+    """A data set whose items warn."""
+
+    def __getitem__(self, index):
+        warnings.warn("data worker", UserWarning, stacklevel=1)
+        return super().__getitem__(index)
+
+
 show_warnings_once()
+warnings.warn("before joining", UserWarning, stacklevel=1)
 ranks = distributed.initialize()
 for _step in range(5):
     warnings.warn("every rank, every step", FutureWarning, stacklevel=1)
@@ -14,4 +26,6 @@ for _step in range(5):
     with warnings.catch_warnings():
         warnings.simplefilter("default")
     distributed.barrier()
+loader = DataLoader(Complaining(range(4)), num_workers=2, multiprocessing_context="fork")
+assert len(list(loader)) == 4
 distributed.close()
