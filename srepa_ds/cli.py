@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 import typer
 
 from srepa_ds.console import show_warnings_once
+from srepa_ds.distributed.launcher import free_port, launched, run_ranks
 from srepa_ds.errors import SRepaError
-from srepa_ds.launcher import free_port, launched, run_ranks
 
 if TYPE_CHECKING:
-    from srepa_ds.config import Config
+    from srepa_ds.config.experiment import Config
     from srepa_ds.schema import Section
 
     S = TypeVar("S", bound=Section)
@@ -64,8 +64,8 @@ def prepare(
         _store_teachers(path, overrides, ranks)
     elif ranks != 1:
         raise typer.BadParameter("images are prepared by one process; --ranks needs --teacher")
-    from srepa_ds.prepare import PrepareConfig
-    from srepa_ds.prepare import prepare as run
+    from srepa_ds.commands.prepare import PrepareConfig
+    from srepa_ds.commands.prepare import prepare as run
 
     _log()
     run(_section(PrepareConfig, path, overrides))
@@ -73,7 +73,7 @@ def prepare(
 
 def _store_teachers(path: Path, overrides: list[str] | None, ranks: int) -> NoReturn:
     def action() -> int:
-        from srepa_ds.store_tokens import store_tokens
+        from srepa_ds.commands.store_teacher_tokens import store_tokens
 
         store_tokens(_config_of_all_ranks(path, overrides))
         return 0
@@ -84,7 +84,7 @@ def _store_teachers(path: Path, overrides: list[str] | None, ranks: int) -> NoRe
 @app.command()
 def teacher(path: ConfigPath, overrides: Overrides = None) -> None:
     """Train a small ViT classifier on shards, to be a teacher where no pretrained one fits."""
-    from srepa_ds.demo.teacher import TeacherTrainingConfig, train_teacher
+    from srepa_ds.commands.teacher import TeacherTrainingConfig, train_teacher
 
     _log()
     train_teacher(_section(TeacherTrainingConfig, path, overrides))
@@ -102,7 +102,7 @@ def train(
     """Train a SiT; the same command resumes. Ctrl-C saves first."""
 
     def action() -> int:
-        from srepa_ds.train import train as run_training
+        from srepa_ds.commands.train import train as run_training
 
         config = _config_of_all_ranks(path, overrides)
         finished = run_training(config, allow_config_change=allow_config_change)
@@ -115,8 +115,8 @@ def train(
 @app.command()
 def export(path: ConfigPath, overrides: Overrides = None) -> None:
     """Write the EMA weights of a checkpoint as model.safetensors and config.json."""
-    from srepa_ds.config import load_config
-    from srepa_ds.export import export as run
+    from srepa_ds.commands.export import export as run
+    from srepa_ds.config.experiment import load_config
 
     _log()
     run(load_config(path, overrides or ()))
@@ -127,7 +127,7 @@ def sample(path: ConfigPath, overrides: Overrides = None, ranks: RankCount = 1) 
     """Draw images from an exported model into an ADM .npz and a contact sheet."""
 
     def action() -> int:
-        from srepa_ds.sample import sample as run_sampling
+        from srepa_ds.commands.sample import sample as run_sampling
 
         run_sampling(_config_of_all_ranks(path, overrides))
         return 0
@@ -138,8 +138,8 @@ def sample(path: ConfigPath, overrides: Overrides = None, ranks: RankCount = 1) 
 @app.command()
 def evaluate(path: ConfigPath, overrides: Overrides = None) -> None:
     """Score a sample set: Frechet distance, precision, recall, class accuracy."""
-    from srepa_ds.config import load_config
-    from srepa_ds.evaluate import evaluate as run
+    from srepa_ds.commands.evaluate import evaluate as run
+    from srepa_ds.config.experiment import load_config
 
     _log()
     run(load_config(path, overrides or ()))
@@ -148,8 +148,8 @@ def evaluate(path: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def report(path: ConfigPath, overrides: Overrides = None) -> None:
     """Write one self-contained report.html of a run: curves, images, similarity maps, scores."""
-    from srepa_ds.config import load_config
-    from srepa_ds.report.report import report as run
+    from srepa_ds.commands.report import report as run
+    from srepa_ds.config.experiment import load_config
 
     _log()
     run(load_config(path, overrides or ()))
@@ -166,7 +166,7 @@ def demo(
     images: Annotated[int | None, typer.Option(help="Images to draw.")] = None,
 ) -> None:
     """Do all of it on handwritten digits: prepare, teach, train, sample, score, report."""
-    from srepa_ds.demo.road import run_demo
+    from srepa_ds.commands.demo import run_demo
 
     raise typer.Exit(run_demo(mode=mode, steps=steps, ranks=ranks, seed=seed, images=images))
 
@@ -174,7 +174,7 @@ def demo(
 @app.command()
 def version() -> None:
     """Print the versions of all packages, beside those that this release was tested with."""
-    from srepa_ds.versions import table, versions
+    from srepa_ds.commands.version import table, versions
 
     typer.echo(table(versions()))
 
@@ -200,9 +200,9 @@ def main() -> None:
     show_warnings_once()
     code = run(sys.argv[1:])
     if launched():
-        from srepa_ds import distributed
+        from srepa_ds.distributed import ranks
 
-        distributed.leave(code)
+        ranks.leave(code)
     sys.exit(code)
 
 
@@ -218,7 +218,7 @@ def _on_ranks(action: Callable[[], int], ranks: int, *, command: Sequence[str]) 
     """Runs `action` on this rank, or starts `ranks` processes that run `command`: each the same."""
     if ranks != 1 and not launched():
         raise typer.Exit(run_ranks(command, ranks, port=free_port()))
-    from srepa_ds import devices, distributed
+    from srepa_ds.distributed import devices, ranks
 
     _log()
     devices.choose_accelerator()
@@ -226,7 +226,7 @@ def _on_ranks(action: Callable[[], int], ranks: int, *, command: Sequence[str]) 
         code = action()
     finally:
         if not launched():
-            distributed.close()
+            ranks.close()
     raise typer.Exit(code)
 
 
@@ -235,37 +235,38 @@ def _config_of_all_ranks(path: Path, overrides: list[str] | None) -> "Config":
 
     Raises on all of them alike what any finds wrong with its file, and ConfigError if they differ.
     """
-    from srepa_ds import distributed
-    from srepa_ds.config import load_config
-    from srepa_ds.run_folder import leaves
+    from srepa_ds.config.experiment import load_config
+    from srepa_ds.distributed import ranks
     from srepa_ds.schema import to_tree
+    from srepa_ds.training.run_folder import leaves
 
-    distributed.initialize()
-    config = distributed.together(lambda: load_config(path, overrides or ()))
+    ranks.initialize()
+    config = ranks.together(lambda: load_config(path, overrides or ()))
     advice = "ranks were given different settings; give all the same file and overrides"
-    distributed.check_same(dict(leaves(to_tree(config))), what=advice)
+    ranks.check_same(dict(leaves(to_tree(config))), what=advice)
     return config
 
 
 def _log() -> None:
-    from srepa_ds.telemetry import set_up_logging
+    from srepa_ds.console import set_up_logging
 
     set_up_logging(is_main=os.environ.get("RANK", "0") == "0")
 
 
 def _section(schema: "type[S]", path: Path, overrides: list[str] | None) -> "S":
-    from srepa_ds.schema import apply_overrides, load_tree, validated
+    from srepa_ds.schema import validated
+    from srepa_ds.trees import apply_overrides, load_tree
 
     return validated(schema, apply_overrides(load_tree(path), overrides or ()), source=str(path))
 
 
 def _any_config(path: Path, overrides: list[str] | None) -> "Section":
     """Returns the configuration of whatever kind the file's `kind` says."""
-    from srepa_ds.config import load_config
-    from srepa_ds.demo.teacher import TeacherTrainingConfig
+    from srepa_ds.commands.prepare import PrepareConfig
+    from srepa_ds.commands.teacher import TeacherTrainingConfig
+    from srepa_ds.config.experiment import load_config
     from srepa_ds.errors import ConfigError, Fault, nearest
-    from srepa_ds.prepare import PrepareConfig
-    from srepa_ds.schema import load_tree
+    from srepa_ds.trees import load_tree
 
     kinds = {"experiment": None, "prepare": PrepareConfig, "teacher": TeacherTrainingConfig}
     kind = str(load_tree(path).get("kind", "experiment"))

@@ -7,11 +7,17 @@ package enters `warnings.catch_warnings`, and every rank follows it for itself.
 import logging
 import mmap
 import os
+import sys
+import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import track
 
 log = logging.getLogger("srepa_ds")
 
@@ -117,3 +123,38 @@ def let_ranks_agree(is_first: Callable[[str], bool] | None) -> None:
 def show_waiting_warnings() -> None:
     """Shows the warnings that this rank met before it could ask the others."""
     _shown.show_waiting()
+
+
+log = logging.getLogger("srepa_ds")
+
+
+T = TypeVar("T")
+
+
+def set_up_logging(*, is_main: bool) -> None:
+    """Sends the package's messages of the main rank to the terminal, of others only warnings."""
+    if sys.stderr.isatty():
+        handler: logging.Handler = RichHandler(
+            console=Console(stderr=True), show_path=False, rich_tracebacks=False
+        )
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO if is_main else logging.WARNING)
+
+
+def steps_shown(steps: Iterable[T], *, total: int, what: str, is_main: bool) -> Iterator[T]:
+    """Yields `steps` and shows how far they are: a bar on a terminal, some lines in a log."""
+    if is_main and sys.stderr.isatty():
+        yield from track(
+            steps, description=what, total=total, console=Console(stderr=True), transient=True
+        )
+        return
+    began = time.perf_counter()
+    for number, step in enumerate(steps, start=1):
+        yield step
+        if number == total or number % max(1, total // 10) == 0:
+            log.info("%s %d/%d  %.0f s", what, number, total, time.perf_counter() - began)

@@ -15,16 +15,36 @@ import deepspeed.ops
 import torch
 from torch import Tensor
 
-from srepa_ds import distributed, zero
-from srepa_ds.arrangement import build_optimizer_for, deepspeed_config
-from srepa_ds.checkpoint import CheckpointReader, Piece
-from srepa_ds.config import Config
-from srepa_ds.deepspeed_json import stage_of
-from srepa_ds.distributed import Ranks
-from srepa_ds.ema import MAIN, ShardedEma
+from srepa_ds.checkpoint.fragment_file import Piece
+from srepa_ds.checkpoint.reader import CheckpointReader
+from srepa_ds.config.experiment import Config
+from srepa_ds.distributed import ranks
+from srepa_ds.distributed.ranks import Rank
 from srepa_ds.errors import CheckpointError
 from srepa_ds.model.sit import SiTOutput
 from srepa_ds.objective import Losses, Objective, TrainingInputs
+from srepa_ds.optim.ema import MAIN, ShardedEma
+from srepa_ds.zero.fixes import (
+    drop_unless_finite,
+    forget_gradients,
+    gradient_norm,
+    hide_gathering,
+    judge_by_norm,
+    keep_gradients_of_one_rank,
+    use_group,
+)
+from srepa_ds.zero.fragments import (
+    MOMENTS,
+    Fragment,
+    adam_step,
+    fragments,
+    moment,
+    publish_masters,
+    set_adam_step,
+    set_masters,
+)
+from srepa_ds.zero.json_file import stage_of
+from srepa_ds.zero.settings import build_optimizer_for, deepspeed_config
 
 
 @dataclass(frozen=True)
@@ -41,25 +61,40 @@ class StepReport:
     """False when gradients that are not finite made all ranks skip the step."""
 
 
+def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
+    """Returns DeepSpeed's configuration for an experiment on `world_size` ranks.
+
+    Raises ConfigError for a JSON with faults, TopologyError for a batch that cannot be split.
+    """
+    return deepspeed_config(
+        config.engine.deepspeed,
+        precision=config.engine.precision,
+        batch_size=config.train.batch_size,
+        accumulation_steps=config.train.accumulation_steps,
+        gradient_clipping=config.optimizer.gradient_clipping,
+        world_size=world_size,
+    )
+
+
 class Engine:
     """One DeepSpeed engine around an `Objective`, with its sharded EMA."""
 
-    def __init__(self, objective: Objective, config: Config, ranks: Ranks):
-        _quieten(ranks)
-        self._device = ranks.device
+    def __init__(self, objective: Objective, config: Config, rank: Rank):
+        _quieten(rank)
+        self._device = rank.device
         self._shapes = {name: tuple(p.shape) for name, p in objective.named_parameters()}
         # DeepSpeed casts the module before it clones the masters; these give them back their bits.
         # Casting and moving make new tensors, so what is kept here need not be a copy.
         named = objective.named_parameters() if config.engine.precision == "bf16" else ()
         initial = {name: parameter.detach() for name, parameter in named}
-        objective.to(ranks.device)
+        objective.to(rank.device)
         parameters = [p for p in objective.parameters() if p.requires_grad]
-        document = deepspeed_config(config, ranks.world_size)
+        document = deepspeed_settings(config, rank.world_size)
         # Before DeepSpeed's first collective: one rank alone may lack what the kernel is built by.
-        optimizer = distributed.together(
+        optimizer = ranks.together(
             lambda: build_optimizer_for(document, config.optimizer, parameters)
         )
-        zero.use_group(distributed.another_group)
+        use_group(ranks.another_group)
         self._deepspeed, *_ = deepspeed.initialize(
             model=objective,
             model_parameters=parameters,
@@ -67,14 +102,14 @@ class Engine:
             config=document,
             dist_init_required=False,
         )
-        zero.hide_gathering(self._deepspeed)
-        zero.judge_by_norm(self._deepspeed)
-        zero.keep_gradients_of_one_rank(self._deepspeed)
-        self._is_dealt_out = stage_of(document) == 0 and ranks.world_size > 1
+        hide_gathering(self._deepspeed)
+        judge_by_norm(self._deepspeed)
+        keep_gradients_of_one_rank(self._deepspeed)
+        self._is_dealt_out = stage_of(document) == 0 and rank.world_size > 1
         if initial:
-            zero.set_masters(self._deepspeed, lambda f: _run_of(initial[f.name], f))
+            set_masters(self._deepspeed, lambda f: _run_of(initial[f.name], f))
             # Building the bf16 optimizer of stage 0 takes a step with zero gradients.
-            zero.set_adam_step(self._deepspeed, 0)
+            set_adam_step(self._deepspeed, 0)
         self.ema = ShardedEma(config.ema, self._masters())
         self.step_count = 0
         self.samples_seen = 0
@@ -90,8 +125,8 @@ class Engine:
             losses = self._deepspeed(*inputs)
             self._deepspeed.backward(losses.total)
             if self._deepspeed.is_gradient_accumulation_boundary():
-                norm = zero.gradient_norm(self._deepspeed)
-                finite = zero.drop_unless_finite(self._deepspeed, norm)
+                norm = gradient_norm(self._deepspeed)
+                finite = drop_unless_finite(self._deepspeed, norm)
             self._deepspeed.step()
             reports.append([value.detach() for value in losses])
         self.step_count += 1
@@ -100,7 +135,7 @@ class Engine:
         if applied:
             self.ema.update(self._masters(), step=self.step_count)
         else:
-            zero.forget_gradients(self._deepspeed)
+            forget_gradients(self._deepspeed)
         norm = self._deepspeed.get_global_grad_norm() if norm is None else norm
         norm = torch.as_tensor(norm, dtype=torch.float32)
         means = [torch.stack(values).mean(0) for values in zip(*reports, strict=True)]
@@ -108,20 +143,20 @@ class Engine:
 
     def pieces(self) -> Iterator[Piece]:
         """Yields this rank's share of the state: masters, Adam's moments and the averages."""
-        for number, fragment in enumerate(zero.fragments(self._deepspeed)):
+        for number, fragment in enumerate(fragments(self._deepspeed)):
             place = (fragment.name, fragment.shape, fragment.start)
             yield Piece("master", *place, fragment.master)
             for kind, averages in self.ema.averages.items():
                 yield Piece(kind, *place, averages[number])
-            for key in zero.MOMENTS:
-                yield Piece(key, *place, zero.moment(self._deepspeed, fragment, key))
+            for key in MOMENTS:
+                yield Piece(key, *place, moment(self._deepspeed, fragment, key))
 
     def state(self) -> dict[str, Any]:
         """Returns what a checkpoint holds besides the fragments, as JSON."""
         return {
             "step": self.step_count,
             "samples_seen": self.samples_seen,
-            "adam_step": zero.adam_step(self._deepspeed),
+            "adam_step": adam_step(self._deepspeed),
         }
 
     def check(self, reader: CheckpointReader) -> None:
@@ -133,23 +168,23 @@ class Engine:
 
         Raises CheckpointError if pieces are missing; `check` first.
         """
-        distributed.together(lambda: self._read_own(reader))
-        zero.publish_masters(self._deepspeed)
-        zero.set_adam_step(self._deepspeed, reader.state["adam_step"])
+        ranks.together(lambda: self._read_own(reader))
+        publish_masters(self._deepspeed)
+        set_adam_step(self._deepspeed, reader.state["adam_step"])
         self.step_count = reader.state["step"]
         self.samples_seen = reader.state["samples_seen"]
 
     @torch.no_grad()
     def _read_own(self, reader: CheckpointReader) -> None:
         for fragment in self._whole():
-            for key in zero.MOMENTS:
-                target = zero.moment(self._deepspeed, fragment, key)
+            for key in MOMENTS:
+                target = moment(self._deepspeed, fragment, key)
                 target.copy_(_stored(reader, key, fragment))
             fragment.master.copy_(_stored(reader, "master", fragment))
         for kind, averages in self.ema.averages.items():
             # An average that was not kept so far begins with the weights of today.
             source = kind if reader.names(kind) else "master"
-            for fragment, average in zip(zero.fragments(self._deepspeed), averages, strict=True):
+            for fragment, average in zip(fragments(self._deepspeed), averages, strict=True):
                 average.copy_(_stored(reader, source, fragment))
 
     def ema_distance(self) -> Tensor:
@@ -158,7 +193,7 @@ class Engine:
         for average, master in zip(self.ema.averages[MAIN], self._masters(), strict=True):
             parts = torch.stack(((average - master).norm(), master.norm()))
             sums += parts.to(self._device).double().square()
-        distance, length = distributed.summed(sums).sqrt()
+        distance, length = ranks.summed(sums).sqrt()
         return distance / length
 
     @contextmanager
@@ -174,16 +209,16 @@ class Engine:
         yield
         self._set_masters(masters)
 
-    def _whole(self) -> list[zero.Fragment]:
-        return zero.fragments(self._deepspeed, whole=True)
+    def _whole(self) -> list[Fragment]:
+        return fragments(self._deepspeed, whole=True)
 
     def _set_masters(self, values: list[Tensor]) -> None:
         by_name = {f.name: value for f, value in zip(self._whole(), values, strict=True)}
-        zero.set_masters(self._deepspeed, lambda fragment: by_name[fragment.name])
+        set_masters(self._deepspeed, lambda fragment: by_name[fragment.name])
 
-    def _averages_over(self, wanted: list[zero.Fragment]) -> Iterator[Tensor]:
+    def _averages_over(self, wanted: list[Fragment]) -> Iterator[Tensor]:
         """Yields the average over each fragment; under stage 0 that is more than a rank holds."""
-        held = zero.fragments(self._deepspeed)
+        held = fragments(self._deepspeed)
         own = {f.name: (f, a) for f, a in zip(held, self.ema.averages[MAIN], strict=True)}
         for fragment in wanted:
             part, average = own.get(fragment.name, (None, None))
@@ -194,7 +229,7 @@ class Engine:
             gathered = torch.zeros_like(fragment.master)
             if part is not None and average is not None:
                 gathered.narrow(0, part.start, part.numel).copy_(average)
-            yield distributed.summed(gathered)
+            yield ranks.summed(gathered)
 
     @torch.no_grad()
     def predict(self, *inputs: Tensor | None) -> SiTOutput:
@@ -210,14 +245,14 @@ class Engine:
         self._deepspeed.destroy()
 
     def _masters(self) -> list[Tensor]:
-        return [fragment.master for fragment in zero.fragments(self._deepspeed)]
+        return [fragment.master for fragment in fragments(self._deepspeed)]
 
 
-def _run_of(tensor: Tensor, fragment: zero.Fragment) -> Tensor:
+def _run_of(tensor: Tensor, fragment: Fragment) -> Tensor:
     return tensor.reshape(-1).narrow(0, fragment.start, fragment.numel)
 
 
-def _stored(reader: CheckpointReader, kind: str, fragment: zero.Fragment) -> Tensor:
+def _stored(reader: CheckpointReader, kind: str, fragment: Fragment) -> Tensor:
     return reader.run(kind, fragment.name, start=fragment.start, numel=fragment.numel)
 
 
@@ -236,8 +271,8 @@ def _check_shapes(reader: CheckpointReader, shapes: Mapping[str, tuple[int, ...]
         )
 
 
-def _quieten(ranks: Ranks) -> None:
+def _quieten(rank: Rank) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if ranks.device.type == "cpu":
+    if rank.device.type == "cpu":
         # Otherwise DeepSpeed compiles a C++ kernel that only its inference uses (27 s and more).
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}

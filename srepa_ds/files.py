@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import logging
 import os
 import socket
 import stat
@@ -126,3 +127,19 @@ def remove_empty(folders: list[Path]) -> None:
         except OSError:
             # Someone else put something there meanwhile; it is theirs.
             return
+
+
+log = logging.getLogger("srepa_ds")
+
+
+@contextmanager
+def despite_full_disk(name: str) -> Iterator[None]:
+    """Makes a warning of an OSError met in the block.
+
+    A run is worth more than what it says of itself; its next checkpoint says more clearly what is
+    wrong with the disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        log.warning("cannot write %s: %s", name, error.strerror or error)

@@ -18,7 +18,7 @@ from srepa_ds.alignment.alignment import (
     idle_losses,
     projector_of,
 )
-from srepa_ds.alignment.teachers import TeacherTokens
+from srepa_ds.encoders.teacher import TeacherTokens
 from srepa_ds.interpolant import (
     INTERPOLANTS,
     TIME_WEIGHTINGS,

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import timm
 import torch
 import yaml
 from safetensors.torch import save_file
+from small_run import small_run as small_run
 
 from srepa_ds.data.shard_index import DatasetDescription
 from srepa_ds.data.shard_writer import ShardWriter
@@ -40,6 +42,15 @@ def _reset_logging() -> None:
     log.handlers.clear()
     log.propagate = True
     log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """As in production: shapes are not checked at run time, and Dynamo can trace the functions."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @dataclass(frozen=True)

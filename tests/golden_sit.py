@@ -1,13 +1,10 @@
 """The reference implementations' tiny SiT and REG's, whose outputs are stored in `tests/golden`."""
 
-from pathlib import Path
-
+from places import GOLDEN
 from safetensors.torch import load_file
 
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def golden_sit() -> SiT:

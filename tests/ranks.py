@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from srepa_ds.launcher import free_port
+from places import ROOT, WORKERS
 
-WORKERS = Path(__file__).parent / "workers"
+from srepa_ds.distributed.launcher import free_port
+
 SECONDS = 240
 
 
@@ -54,7 +55,7 @@ def start_ranks(command: list[str], world_size: int, *, cwd: Path | None = None)
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     }
     return [
         Rank(
@@ -90,3 +91,13 @@ def run_worker(name: str, world_size: int, *arguments: str | Path) -> list[str]:
     failed = [i for i, process in enumerate(ranks) if process.returncode != 0]
     assert not failed, f"ranks {failed} failed:\n" + "\n".join(outputs[i] for i in failed)
     return outputs
+
+
+def wait_for(path: Path, ranks: list[Rank]) -> None:
+    """Waits until the ranks have written something into `path`."""
+    deadline = time.monotonic() + 120
+    # A record that is opened but empty says nothing of the other ranks.
+    while not (path.exists() and path.stat().st_size):
+        assert time.monotonic() < deadline, f"{path} never came"
+        assert all(process.poll() is None for process in ranks), ranks[0].output()
+        time.sleep(0.01)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
-from srepa_ds.alignment.teachers import TEACHERS, TeacherConfig, TeacherSpec, load_teacher
+from srepa_ds.encoders.teacher import TEACHERS, TeacherConfig, TeacherSpec, load_teacher
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 2}
 PLAIN = TeacherSpec(

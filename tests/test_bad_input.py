@@ -14,21 +14,23 @@ import pytest
 import torch
 import yaml
 from conftest import write_shards
+from places import ROOT
 from safetensors.torch import load_file, save_file
 
-from srepa_ds import checkpoint, distributed
 from srepa_ds.alignment.alignment import TeacherShape
-from srepa_ds.checkpoint import Piece
+from srepa_ds.checkpoint.fragment_file import Piece
+from srepa_ds.checkpoint.saving import save
 from srepa_ds.cli import run
-from srepa_ds.config import Config, load_config
+from srepa_ds.config.experiment import Config, load_config
 from srepa_ds.data.shards import ShardDataset
+from srepa_ds.distributed import ranks
 from srepa_ds.model.sit import SiT
-from srepa_ds.model.weights import write_model
 from srepa_ds.objective import Objective
 from srepa_ds.schema import to_tree
-from srepa_ds.train import _identity
+from srepa_ds.training.inputs import _identity
+from srepa_ds.weights.exported import write_model
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def trained(place: Place, **known) -> None:
     ]
     state = {"step": 5, "adam_step": 5, "config": to_tree(place.config), **known}
     root = place.config.checkpoints
-    checkpoint.save(root, step=5, pieces=pieces, state=state, rank=0)
+    save(root, step=5, pieces=pieces, state=state, rank=0)
     (place.run / "config.yaml").write_text("of the first training")
 
 
@@ -433,7 +435,7 @@ def test_one_message_code_2_and_nothing_left_behind(case, place, capfd):
     case.arrange(place)
     before = contents(place.folder)
     code = run(command_line(case, place))
-    assert not distributed.joined()
+    assert not ranks.joined()
     captured = capfd.readouterr()
     assert code == 2, captured
     assert_one_message(captured.err, case.words)

@@ -10,7 +10,8 @@ import torch
 from ranks import run_worker
 from safetensors.torch import load_file
 
-from srepa_ds.checkpoint import CheckpointReader, step_folder
+from srepa_ds.checkpoint.folder import step_folder
+from srepa_ds.checkpoint.reader import CheckpointReader
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,14 @@
 """What the guides show is what the program takes."""
 
 import re
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-from srepa_ds.config import config_from
-from srepa_ds.schema import parse_yaml
+from srepa_ds.config.experiment import config_from
+from srepa_ds.trees import parse_yaml
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 BASE = {
     "run": {"folder": "runs/test"},
     "data": {"folder": "data/test"},

@@ -11,7 +11,8 @@ import torch
 from ranks import run_worker
 from safetensors.torch import load_file
 
-from srepa_ds.checkpoint import CheckpointReader, step_folder
+from srepa_ds.checkpoint.folder import step_folder
+from srepa_ds.checkpoint.reader import CheckpointReader
 from srepa_ds.data.loader import epoch_permutation
 from srepa_ds.data.shard_index import DatasetDescription
 from srepa_ds.data.shard_writer import ShardWriter

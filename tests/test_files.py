@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from srepa_ds.files import locked, shipped, write_aside
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("concurrent", [False, True])

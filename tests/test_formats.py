@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import GOLDEN
 from safetensors.torch import load_file
 
-from srepa_ds.checkpoint import CheckpointReader, fault_of
+from srepa_ds.checkpoint.folder import fault_of
+from srepa_ds.checkpoint.reader import CheckpointReader
 from srepa_ds.cli import run
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.token_store import TokenStore
-from srepa_ds.model.weights import read_model
+from srepa_ds.weights.exported import read_model
 
-GOLDEN = Path(__file__).parent / "golden" / "format-1"
-EXPECTED = load_file(GOLDEN / "expected.safetensors")
+FORMAT_1 = GOLDEN / "format-1"
+EXPECTED = load_file(FORMAT_1 / "expected.safetensors")
 STORE = "shards/teachers/vit_tiny_patch16_224-int8-6f4ccb62"
 CHECKPOINT = "run/checkpoints/step-0000004"
 WEIGHT = "sit.blocks.1.attn.qkv.weight"
@@ -26,7 +28,7 @@ WEIGHT = "sit.blocks.1.attn.qkv.weight"
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     """A copy of the files, in the working folder: what a user has who installs a new version."""
-    shutil.copytree(GOLDEN, tmp_path / "place")
+    shutil.copytree(FORMAT_1, tmp_path / "place")
     monkeypatch.chdir(tmp_path / "place")
     return tmp_path / "place"
 

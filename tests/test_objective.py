@@ -2,10 +2,10 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from places import GOLDEN
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
@@ -24,7 +24,6 @@ from srepa_ds.objective import (
     official_name,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
 SEED, NULL = 11, 7
 # One token grid of 3 x 2: odd enough to notice a swap.
 MODEL = SiTConfig(

@@ -10,13 +10,13 @@ import yaml
 from conftest import SmallWorld
 from ranks import run_worker
 
-from srepa_ds import distributed
 from srepa_ds.cli import run
 from srepa_ds.data.shard_index import DatasetDescription
 from srepa_ds.data.shard_writer import ShardWriter
 from srepa_ds.data.token_index import read_token_index
-from srepa_ds.model.weights import read_model
+from srepa_ds.distributed import ranks
 from srepa_ds.sampling.sample_set import read_samples
+from srepa_ds.weights.exported import read_model
 
 HEIGHT, WIDTH, GRID = 16, 24, (8, 12)
 LIVE, STORED = "live", "stored"
@@ -53,7 +53,7 @@ def trained(oblong) -> SmallWorld:
     """The same run with the teacher beside it and with its tokens stored."""
     stored = f"run.folder={oblong.folder / STORED};alignments.0.stored_tokens=bf16"
     assert run(["prepare", str(oblong.config), "--teacher", *stored.split(";")]) == 0
-    distributed.close()
+    ranks.close()
     common = "train.steps=3;checkpoint.every_steps=3"
     watched = "monitor.images_every_steps=3;monitor.num_images=10;monitor.num_steps=2"
     run_worker("train_runs", 1, oblong.config, f"{common};{watched}", f"{stored};{common}")
@@ -82,7 +82,7 @@ def test_what_was_trained_is_exported_drawn_judged_and_reported(trained):
     config = str(trained.config)
     for command in ("export", "sample", "evaluate", "report"):
         assert run([command, config]) == 0
-        distributed.close()
+        ranks.close()
     folder = trained.folder / LIVE
     model = read_model(folder / "export").model
     assert model.config.grid == GRID
@@ -98,7 +98,7 @@ def test_what_was_trained_is_exported_drawn_judged_and_reported(trained):
 def test_a_model_for_tall_images_is_refused(oblong, capfd):
     turned = f"model.input_size=[{WIDTH}, {HEIGHT}]"
     assert run(["train", str(oblong.config), turned]) == 2
-    distributed.close()
+    ranks.close()
     message = capfd.readouterr().err
     assert f"latents of shape (3, {HEIGHT}, {WIDTH}), but the model takes (3, {WIDTH}," in message
 
@@ -106,5 +106,5 @@ def test_a_model_for_tall_images_is_refused(oblong, capfd):
 def test_a_teacher_of_squares_is_refused(oblong, capfd):
     squares = "alignments.0.teacher.spec.input_size=16"
     assert run(["train", str(oblong.config), squares]) == 2
-    distributed.close()
+    ranks.close()
     assert "set input_size to [height, width]" in capfd.readouterr().err

@@ -7,17 +7,8 @@ import pytest
 from pydantic import Field
 
 from srepa_ds.errors import ConfigError, Fault, nearest
-from srepa_ds.schema import (
-    Section,
-    apply_overrides,
-    known_in,
-    load_tree,
-    merged,
-    parse_yaml,
-    to_tree,
-    to_yaml,
-    validated,
-)
+from srepa_ds.schema import Section, known_in, to_tree, to_yaml, validated
+from srepa_ds.trees import apply_overrides, load_tree, merged, parse_yaml
 
 
 class Kernel(Section):

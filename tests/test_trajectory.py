@@ -1,14 +1,11 @@
 """Six AdamW steps through the real engine against the reference trainer's numbers."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from places import GOLDEN, ROOT
 from ranks import run_worker
 from safetensors.torch import load_file
 
-GOLDEN = Path(__file__).parent / "golden"
-ROOT = Path(__file__).parents[1]
 # Columns of the log: flow, pointwise, structural, total, gradient norm. The reference also logs
 # terms it does not train on.
 TRAINED_COLUMNS = {

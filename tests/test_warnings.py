@@ -4,9 +4,9 @@ import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
+from places import ROOT
 from ranks import run_worker
 
 from srepa_ds.console import WarningsOnce
@@ -39,7 +39,7 @@ def once(monkeypatch):
 
 
 ELSEWHERE = "/site-packages/torch/distributed/c10d.py"
-OURS = str(Path(__file__).parents[1] / "srepa_ds" / "engine.py")
+OURS = str(ROOT / "srepa_ds" / "engine.py")
 
 
 def shown(caplog) -> list[str]:

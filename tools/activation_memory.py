@@ -7,9 +7,10 @@ Runs on fake tensors: no GPU, no memory, and the kernels' choice of the device n
 import argparse
 from collections.abc import Iterable
 
-from srepa_ds.model.kept_tensors import counted_bytes, counted_flops
-from srepa_ds.model.remat import RematConfig, activation_bytes, recompute_flops
+from srepa_ds.model.activation_checkpointing import RematConfig
 from srepa_ds.model.variants import SiTConfig
+from srepa_ds.plan.activations import activation_bytes, recompute_flops
+from srepa_ds.plan.counted import counted_bytes, counted_flops
 
 POLICIES = {
     "none": RematConfig(),

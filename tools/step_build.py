@@ -8,11 +8,11 @@ from plain_loop import plain_step
 from step_case import Case
 from torch import Tensor
 
-from srepa_ds import distributed
 from srepa_ds.alignment.alignment import TeacherShape
-from srepa_ds.alignment.teachers import Teacher, TeacherConfig, build_encoder
-from srepa_ds.config import Config
-from srepa_ds.distributed import Ranks
+from srepa_ds.config.experiment import Config
+from srepa_ds.distributed import ranks
+from srepa_ds.distributed.ranks import Rank
+from srepa_ds.encoders.teacher import Teacher, TeacherConfig, build_encoder
 from srepa_ds.engine import Engine
 from srepa_ds.objective import Objective, draw_inputs
 
@@ -28,10 +28,10 @@ class Inputs:
 
 def step_of(case: Case) -> Callable[[], Tensor]:
     """Returns a function that takes one training step and returns its loss, left on the device."""
-    ranks = distributed.initialize()
+    rank = ranks.initialize()
     config = case.config
-    inputs = _inputs(config, case, ranks.device)
-    teacher = _teacher(config, case, ranks.device) if config.alignments else None
+    inputs = _inputs(config, case, rank.device)
+    teacher = _teacher(config, case, rank.device) if config.alignments else None
     objective = Objective(
         config.model,
         config.objective,
@@ -41,23 +41,23 @@ def step_of(case: Case) -> Callable[[], Tensor]:
     )
     if case.is_plain:
         return plain_step(
-            objective.to(ranks.device),
+            objective.to(rank.device),
             alignment=config.alignments[0] if config.alignments else None,
             tokens=lambda: None if teacher is None else teacher.tokens(inputs.images).patches,
             latents=inputs.latents,
             labels=inputs.labels,
             precision=config.engine.precision,
         )
-    return _engine_step(config, ranks, objective, teacher, inputs)
+    return _engine_step(config, rank, objective, teacher, inputs)
 
 
 def _engine_step(
-    config: Config, ranks: Ranks, objective: Objective, teacher: Teacher | None, inputs: Inputs
+    config: Config, rank: Rank, objective: Objective, teacher: Teacher | None, inputs: Inputs
 ) -> Callable[[], Tensor]:
     objective.sit.set_remat(config.engine.remat)
     if config.engine.compile:
         objective.sit.compile_blocks()
-    engine = Engine(objective, config, ranks)
+    engine = Engine(objective, config, rank)
 
     def step() -> Tensor:
         drawn = draw_inputs(
@@ -65,7 +65,7 @@ def _engine_step(
             config.model,
             inputs.latents,
             inputs.labels,
-            positions=torch.arange(len(inputs.latents), device=ranks.device) + engine.samples_seen,
+            positions=torch.arange(len(inputs.latents), device=rank.device) + engine.samples_seen,
             seed=config.run.seed,
         )
         patches = () if teacher is None else (teacher.tokens(inputs.images).patches,)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from srepa_ds.config import Config, config_from
+from srepa_ds.config.experiment import Config, config_from
 
 MODES = {
     "sit": {},

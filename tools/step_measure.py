@@ -10,8 +10,8 @@ import torch
 from step_case import Case
 from torch.profiler import ProfilerActivity, profile
 
-from srepa_ds.devices import choose_accelerator
-from srepa_ds.throughput import peak_memory_gb
+from srepa_ds.distributed.devices import choose_accelerator
+from srepa_ds.telemetry.throughput import peak_memory_gb
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from srepa_ds.alignment.gram_parts import compute_dtype
+from srepa_ds.alignment.gram_algorithms.parts import compute_dtype
 from srepa_ds.alignment.losses import (
     PointwiseConfig,
     StructuralConfig,
@@ -16,7 +16,6 @@ from srepa_ds.alignment.losses import (
 )
 from srepa_ds.alignment.projector import ProjectorConfig, build_projector
 from srepa_ds.alignment.schedule import weight_factor
-from srepa_ds.alignment.teachers import TeacherConfig, TeacherTokens
 from srepa_ds.alignment.tokens import (
     Grid,
     ResamplingConfig,
@@ -24,6 +23,7 @@ from srepa_ds.alignment.tokens import (
     resampled,
     spatially_normalised,
 )
+from srepa_ds.encoders.teacher import TeacherConfig, TeacherTokens
 from srepa_ds.schema import Section
 
 

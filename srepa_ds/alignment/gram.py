@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from srepa_ds.alignment.gram_choice import (
+from srepa_ds.alignment.gram_algorithms.choice import (
     ALGORITHMS,
     image_groups,
     resolve_algorithm,
     working_set,
 )
-from srepa_ds.alignment.gram_parts import Temperatures, compute_dtype
-from srepa_ds.alignment.precision import full_precision
+from srepa_ds.alignment.gram_algorithms.parts import Temperatures, compute_dtype
+from srepa_ds.alignment.gram_algorithms.precision import full_precision
 
 Reduction = Literal["token_mean", "batch_mean"]
 

@@ -15,7 +15,7 @@ from srepa_ds.alignment.gram import (
     structural_kl,
     structural_mse,
 )
-from srepa_ds.alignment.gram_parts import EPSILON, compute_dtype
+from srepa_ds.alignment.gram_algorithms.parts import EPSILON, compute_dtype
 from srepa_ds.alignment.schedule import ScheduleConfig
 from srepa_ds.errors import nearest
 from srepa_ds.schema import Section

@@ -13,12 +13,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from srepa_ds.model.attention import (
-    Attention,
-    choose_backend,
-    runs_everywhere,
-    unseen_by_torch,
-)
+from srepa_ds.model.activation_checkpointing import Kept, RematConfig, offloaded, run_block
+from srepa_ds.model.attention import Attention
+from srepa_ds.model.attention_backends import choose_backend, runs_everywhere, unseen_by_torch
 from srepa_ds.model.blocks import FinalLayer, SiTBlock, StreamLayerNorm
 from srepa_ds.model.embeddings import (
     LabelEmbedding,
@@ -28,7 +25,6 @@ from srepa_ds.model.embeddings import (
     position_embedding,
 )
 from srepa_ds.model.initialisation import initialise
-from srepa_ds.model.remat import Kept, RematConfig, offloaded, run_block
 from srepa_ds.model.variants import SiTConfig
 
 _LOG = logging.getLogger("srepa_ds")

@@ -4,7 +4,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field, model_validator
 
-from srepa_ds.model.attention import ATTENTION_REQUESTS
+from srepa_ds.model.attention_backends import ATTENTION_REQUESTS
 from srepa_ds.schema import Section, known_in
 
 MLP_RATIO = 4

@@ -8,8 +8,8 @@ from numpy import ndarray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from srepa_ds.report.comparison import Comparison, Probe, Space
 from srepa_ds.report.markup import Markup, element, image, joined, png_of, section, table
+from srepa_ds.report.student_vs_teacher import Comparison, Probe, Space
 
 _COLORMAP = "viridis"
 _QUERY_COLOUR = (255, 64, 64)

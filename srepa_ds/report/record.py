@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from srepa_ds.alignment.alignment import AlignmentConfig
-from srepa_ds.config import Config
+from srepa_ds.config.experiment import Config
 from srepa_ds.errors import DataError
-from srepa_ds.schema import load_tree, validated
+from srepa_ds.schema import validated
+from srepa_ds.trees import load_tree
 
 Line = Mapping[str, float]
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from srepa_ds.config import Config
+from srepa_ds.config.experiment import Config
 from srepa_ds.report.markup import Markup, details, element, joined, note, section, table
 from srepa_ds.report.record import Line, part, training_seconds
-from srepa_ds.run_folder import unsafe_changes
 from srepa_ds.schema import to_tree, to_yaml
+from srepa_ds.training.run_folder import unsafe_changes
 
 SCORES = {
     "frechet_distance": ("Fréchet distance", "smaller is better"),

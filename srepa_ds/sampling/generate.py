@@ -8,9 +8,9 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from srepa_ds import noise
+from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.errors import TopologyError
 from srepa_ds.interpolant import Interpolant
-from srepa_ds.latent_codec import LatentCodec
 from srepa_ds.noise import Stream
 from srepa_ds.sampling.guidance import GuidedModel
 from srepa_ds.sampling.solvers import Dynamics, SamplerConfig, integrate

@@ -15,7 +15,7 @@ from srepa_ds.alignment.alignment import (
     projector_of,
 )
 from srepa_ds.alignment.losses import PointwiseConfig
-from srepa_ds.alignment.teachers import TeacherConfig, TeacherTokens
+from srepa_ds.encoders.teacher import TeacherConfig, TeacherTokens
 from srepa_ds.errors import ConfigError
 from srepa_ds.schema import to_tree, validated
 

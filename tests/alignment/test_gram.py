@@ -3,10 +3,10 @@ import os
 import subprocess
 import sys
 from functools import cache, partial
-from pathlib import Path
 
 import pytest
 import torch
+from places import GOLDEN as GOLDEN_FOLDER
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -16,14 +16,14 @@ from torch.utils.checkpoint import (
 from triton_interpreter import needs_interpreter
 
 from srepa_ds.alignment.gram import structural_kl, structural_mse
-from srepa_ds.alignment.gram_choice import (
+from srepa_ds.alignment.gram_algorithms.choice import (
     KL_ALGORITHMS,
     MSE_ALGORITHMS,
     image_groups,
     resolve_algorithm,
 )
 
-GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "structural.safetensors")
+GOLDEN = load_file(GOLDEN_FOLDER / "structural.safetensors")
 LOSSES = {
     "mse": structural_mse,
     "kl": structural_kl,

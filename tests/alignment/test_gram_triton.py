@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 from triton_interpreter import needs_interpreter
 
-from srepa_ds.alignment.gram_kl import kl_dense
-from srepa_ds.alignment.gram_mse import mse_tiled
-from srepa_ds.alignment.gram_parts import Temperatures
-from srepa_ds.alignment.gram_triton import TILINGS, unavailable
+from srepa_ds.alignment.gram_algorithms.kl import kl_dense
+from srepa_ds.alignment.gram_algorithms.mse import mse_tiled
+from srepa_ds.alignment.gram_algorithms.parts import Temperatures
+from srepa_ds.alignment.gram_algorithms.triton import TILINGS, unavailable
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)

@@ -1,14 +1,13 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from places import GOLDEN as GOLDEN_FOLDER
 from safetensors.torch import load_file
 
 from srepa_ds.data.images import center_crop, image_grid
 
-GOLDEN = load_file(Path(__file__).parent.parent / "golden" / "center_crop.safetensors")
+GOLDEN = load_file(GOLDEN_FOLDER / "center_crop.safetensors")
 
 
 @pytest.mark.parametrize("name", sorted(key for key in GOLDEN if ".crop" in key))

@@ -1,15 +1,12 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from places import GOLDEN
 from safetensors.torch import load_file
 
 from srepa_ds.errors import DataError
 from srepa_ds.metrics.frechet import frechet_distance, gaussian_frechet_distance
 from srepa_ds.metrics.statistics import FeatureStatistics
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def statistics(features):

@@ -1,13 +1,10 @@
-from pathlib import Path
-
 import pytest
 import torch
+from places import GOLDEN
 from safetensors.torch import load_file
 
 from srepa_ds.errors import DataError
 from srepa_ds.metrics.manifold import neighbour_radii, precision_recall, squared_distances
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")

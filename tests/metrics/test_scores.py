@@ -1,14 +1,12 @@
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
+from places import GOLDEN
 from safetensors.torch import load_file
 
 from srepa_ds.errors import DataError
 from srepa_ds.metrics.scores import METRICS, Scores, inception_score, score
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,16 @@ from plain_sit import tiny_config, tiny_inputs, tiny_model
 from torch._dynamo.testing import CompileCounter
 
 from srepa_ds.errors import ConfigError
-from srepa_ds.model.attention import (
+from srepa_ds.model.activation_checkpointing import RematConfig
+from srepa_ds.model.attention import Attention
+from srepa_ds.model.attention_backends import (
     ATTENTION_BACKENDS,
     ATTENTION_REQUESTS,
-    Attention,
     activate_torch_flash,
     choose_backend,
     is_attention,
     unseen_by_torch,
 )
-from srepa_ds.model.remat import RematConfig
 from srepa_ds.model.sit import SiT
 
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from srepa_ds.model.embeddings import SINUSOID_WIDTH
 from srepa_ds.model.flops import forward_flops, training_flops
-from srepa_ds.model.product_flops import ProductFlops
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
+from srepa_ds.plan.product_flops import ProductFlops
 
 CASES = {
     "square": {"input_size": 16},

@@ -1,10 +1,10 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from places import GOLDEN
 from plain_sit import plain_sit, tiny_config, tiny_inputs, tiny_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -15,8 +15,6 @@ from srepa_ds.model.embeddings import position_embedding
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SIT_VARIANTS, SiTConfig
 from srepa_ds.schema import validated
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def golden_projection(hidden, golden):

@@ -2,9 +2,9 @@ import pytest
 import torch
 from golden_sit import golden_reg_sit, golden_sit
 
+from srepa_ds.codec.identity import IdentityCodec
 from srepa_ds.errors import TopologyError
 from srepa_ds.interpolant import INTERPOLANTS
-from srepa_ds.latent_codec import IdentityCodec
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.noise import Stream, normal

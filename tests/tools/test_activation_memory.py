@@ -1,8 +1,9 @@
 import re
 import runpy
-from pathlib import Path
 
-TOOL = Path(__file__).parents[2] / "tools" / "activation_memory.py"
+from places import ROOT
+
+TOOL = ROOT / "tools" / "activation_memory.py"
 
 
 def test_the_table_has_every_policy_and_both_numbers_agree(capsys):

@@ -2,12 +2,11 @@ import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
-ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "bench_gram.py"
 
 

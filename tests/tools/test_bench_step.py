@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
-from srepa_ds import distributed
 from srepa_ds.alignment.alignment import AlignmentConfig, alignment_losses
-from srepa_ds.alignment.teachers import TeacherConfig, TeacherTokens
+from srepa_ds.distributed import ranks
+from srepa_ds.encoders.teacher import TeacherConfig, TeacherTokens
 from srepa_ds.errors import ConfigError
 
-ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "bench_step.py"
 
 
@@ -69,7 +69,7 @@ def test_a_step_leaves_its_loss_on_the_device(tool):
     assert min(times) > 0
     case = tool("step_case").Case("SiT-Ti/2", 32, "sit", 2, "none", "plain loop precision=fp32")
     loss = tool("step_build").step_of(case)()
-    distributed.close()
+    ranks.close()
     assert isinstance(loss, torch.Tensor)
     assert not loss.requires_grad
 

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from srepa_ds import distributed
-from srepa_ds.checkpoint import CheckpointReader, Piece, newest_valid, save
+from srepa_ds.checkpoint.folder import newest_valid
+from srepa_ds.checkpoint.fragment_file import Piece
+from srepa_ds.checkpoint.reader import CheckpointReader
+from srepa_ds.checkpoint.saving import save
+from srepa_ds.distributed import ranks
 from srepa_ds.errors import CheckpointError, ConfigError, Fault, OutputError, RankError, SRepaError
-from srepa_ds.telemetry import Window
+from srepa_ds.telemetry.window import Window
 
 
 def error_of(mine: SRepaError | None) -> SRepaError:
@@ -24,26 +27,26 @@ def error_of(mine: SRepaError | None) -> SRepaError:
             raise mine
 
     with pytest.raises(SRepaError) as caught:
-        distributed.together(action)
+        ranks.together(action)
     return caught.value
 
 
 def values(rank: int) -> None:
     """Values travel between ranks."""
-    assert distributed.world_size() == 2
-    assert distributed.rank() == rank
-    assert distributed.joined()
-    assert distributed.gather(("rank", rank)) == [("rank", 0), ("rank", 1)]
-    mine = distributed.gather_on_main(("rank", rank))
+    assert ranks.world_size() == 2
+    assert ranks.rank() == rank
+    assert ranks.joined()
+    assert ranks.gather(("rank", rank)) == [("rank", 0), ("rank", 1)]
+    mine = ranks.gather_on_main(("rank", rank))
     assert mine == ([("rank", 0), ("rank", 1)] if rank == 0 else [])
-    assert distributed.broadcast(f"from {rank}") == "from 0"
-    assert distributed.broadcast(f"from {rank}", source=1) == "from 1"
+    assert ranks.broadcast(f"from {rank}") == "from 0"
+    assert ranks.broadcast(f"from {rank}", source=1) == "from 1"
     mine = torch.tensor([1.0, 10.0]) * (rank + 1)
-    assert distributed.summed(mine).tolist() == [3, 30]
-    assert distributed.averaged(mine).tolist() == [1.5, 15]
+    assert ranks.summed(mine).tolist() == [3, 30]
+    assert ranks.averaged(mine).tolist() == [1.5, 15]
     assert mine.tolist() == [1.0 + rank, 10.0 + 10 * rank]
     for flag in (False, True):
-        assert distributed.any_rank(flag and rank == 1) == flag
+        assert ranks.any_rank(flag and rank == 1) == flag
     window = Window()
     for loss in (1.0, 3.0):
         window.add({"loss": torch.tensor(loss + 4 * rank)})
@@ -52,7 +55,7 @@ def values(rank: int) -> None:
 
 def errors(rank: int) -> None:
     """One rank's error is raised on both, and both go on."""
-    assert distributed.together(lambda: rank) == rank
+    assert ranks.together(lambda: rank) == rank
     for failing in (0, 1):
         error = error_of(OutputError("no room") if rank == failing else None)
         assert type(error) is OutputError
@@ -80,20 +83,20 @@ def unforeseen(rank: int) -> None:
 
     printed = io.StringIO()
     with redirect_stderr(printed), pytest.raises(RankError) as caught:
-        distributed.together(action)
+        ranks.together(action)
     assert re.match(r"rank 1 \(.+\) failed: RuntimeError: out of memory", str(caught.value))
     assert caught.value.on_all_ranks
     assert caught.value.exit_code == 1
     assert ("in action" in printed.getvalue()) == (rank == 1)
     assert isinstance(caught.value.__cause__, RuntimeError) == (rank == 1)
-    assert distributed.together(lambda: rank) == rank
+    assert ranks.together(lambda: rank) == rank
 
 
 def facts(rank: int) -> None:
     """Facts that differ are named on both ranks, each with two that differ in it."""
-    distributed.check_same({"a": 1, "b": None}, what="same")
+    ranks.check_same({"a": 1, "b": None}, what="same")
     with pytest.raises(ConfigError) as caught:
-        distributed.check_same({"a": 1, "b": rank, "c" * (rank + 1): [2]}, what="not same")
+        ranks.check_same({"a": 1, "b": rank, "c" * (rank + 1): [2]}, what="not same")
     by_path = {fault.path: fault.message for fault in caught.value.faults}
     assert caught.value.source == "not same"
     assert by_path.keys() == {"b", "c", "cc"}
@@ -117,28 +120,28 @@ def checkpoints(rank: int, root: Path) -> None:
     assert reader.names("ema") == ["only0", "only1"]
     seen = root / ("step-0000001" if rank == 0 else "nowhere")
     with pytest.raises(CheckpointError, match="every rank needs the run's folder") as caught:
-        distributed.together(lambda: CheckpointReader(seen))
+        ranks.together(lambda: CheckpointReader(seen))
     assert caught.value.on_all_ranks
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for failing in (0, 1):
-        distributed.barrier()
+        ranks.barrier()
         if rank == failing:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
         with pytest.raises(OutputError, match="earlier checkpoints are whole"):
             save_step(2)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        distributed.barrier()
+        ranks.barrier()
         assert newest_valid(root) == root / "step-0000001"
         assert {path.name for path in root.iterdir()} == {"step-0000001", "latest"}
-    distributed.barrier()
+    ranks.barrier()
     assert newest_valid(save_step(2).parent) == root / "step-0000002"
 
 
 if __name__ == "__main__":
-    ranks = distributed.initialize()
-    values(ranks.rank)
-    errors(ranks.rank)
-    unforeseen(ranks.rank)
-    facts(ranks.rank)
-    checkpoints(ranks.rank, Path(sys.argv[1]))
-    distributed.leave(0)
+    rank = ranks.initialize()
+    values(rank.number)
+    errors(rank.number)
+    unforeseen(rank.number)
+    facts(rank.number)
+    checkpoints(rank.number, Path(sys.argv[1]))
+    ranks.leave(0)

@@ -23,41 +23,41 @@ from engine_facts import (
 from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from srepa_ds import distributed
-from srepa_ds.config import Config
-from srepa_ds.distributed import Ranks
+from srepa_ds.config.experiment import Config
+from srepa_ds.distributed import ranks
+from srepa_ds.distributed.ranks import Rank
 from srepa_ds.engine import Engine
-from srepa_ds.model.remat import RematConfig
+from srepa_ds.model.activation_checkpointing import RematConfig
 
 
-def eager(config: Config, ranks: Ranks) -> Facts:
+def eager(config: Config, rank: Rank) -> Facts:
     """Both steps without compiling or checkpointing."""
     objective = objective_of(config)
-    engine = Engine(objective, config, ranks)
-    facts = {f"eager.{step}.losses": losses(engine, ranks, step) for step in (1, 2)}
+    engine = Engine(objective, config, rank)
+    facts = {f"eager.{step}.losses": losses(engine, rank, step) for step in (1, 2)}
     return facts | last_facts("eager", engine, config)
 
 
-def compiled(config: Config, folder: Path, ranks: Ranks) -> Facts:
+def compiled(config: Config, folder: Path, rank: Rank) -> Facts:
     """Both steps compiled, with a checkpoint between them; and the second resumed, eager."""
     objective = objective_of(config)
     objective.sit.set_remat(RematConfig(policy="selective"))
     counter = CompileCounterWithBackend("aot_eager")
     objective.sit.compile_blocks(backend=counter)
-    engine = Engine(objective, config, ranks)
-    facts = {"compiled.1.losses": losses(engine, ranks, 1)}
-    keep(engine, folder, step=1, ranks=ranks)
-    facts["compiled.2.losses"] = losses(engine, ranks, 2)
+    engine = Engine(objective, config, rank)
+    facts = {"compiled.1.losses": losses(engine, rank, 1)}
+    keep(engine, folder, step=1, rank=rank)
+    facts["compiled.2.losses"] = losses(engine, rank, 2)
     facts["graphs"] = torch.tensor(counter.frame_count)
     facts |= last_facts("compiled", engine, config)
-    engine = resumed(config, folder, step=1, ranks=ranks)
-    facts["resumed.2.losses"] = losses(engine, ranks, 2)
+    engine = resumed(config, folder, step=1, rank=rank)
+    facts["resumed.2.losses"] = losses(engine, rank, 2)
     return facts | last_facts("resumed", engine, config)
 
 
-def losses(engine: Engine, ranks: Ranks, step: int) -> torch.Tensor:
+def losses(engine: Engine, rank: Rank, step: int) -> torch.Tensor:
     """The terms of one step."""
-    return stacked(run_step(engine, ranks, step).losses)
+    return stacked(run_step(engine, rank, step).losses)
 
 
 def last_facts(prefix: str, engine: Engine, config: Config) -> Facts:
@@ -70,11 +70,11 @@ def last_facts(prefix: str, engine: Engine, config: Config) -> Facts:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    ranks = distributed.initialize()
+    rank = ranks.initialize()
     config = experiment(folder, "2", "fp32", 1)
-    facts = eager(config, ranks) | compiled(config, folder, ranks)
+    facts = eager(config, rank) | compiled(config, folder, rank)
     save_file(facts, folder / "facts.safetensors")
-    distributed.leave(0)
+    ranks.leave(0)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 
-from srepa_ds import distributed
-from srepa_ds.config import load_config
-from srepa_ds.train import train
+from srepa_ds.commands.train import train
+from srepa_ds.config.experiment import load_config
+from srepa_ds.distributed import ranks
 
 graphs = []
 for overrides in sys.argv[3:]:
@@ -22,4 +22,4 @@ for overrides in sys.argv[3:]:
     assert train(load_config(Path(sys.argv[1]), overrides.split(";")))
     graphs.append(counters["stats"]["unique_graphs"])
 Path(sys.argv[2]).write_text(json.dumps(graphs))
-distributed.leave(0)
+ranks.leave(0)

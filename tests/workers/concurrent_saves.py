@@ -14,18 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from srepa_ds import distributed
-from srepa_ds.checkpoint import (
-    CheckpointReader,
-    fault_of,
-    newest_valid,
-    step_folder,
-    steps_in,
-)
-from srepa_ds.checkpoint_writer import CheckpointWriter
+from srepa_ds.checkpoint.folder import fault_of, newest_valid, step_folder, steps_in
+from srepa_ds.checkpoint.fragment_file import Piece
+from srepa_ds.checkpoint.reader import CheckpointReader
+from srepa_ds.checkpoint.retention import CheckpointConfig
+from srepa_ds.checkpoint.writer import CheckpointWriter
+from srepa_ds.distributed import ranks
 from srepa_ds.errors import OutputError
-from srepa_ds.fragment_file import Piece
-from srepa_ds.retention import CheckpointConfig
 
 NUMEL = 300_000
 CONFIG = CheckpointConfig(keep_last=2, keep_every_steps=0, asynchronous=True)
@@ -75,11 +70,11 @@ def the_moment_of_the_save_is_what_is_stored(root: Path, rank: int) -> None:
         whole = [step for _, step in news if step is not None] + [last] * (last is not None)
         # The third's is finished by the fourth's save, at the latest, and then nobody asked.
         assert whole in ([4, 40], [3, 4, 40]), whole
-        assert distributed.gather(news) == [news, news]
+        assert ranks.gather(news) == [news, news]
         assert writer.poll() is None
         assert writer.wait() is None
     # The main rank deletes old ones after all have agreed.
-    distributed.barrier()
+    ranks.barrier()
     for step in (4, 40):
         assert_holds(step_folder(root, step), step)
     assert [folder.name for folder in steps_in(root)] == ["step-0000004", "step-0000040"]
@@ -113,8 +108,8 @@ def a_full_disk_of_one_rank_is_an_error_on_both(root: Path, rank: int) -> None:
             with pytest.raises(OutputError, match=r"cannot write .* File too large") as met:
                 train_on(training, writer, ending)
             assert met.value.on_all_ranks
-            assert len(set(distributed.gather(training.step_count))) == 1
-            distributed.barrier()
+            assert len(set(ranks.gather(training.step_count))) == 1
+            ranks.barrier()
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             assert {path.name for path in place.iterdir()} == {"latest", "step-0000001"}
             # The next one has room.
@@ -127,7 +122,7 @@ def a_full_disk_of_one_rank_is_an_error_on_both(root: Path, rank: int) -> None:
 
 def a_place_that_is_a_file_is_an_error_at_once(root: Path, rank: int) -> None:
     place = root / "file"
-    distributed.on_main(lambda: (root.mkdir(), place.write_text("mine")))
+    ranks.on_main(lambda: (root.mkdir(), place.write_text("mine")))
     training = Training(rank)
     for config in (CONFIG, CheckpointConfig()):
         with closing(CheckpointWriter(place, config, rank=rank)) as writer:
@@ -144,11 +139,11 @@ def synchronous_ones_are_whole_when_saved(root: Path, rank: int) -> None:
             training.step()
             training.save(writer)
             assert newest_valid(root) == step_folder(root, training.step_count)
-            distributed.barrier()
+            ranks.barrier()
         assert writer.poll() == 2
         assert writer.poll() is None
         assert writer.wait() is None
-    distributed.barrier()
+    ranks.barrier()
     assert_holds(step_folder(root, 2), 2)
     assert len(steps_in(root)) == 1
 
@@ -161,7 +156,7 @@ def who_leaves_leaves_the_previous_one(root: Path, rank: int) -> None:
         assert writer.wait() == 1
         training.step()
         training.save(writer)
-    distributed.barrier()
+    ranks.barrier()
     assert newest_valid(root) == step_folder(root, 1)
     assert (root / ".writing-step-0000002").is_dir()
     with closing(CheckpointWriter(root, CONFIG, rank=rank)) as writer:
@@ -169,7 +164,7 @@ def who_leaves_leaves_the_previous_one(root: Path, rank: int) -> None:
         training.save(writer)
         assert writer.wait() == 3
     # The main rank tidies up after all have agreed.
-    distributed.barrier()
+    ranks.barrier()
     assert not list(root.glob(".writing*"))
 
 
@@ -201,14 +196,14 @@ CASES = (
 
 def main(root: Path, kill: bool) -> None:
     torch.set_num_threads(1)
-    ranks = distributed.initialize()
+    rank = ranks.initialize()
     if kill:
-        killed_while_writing(root / "killed", ranks.rank)
+        killed_while_writing(root / "killed", rank.number)
         os._exit(0)
     for case in CASES:
-        case(root / case.__name__, ranks.rank)
-        distributed.barrier()
-    distributed.leave(0)
+        case(root / case.__name__, rank.number)
+        ranks.barrier()
+    ranks.leave(0)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ from engine_facts import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from srepa_ds import distributed
-from srepa_ds.config import Config
-from srepa_ds.distributed import Ranks
+from srepa_ds.config.experiment import Config
+from srepa_ds.distributed import ranks
+from srepa_ds.distributed.ranks import Rank
 from srepa_ds.engine import Engine
-from srepa_ds.model.remat import RematConfig
+from srepa_ds.model.activation_checkpointing import RematConfig
 
 STEPS = (1, 2, 3)
 # The second keeps matrix products, which DeepSpeed's own linear map would spoil under stage 3.
@@ -86,16 +86,16 @@ def plain_loop(config: Config, precision: str, parts: int) -> Facts:
     return facts | {"master": flat(masters)}
 
 
-def engine_facts(config: Config, remat: str, ranks: Ranks) -> Facts:
+def engine_facts(config: Config, remat: str, rank: Rank) -> Facts:
     """The same steps taken by the engine."""
     objective = objective_of(config)
     objective.sit.set_remat(REMAT[remat])
     shapes = {name: weight.shape for name, weight in objective.named_parameters()}
-    engine = Engine(objective, config, ranks)
+    engine = Engine(objective, config, rank)
     gradients = watched(engine)
     facts: Facts = {}
     for step in STEPS:
-        report = run_step(engine, ranks, step, accumulation=config.train.accumulation_steps)
+        report = run_step(engine, rank, step, accumulation=config.train.accumulation_steps)
         facts[f"{step}.losses"] = report_facts(f"{step}", report)[f"{step}.losses"]
         facts[f"{step}.gradient"] = gradients.pop()
         assert not gradients
@@ -120,24 +120,24 @@ def watched(engine: Engine) -> list[Tensor]:
 
 def main(folder: Path, precision: str, cases: list[str]) -> None:
     torch.set_num_threads(1)
-    ranks = distributed.initialize()
+    rank = ranks.initialize()
     facts: Facts = {}
     config = experiment(folder, "0", "fp32", 1)
     weights = list(objective_of(config).parameters())
     facts["sizes"] = torch.tensor([weight.numel() for weight in weights])
     facts["initial"] = flat(weights)
-    for parts in (1, ranks.world_size, 2 * ranks.world_size):
+    for parts in (1, rank.world_size, 2 * rank.world_size):
         assert BATCH % parts == 0
         found = plain_loop(config, precision, parts)
         facts |= {f"plain.{parts}.{name}": value for name, value in found.items()}
     for case in cases:
         arrangement, accumulation, remat = case.split(".")
         config = experiment(folder, arrangement, precision, int(accumulation))
-        found = engine_facts(config, remat, ranks)
+        found = engine_facts(config, remat, rank)
         facts |= {f"{case}.{name}": value for name, value in found.items()}
-    if ranks.is_main:
+    if rank.is_main:
         save_file(facts, folder / f"{precision}.safetensors")
-    distributed.leave(0)
+    ranks.leave(0)
 
 
 if __name__ == "__main__":

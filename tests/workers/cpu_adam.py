@@ -10,44 +10,44 @@ import torch
 from engine_facts import experiment, keep, objective_of, resumed, run_step, state_facts
 from safetensors.torch import save_file
 
-from srepa_ds import distributed
-from srepa_ds.distributed import Ranks
+from srepa_ds.distributed import ranks
+from srepa_ds.distributed.ranks import Rank
 from srepa_ds.engine import Engine
 
 SAVED_STEP, STEPS = 2, 5
 
 
-def compare(folder: Path, arrangement: str, ranks: Ranks) -> None:
+def compare(folder: Path, arrangement: str, rank: Rank) -> None:
     """Five steps with torch's, the same with DeepSpeed's, and its last three after a resume."""
     facts = {}
     for adam in ("torch", "deepspeed"):
         config = experiment(folder, arrangement, "fp32", 1, cpu_adam=adam)
         objective = objective_of(config)
         shapes = {name: weight.shape for name, weight in objective.named_parameters()}
-        engine = Engine(objective, config, ranks)
+        engine = Engine(objective, config, rank)
         facts |= state_facts(f"{adam}.0", engine, shapes)
         for step in range(1, STEPS + 1):
-            run_step(engine, ranks, step)
+            run_step(engine, rank, step)
             facts |= state_facts(f"{adam}.{step}", engine, shapes)
             if step == SAVED_STEP:
-                keep(engine, folder / f"{arrangement}-{adam}", step=step, ranks=ranks)
+                keep(engine, folder / f"{arrangement}-{adam}", step=step, rank=rank)
         engine.close()
-    engine = resumed(config, folder / f"{arrangement}-deepspeed", step=SAVED_STEP, ranks=ranks)
+    engine = resumed(config, folder / f"{arrangement}-deepspeed", step=SAVED_STEP, rank=rank)
     facts |= state_facts(f"resumed.{SAVED_STEP}", engine, shapes)
     for step in range(SAVED_STEP + 1, STEPS + 1):
-        run_step(engine, ranks, step)
+        run_step(engine, rank, step)
         facts |= state_facts(f"resumed.{step}", engine, shapes)
     engine.close()
-    if ranks.is_main:
+    if rank.is_main:
         save_file(facts, folder / f"{arrangement}.safetensors")
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    ranks = distributed.initialize()
+    rank = ranks.initialize()
     for arrangement in ("2-offload", "3-offload"):
-        compare(folder, arrangement, ranks)
-    distributed.leave(0)
+        compare(folder, arrangement, rank)
+    ranks.leave(0)
 
 
 if __name__ == "__main__":

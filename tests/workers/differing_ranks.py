@@ -11,8 +11,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from srepa_ds import distributed, run_folder
 from srepa_ds.cli import run
+from srepa_ds.distributed import ranks
+from srepa_ds.training import run_folder
 
 
 def assert_one_voice(rank: int, arguments: list[str], *words: str) -> None:
@@ -27,7 +28,7 @@ def assert_one_voice(rank: int, arguments: list[str], *words: str) -> None:
     if rank == 0:
         message = text[text.index("error:") :]
         assert not [word for word in words if word not in message], message
-    distributed.barrier()
+    ranks.barrier()
 
 
 def main(folder: Path) -> None:
@@ -49,7 +50,7 @@ def main(folder: Path) -> None:
     files_that_differ(folder, rank)
     run_folders_that_differ(folder, rank)
     a_record_that_cannot_be_written(folder, rank)
-    distributed.leave(0)
+    ranks.leave(0)
 
 
 def files_that_differ(folder: Path, rank: int) -> None:
@@ -86,7 +87,7 @@ def a_record_that_cannot_be_written(folder: Path, rank: int) -> None:
     """The main rank alone writes it."""
     if rank == 0:
         (folder / "run" / "metrics.jsonl").mkdir(parents=True)
-    distributed.barrier()
+    ranks.barrier()
     words = ("cannot write to the run's folder", "Is a directory")
     assert_one_voice(rank, ["train", str(folder / "experiment.yaml")], *words)
 

@@ -13,24 +13,27 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
+from places import ROOT
 from safetensors.torch import save_file
 from torch import Tensor
 
-from srepa_ds import checkpoint, distributed, noise
+from srepa_ds import noise
 from srepa_ds.alignment.alignment import TeacherShape
-from srepa_ds.arrangement import micro_batch_size
-from srepa_ds.checkpoint import CheckpointReader
-from srepa_ds.config import Config, config_from
+from srepa_ds.checkpoint.folder import step_folder
+from srepa_ds.checkpoint.reader import CheckpointReader
+from srepa_ds.checkpoint.saving import save
+from srepa_ds.codec.table import build_codec
+from srepa_ds.config.experiment import Config, config_from
 from srepa_ds.data.batch import Batch
 from srepa_ds.data.loader import BatchLoader
 from srepa_ds.data.shards import ShardDataset
-from srepa_ds.distributed import Ranks
+from srepa_ds.distributed import ranks
+from srepa_ds.distributed.ranks import Rank
 from srepa_ds.engine import Engine
-from srepa_ds.latent_codec import build_codec
 from srepa_ds.objective import Objective, TrainingInputs, draw_inputs
-from srepa_ds.optim import learning_rate
+from srepa_ds.optim.adamw import learning_rate
+from srepa_ds.zero.settings import micro_batch_size
 
-ROOT = Path(__file__).parents[2]
 TEACHER = TeacherShape(10, (2, 2))
 SAVED_STEP, LAST_STEP = 4, 7
 TERMS = ("total", "flow", "pointwise", "structural")
@@ -50,7 +53,7 @@ def experiment(folder: Path, stage: int) -> Config:
         settings["stage3_prefetch_bucket_size"] = 2_000
         settings["stage3_max_reuse_distance"] = 1_000
     deepspeed = folder / f"zero{stage}.json"
-    distributed.on_main(lambda: deepspeed.write_text(json.dumps(document)))
+    ranks.on_main(lambda: deepspeed.write_text(json.dumps(document)))
     spec = {"architecture": "vit_tiny_patch16_224", "width": TEACHER.width}
     alignment = {
         "teacher": {"spec": {**spec, "patch_size": 2, "input_size": 4}, "weights": "unused.pt"},
@@ -75,25 +78,25 @@ def experiment(folder: Path, stage: int) -> Config:
     )
 
 
-def engine_of(config: Config, ranks: Ranks, *, seed: int) -> Engine:
+def engine_of(config: Config, rank: Rank, *, seed: int) -> Engine:
     """All weights random, also those a run starts from zero."""
     objective = Objective(config.model, config.objective, config.alignments, teachers=(TEACHER,))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return Engine(objective, config, ranks)
+    return Engine(objective, config, rank)
 
 
-def loader_of(config: Config, engine: Engine, ranks: Ranks) -> BatchLoader:
+def loader_of(config: Config, engine: Engine, rank: Rank) -> BatchLoader:
     """Goes on where the engine's state says."""
     return BatchLoader(
         ShardDataset(config.data.folder),
         config.data,
         seed=config.run.seed,
-        micro_batch_size=micro_batch_size(config.train.batch_size, 1, ranks.world_size),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        micro_batch_size=micro_batch_size(config.train.batch_size, 1, rank.world_size),
+        rank=rank.number,
+        world_size=rank.world_size,
         start_position=engine.samples_seen,
     )
 
@@ -113,69 +116,67 @@ def inputs_of(config: Config, batch: Batch) -> TrainingInputs:
     return drawn._replace(teacher_patches=(tokens,))
 
 
-def train(config: Config, engine: Engine, ranks: Ranks, *, until: int) -> dict[str, Tensor]:
+def train(config: Config, engine: Engine, rank: Rank, *, until: int) -> dict[str, Tensor]:
     """Takes steps; returns each one's losses, and the samples in the order of their positions."""
     losses, samples = [], []
-    with loader_of(config, engine, ranks) as batches:
+    with loader_of(config, engine, rank) as batches:
         while engine.step_count < until:
             batch = next(batches)
             rate = learning_rate(config.optimizer, engine.step_count)
             report = engine.step([inputs_of(config, batch)], learning_rate=rate)
             terms = [getattr(report.losses, term) for term in TERMS]
-            losses.append(distributed.averaged(torch.stack(terms).detach()))
+            losses.append(ranks.averaged(torch.stack(terms).detach()))
             rows = torch.stack([batch.positions, batch.sample_ids], 1)
-            whole = torch.cat(distributed.gather(rows))
+            whole = torch.cat(ranks.gather(rows))
             samples.append(whole[whole[:, 0].argsort()])
     return {"losses": torch.stack(losses), "samples": torch.cat(samples)}
 
 
-def write(place: Path, config: Config, engine: Engine, ranks: Ranks) -> None:
+def write(place: Path, config: Config, engine: Engine, rank: Rank) -> None:
     """The state of now as a checkpoint, and the steps after it, with the masters they lead to."""
-    checkpoint.save(
+    save(
         place,
         step=engine.step_count,
         pieces=engine.pieces(),
         state=engine.state(),
-        rank=ranks.rank,
+        rank=rank.number,
     )
-    facts = train(config, engine, ranks, until=LAST_STEP)
-    checkpoint.save(
-        place, step=LAST_STEP, pieces=engine.pieces(), state=engine.state(), rank=ranks.rank
-    )
-    if ranks.is_main:
+    facts = train(config, engine, rank, until=LAST_STEP)
+    save(place, step=LAST_STEP, pieces=engine.pieces(), state=engine.state(), rank=rank.number)
+    if rank.is_main:
         save_file(facts, place / "facts.safetensors")
 
 
-def save_under(folder: Path, stage: int, ranks: Ranks) -> None:
+def save_under(folder: Path, stage: int, rank: Rank) -> None:
     """A run that is saved and goes on, uninterrupted."""
     config = experiment(folder, stage)
-    with closing(engine_of(config, ranks, seed=0)) as engine:
-        train(config, engine, ranks, until=SAVED_STEP)
-        write(folder / f"{ranks.world_size}-{stage}", config, engine, ranks)
+    with closing(engine_of(config, rank, seed=0)) as engine:
+        train(config, engine, rank, until=SAVED_STEP)
+        write(folder / f"{rank.world_size}-{stage}", config, engine, rank)
 
 
-def resume_under(folder: Path, case: str, ranks: Ranks) -> None:
+def resume_under(folder: Path, case: str, rank: Rank) -> None:
     """A run with other weights that takes over a checkpoint."""
     stage, source = case.split(":")
     config = experiment(folder, int(stage))
-    with closing(engine_of(config, ranks, seed=1)) as engine:
+    with closing(engine_of(config, rank, seed=1)) as engine:
         # So that what is to be replaced is there: moments, averages, a position.
-        train(config, engine, ranks, until=1)
-        reader = CheckpointReader(checkpoint.step_folder(folder / source, SAVED_STEP))
+        train(config, engine, rank, until=1)
+        reader = CheckpointReader(step_folder(folder / source, SAVED_STEP))
         engine.check(reader)
         engine.restore(reader)
-        write(folder / f"{ranks.world_size}-{stage}-from-{source}", config, engine, ranks)
+        write(folder / f"{rank.world_size}-{stage}-from-{source}", config, engine, rank)
 
 
 def main(folder: Path, mode: str, cases: list[str]) -> None:
     torch.set_num_threads(1)
-    ranks = distributed.initialize()
+    rank = ranks.initialize()
     for case in cases:
         if mode == "save":
-            save_under(folder, int(case), ranks)
+            save_under(folder, int(case), rank)
         else:
-            resume_under(folder, case, ranks)
-    distributed.leave(0)
+            resume_under(folder, case, rank)
+    ranks.leave(0)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,21 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from places import ROOT
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from srepa_ds import checkpoint, distributed
 from srepa_ds.alignment.alignment import TeacherShape
-from srepa_ds.checkpoint import CheckpointReader
-from srepa_ds.config import Config, config_from
-from srepa_ds.distributed import Ranks
+from srepa_ds.checkpoint.folder import step_folder
+from srepa_ds.checkpoint.reader import CheckpointReader
+from srepa_ds.checkpoint.saving import save
+from srepa_ds.config.experiment import Config, config_from
+from srepa_ds.distributed import ranks
+from srepa_ds.distributed.ranks import Rank
 from srepa_ds.engine import Engine, StepReport
 from srepa_ds.objective import Losses, Objective, TrainingInputs
 
-ROOT = Path(__file__).parents[2]
 BATCH, NUM_TOKENS, TEACHER_WIDTH = 8, 4, 10
 TEACHER = TeacherShape(TEACHER_WIDTH, (2, 2))
 LEARNING_RATE, WEIGHT_DECAY, EPSILON, CLIPPING = 1e-2, 0.1, 1e-3, 0.5
@@ -64,8 +66,8 @@ def experiment(
         settings["stage3_prefetch_bucket_size"] = 2_000
         settings["stage3_max_reuse_distance"] = 1_000
     deepspeed = folder / f"zero{arrangement}.json"
-    distributed.together(
-        lambda: deepspeed.write_text(json.dumps(document)) if distributed.rank() == 0 else None
+    ranks.together(
+        lambda: deepspeed.write_text(json.dumps(document)) if ranks.rank() == 0 else None
     )
     spec = {"architecture": "vit_tiny_patch16_224", "width": TEACHER_WIDTH}
     spec |= {"patch_size": 2, "input_size": 4}
@@ -133,14 +135,14 @@ def share_of(batch: TrainingInputs, number: int, parts: int) -> TrainingInputs:
 
 
 def run_step(
-    engine: Engine, ranks: Ranks, step: int, *, accumulation: int = 1, bad_micro_step: int = -1
+    engine: Engine, rank: Rank, step: int, *, accumulation: int = 1, bad_micro_step: int = -1
 ) -> StepReport:
     """Takes step `step`; the last rank's `bad_micro_step` has a sample that is not a number."""
     micro_batches = []
     for micro_step in range(accumulation):
-        number = micro_step * ranks.world_size + ranks.rank
-        inputs = share_of(global_batch(step), number, accumulation * ranks.world_size)
-        if micro_step == bad_micro_step and ranks.rank == ranks.world_size - 1:
+        number = micro_step * rank.world_size + rank.number
+        inputs = share_of(global_batch(step), number, accumulation * rank.world_size)
+        if micro_step == bad_micro_step and rank.number == rank.world_size - 1:
             inputs.latents[0, 0, 0, 0] = torch.nan
         micro_batches.append(inputs)
     return engine.step(micro_batches, learning_rate=LEARNING_RATE)
@@ -148,11 +150,11 @@ def run_step(
 
 def report_facts(prefix: str, report: StepReport) -> Facts:
     """The report, losses averaged over ranks; what each rank says of the norm and of skipping."""
-    losses = distributed.averaged(stacked(report.losses))
-    said = distributed.gather((report.gradient_norm.item(), report.applied))
+    losses = ranks.averaged(stacked(report.losses))
+    said = ranks.gather((report.gradient_norm.item(), report.applied))
     return {
         f"{prefix}.losses": losses,
-        f"{prefix}.flow_by_time": distributed.averaged(report.losses.flow_by_time),
+        f"{prefix}.flow_by_time": ranks.averaged(report.losses.flow_by_time),
         f"{prefix}.norms": torch.tensor([norm for norm, _ in said]),
         f"{prefix}.applied": torch.tensor([applied for _, applied in said]),
     }
@@ -172,7 +174,7 @@ def state_facts(prefix: str, engine: Engine, shapes: dict[str, torch.Size]) -> F
     for kind in KINDS:
         facts[f"{prefix}.{kind}"] = torch.full((total,), torch.nan)
         facts[f"{prefix}.{kind}.times"] = torch.zeros(total, dtype=torch.uint8)
-    for kind, name, start, values in chain.from_iterable(distributed.gather(pieces)):
+    for kind, name, start, values in chain.from_iterable(ranks.gather(pieces)):
         run = slice(starts[name] + start, starts[name] + start + len(values))
         facts[f"{prefix}.{kind}"][run] = values
         facts[f"{prefix}.{kind}.times"][run] += 1
@@ -187,7 +189,7 @@ def copies_facts(prefix: str, engine: Engine, arrangement: str) -> Facts:
         return {}
     module = engine._deepspeed.module
     mine = torch.cat([p.detach().float().flatten() for p in module.parameters()])
-    return {f"{prefix}.copies": torch.stack(distributed.gather(mine))}
+    return {f"{prefix}.copies": torch.stack(ranks.gather(mine))}
 
 
 def plain_loop(config: Config) -> Facts:
@@ -214,49 +216,47 @@ def plain_loop(config: Config) -> Facts:
     return facts
 
 
-def keep(engine: Engine, folder: Path, *, step: int, ranks: Ranks) -> None:
+def keep(engine: Engine, folder: Path, *, step: int, rank: Rank) -> None:
     """Writes a checkpoint."""
-    checkpoint.save(
-        folder, step=step, pieces=engine.pieces(), state=engine.state(), rank=ranks.rank
-    )
+    save(folder, step=step, pieces=engine.pieces(), state=engine.state(), rank=rank.number)
 
 
-def resumed(config: Config, folder: Path, *, step: int, ranks: Ranks) -> Engine:
+def resumed(config: Config, folder: Path, *, step: int, rank: Rank) -> Engine:
     """An engine built with other weights that has taken over a checkpoint."""
     objective = objective_of(config)
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.add_(1.0)
-    engine = Engine(objective, config, ranks)
-    reader = CheckpointReader(checkpoint.step_folder(folder, step))
+    engine = Engine(objective, config, rank)
+    reader = CheckpointReader(step_folder(folder, step))
     engine.check(reader)
     engine.restore(reader)
     return engine
 
 
-def train(folder: Path, arrangement: str, precision: str, ranks: Ranks) -> Facts:
+def train(folder: Path, arrangement: str, precision: str, rank: Rank) -> Facts:
     """Three good steps, a checkpoint, a bad step, a good one; each step's state."""
     config = experiment(folder, arrangement, precision, accumulation=1)
     facts = plain_loop(config)
     objective = objective_of(config)
     shapes = {name: parameter.shape for name, parameter in objective.named_parameters()}
-    engine = Engine(objective, config, ranks)
+    engine = Engine(objective, config, rank)
     facts["timeout"] = torch.tensor(timeout_of(engine))
     facts["adam_step_at_build"] = torch.tensor(engine.state()["adam_step"])
     (averages,) = engine.ema.averages.values()
     mine = sum(average.numel() * average.element_size() for average in averages)
-    facts["ema_bytes"] = torch.tensor(distributed.gather(mine))
+    facts["ema_bytes"] = torch.tensor(ranks.gather(mine))
     facts |= state_facts("0", engine, shapes) | copies_facts("0", engine, arrangement)
     for step in range(1, SAVED_STEP + 1):
-        facts |= report_facts(f"{step}", run_step(engine, ranks, step))
+        facts |= report_facts(f"{step}", run_step(engine, rank, step))
         facts |= state_facts(f"{step}", engine, shapes)
-    if (ranks.world_size, arrangement) == (2, "2"):
-        keep(engine, folder / f"saved-{precision}", step=SAVED_STEP, ranks=ranks)
-    facts |= report_facts("bad", run_step(engine, ranks, GOOD_STEPS, bad_micro_step=0))
+    if (rank.world_size, arrangement) == (2, "2"):
+        keep(engine, folder / f"saved-{precision}", step=SAVED_STEP, rank=rank)
+    facts |= report_facts("bad", run_step(engine, rank, GOOD_STEPS, bad_micro_step=0))
     facts |= state_facts("bad", engine, shapes) | copies_facts("bad", engine, arrangement)
     with Reads() as reads:
-        report = run_step(engine, ranks, GOOD_STEPS)
-    facts["reads"] = torch.tensor(distributed.gather(reads.count))
+        report = run_step(engine, rank, GOOD_STEPS)
+    facts["reads"] = torch.tensor(ranks.gather(reads.count))
     facts |= report_facts(f"{GOOD_STEPS}", report)
     facts |= state_facts(f"{GOOD_STEPS}", engine, shapes)
     facts |= copies_facts(f"{GOOD_STEPS}", engine, arrangement)
@@ -270,38 +270,38 @@ def timeout_of(engine: Engine) -> float:
     return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
 
-def accumulate(folder: Path, arrangement: str, precision: str, ranks: Ranks) -> Facts:
+def accumulate(folder: Path, arrangement: str, precision: str, rank: Rank) -> Facts:
     """The same steps in two micro steps each, with a checkpoint after two; then one step whose
     first micro step alone is bad, and a good one, which a resumed engine takes as well."""
     config = experiment(folder, arrangement, precision, accumulation=2)
     objective = objective_of(config)
     shapes = {name: parameter.shape for name, parameter in objective.named_parameters()}
-    engine = Engine(objective, config, ranks)
+    engine = Engine(objective, config, rank)
     facts: Facts = {}
     for step in (1, 2):
-        facts |= report_facts(f"split.{step}", run_step(engine, ranks, step, accumulation=2))
+        facts |= report_facts(f"split.{step}", run_step(engine, rank, step, accumulation=2))
     facts |= state_facts("split.2", engine, shapes)
-    saved = folder / f"split-{ranks.world_size}-{arrangement}-{precision}"
-    keep(engine, saved, step=2, ranks=ranks)
-    report = run_step(engine, ranks, 3, accumulation=2, bad_micro_step=0)
+    saved = folder / f"split-{rank.world_size}-{arrangement}-{precision}"
+    keep(engine, saved, step=2, rank=rank)
+    report = run_step(engine, rank, 3, accumulation=2, bad_micro_step=0)
     facts |= report_facts("split.bad", report) | state_facts("split.bad", engine, shapes)
-    facts |= report_facts("split.3", run_step(engine, ranks, 3, accumulation=2))
+    facts |= report_facts("split.3", run_step(engine, rank, 3, accumulation=2))
     facts |= state_facts("split.3", engine, shapes)
     engine.close()
-    engine = resumed(config, saved, step=2, ranks=ranks)
-    facts |= report_facts("resumed.3", run_step(engine, ranks, 3, accumulation=2))
+    engine = resumed(config, saved, step=2, rank=rank)
+    facts |= report_facts("resumed.3", run_step(engine, rank, 3, accumulation=2))
     facts |= state_facts("resumed.3", engine, shapes)
     engine.close()
     return facts
 
 
-def restore(folder: Path, arrangement: str, precision: str, ranks: Ranks) -> Facts:
+def restore(folder: Path, arrangement: str, precision: str, rank: Rank) -> Facts:
     """The checkpoint of two ranks' stage 2 taken over, and the step after it."""
     config = experiment(folder, arrangement, precision, accumulation=1)
     shapes = {name: value.shape for name, value in objective_of(config).named_parameters()}
-    engine = resumed(config, folder / f"saved-{precision}", step=SAVED_STEP, ranks=ranks)
+    engine = resumed(config, folder / f"saved-{precision}", step=SAVED_STEP, rank=rank)
     facts = state_facts("restored", engine, shapes) | copies_facts("restored", engine, arrangement)
-    facts |= report_facts("restored.next", run_step(engine, ranks, GOOD_STEPS))
+    facts |= report_facts("restored.next", run_step(engine, rank, GOOD_STEPS))
     facts |= state_facts("restored.next", engine, shapes)
     engine.close()
     return facts
@@ -309,16 +309,16 @@ def restore(folder: Path, arrangement: str, precision: str, ranks: Ranks) -> Fac
 
 def main(folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
-    ranks = distributed.initialize(TIMEOUT)
+    rank = ranks.initialize(TIMEOUT)
     for case in cases:
         arrangement, precision = case.rsplit("-", 1)
         facts: Facts = {}
         for part in (train, accumulate, restore):
-            facts |= part(folder, arrangement, precision, ranks)
-        if ranks.is_main:
+            facts |= part(folder, arrangement, precision, rank)
+        if rank.is_main:
             whole = {name: value.contiguous() for name, value in facts.items()}
-            save_file(whole, folder / f"{ranks.world_size}-{case}.safetensors")
-    distributed.leave(0)
+            save_file(whole, folder / f"{rank.world_size}-{case}.safetensors")
+    ranks.leave(0)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
-from srepa_ds import distributed
-from srepa_ds.config import load_config
+from srepa_ds.codec.identity import IdentityCodec
+from srepa_ds.codec.latent_codec import Encodable
+from srepa_ds.codec.table import LATENT_CODECS
+from srepa_ds.commands.train import train
+from srepa_ds.config.experiment import load_config
+from srepa_ds.distributed import ranks
 from srepa_ds.errors import DivergedError
-from srepa_ds.latent_codec import LATENT_CODECS, Encodable, IdentityCodec
-from srepa_ds.train import train
 
 SPANS = [tuple(map(int, span.split("-"))) for span in sys.argv[2].split(",")]
 
@@ -35,8 +37,8 @@ overrides = [*sys.argv[3:], "codec.kind=faulty"]
 try:
     assert train(load_config(Path(sys.argv[1]), overrides))
 except DivergedError as error:
-    if distributed.rank() == 0:
+    if ranks.rank() == 0:
         Path(load_config(Path(sys.argv[1]), overrides).run.folder, "message.txt").write_text(
             str(error)
         )
-distributed.leave(0)
+ranks.leave(0)

@@ -2,12 +2,12 @@
 
 import sys
 
-from srepa_ds import distributed
+from srepa_ds.distributed import ranks
 
-ranks = distributed.initialize()
+rank = ranks.initialize()
 for number in range(2):
     for stream in (sys.stdout, sys.stderr):
-        stream.write(f"round {number} of rank {ranks.rank}: " + "x" * (1 << 20) + "\n")
+        stream.write(f"round {number} of rank {rank.number}: " + "x" * (1 << 20) + "\n")
         stream.flush()
-    distributed.barrier()
-distributed.close()
+    ranks.barrier()
+ranks.close()

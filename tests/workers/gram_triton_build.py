@@ -16,8 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from srepa_ds.alignment import gram_triton
-from srepa_ds.alignment import gram_triton_kernels as kernels
+from srepa_ds.alignment.gram_algorithms import triton as gram_triton
+from srepa_ds.alignment.gram_algorithms import triton_kernels as kernels
 
 warnings.filterwarnings("error", module="srepa_ds")
 dtype = {"float32": torch.float32, "float64": torch.float64}[sys.argv[1]]

@@ -33,10 +33,10 @@ def measure(gram_triton, temperatures, name, student, teacher):
 
 def main(device, source, target):
     # Not the kernels' own module: before 0.3.11 the hook decorates even what says @no_type_check.
-    checked = ["srepa_ds.alignment.gram_triton", "srepa_ds.alignment.gram_parts"]
+    checked = [f"srepa_ds.alignment.gram_algorithms.{name}" for name in ("triton", "parts")]
     jaxtyping.install_import_hook(checked, "beartype.beartype")
-    from srepa_ds.alignment import gram_triton
-    from srepa_ds.alignment.gram_parts import Temperatures
+    from srepa_ds.alignment.gram_algorithms import triton as gram_triton
+    from srepa_ds.alignment.gram_algorithms.parts import Temperatures
 
     # As documented: in time is before the first call.
     os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
-from srepa_ds.checkpoint import CheckpointReader, Piece, newest_valid
-from srepa_ds.checkpoint_writer import CheckpointWriter
-from srepa_ds.retention import CheckpointConfig
+from srepa_ds.checkpoint.folder import newest_valid
+from srepa_ds.checkpoint.fragment_file import Piece
+from srepa_ds.checkpoint.reader import CheckpointReader
+from srepa_ds.checkpoint.retention import CheckpointConfig
+from srepa_ds.checkpoint.writer import CheckpointWriter
 
 NUMEL = 50_000
 SAVE_EVERY = 6

@@ -15,8 +15,8 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
-from srepa_ds import distributed
-from srepa_ds.model.remat import run_block
+from srepa_ds.distributed import ranks
+from srepa_ds.model.activation_checkpointing import run_block
 
 WIDTH, DEPTH = 6, 3
 
@@ -74,11 +74,11 @@ def main(file: Path) -> None:
     torch.set_num_threads(1)
     # Otherwise DeepSpeed compiles a kernel that nothing here uses.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    distributed.initialize()
+    ranks.initialize()
     inputs = torch.randn(4, 5, WIDTH, generator=torch.Generator().manual_seed(0))
     distances = [distance_under_deepspeed(inputs, efficient=choice) for choice in (False, True)]
     file.write_text(json.dumps(distances))
-    distributed.leave(0)
+    ranks.leave(0)
 
 
 if __name__ == "__main__":

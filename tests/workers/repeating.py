@@ -4,8 +4,8 @@ import warnings
 
 from torch.utils.data import DataLoader
 
-from srepa_ds import distributed
 from srepa_ds.console import show_warnings_once
+from srepa_ds.distributed import ranks
 
 
 class Complaining(list):
@@ -18,14 +18,14 @@ class Complaining(list):
 
 show_warnings_once()
 warnings.warn("before joining", UserWarning, stacklevel=1)
-ranks = distributed.initialize()
+rank = ranks.initialize()
 for _step in range(5):
     warnings.warn("every rank, every step", FutureWarning, stacklevel=1)
-    warnings.warn(f"only rank {ranks.rank}", UserWarning, stacklevel=1)
+    warnings.warn(f"only rank {rank.number}", UserWarning, stacklevel=1)
     # Makes Python forget which lines have warned.
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-    distributed.barrier()
+    ranks.barrier()
 loader = DataLoader(Complaining(range(4)), num_workers=2, multiprocessing_context="fork")
 assert len(list(loader)) == 4
-distributed.close()
+ranks.close()

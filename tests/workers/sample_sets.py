@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-from srepa_ds import distributed
-from srepa_ds.config import load_config
-from srepa_ds.sample import sample
+from srepa_ds.commands.sample import sample
+from srepa_ds.config.experiment import load_config
+from srepa_ds.distributed import ranks
 
 for overrides in sys.argv[2:]:
     sample(load_config(Path(sys.argv[1]), overrides.split(";")))
-distributed.leave(0)
+ranks.leave(0)

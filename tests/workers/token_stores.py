@@ -10,9 +10,9 @@ import signal
 import sys
 from pathlib import Path
 
-from srepa_ds import distributed
-from srepa_ds.config import load_config
-from srepa_ds.store_tokens import store_tokens
+from srepa_ds.commands.store_teacher_tokens import store_tokens
+from srepa_ds.config.experiment import load_config
+from srepa_ds.distributed import ranks
 
 
 class KilledAt(logging.Handler):
@@ -34,4 +34,4 @@ if len(sys.argv) > 4:
     log.setLevel(logging.INFO)
 config = load_config(Path(sys.argv[1]), sys.argv[3].split(";"))
 store_tokens(config, batch_size=int(sys.argv[2]))
-distributed.leave(0)
+ranks.leave(0)

@@ -6,10 +6,10 @@ Usage: train_files.py CONFIG [CONFIG ...]
 import sys
 from pathlib import Path
 
-from srepa_ds import distributed
-from srepa_ds.config import load_config
-from srepa_ds.train import train
+from srepa_ds.commands.train import train
+from srepa_ds.config.experiment import load_config
+from srepa_ds.distributed import ranks
 
 for path in sys.argv[1:]:
     assert train(load_config(Path(path)))
-distributed.leave(0)
+ranks.leave(0)

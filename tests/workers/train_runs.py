@@ -6,10 +6,10 @@ Usage: train_runs.py CONFIG [OVERRIDES_OF_RUN_1 [OVERRIDES_OF_RUN_2 ...]], overr
 import sys
 from pathlib import Path
 
-from srepa_ds import distributed
-from srepa_ds.config import load_config
-from srepa_ds.train import train
+from srepa_ds.commands.train import train
+from srepa_ds.config.experiment import load_config
+from srepa_ds.distributed import ranks
 
 for overrides in sys.argv[2:]:
     assert train(load_config(Path(sys.argv[1]), overrides.split(";")))
-distributed.leave(0)
+ranks.leave(0)

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from srepa_ds import checkpoint, distributed
 from srepa_ds.alignment.alignment import TeacherShape
-from srepa_ds.checkpoint import CheckpointReader
-from srepa_ds.config import Config, config_from
+from srepa_ds.checkpoint.reader import CheckpointReader
+from srepa_ds.checkpoint.saving import save
+from srepa_ds.config.experiment import Config, config_from
+from srepa_ds.distributed import ranks
 from srepa_ds.engine import Engine
 from srepa_ds.objective import Objective, TrainingInputs, official_name
 
@@ -63,15 +64,15 @@ def experiment(mode: str, deepspeed: str) -> Config:
 
 def main(golden: Path, deepspeed: str, output: Path) -> None:
     """Writes the log and the final masters and EMAs of all modes to `output`."""
-    ranks = distributed.initialize()
+    rank = ranks.initialize()
     data = load_file(golden / "trajectory.safetensors")
     weights = {
         key.removeprefix("param."): value
         for key, value in load_file(golden / "sit_qknorm0.safetensors").items()
         if key.startswith("param.")
     }
-    share = BATCH // ranks.world_size
-    mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    share = BATCH // rank.world_size
+    mine = slice(rank.number * share, (rank.number + 1) * share)
     result = {}
     for mode in MODES:
         config = experiment(mode, deepspeed)
@@ -80,7 +81,7 @@ def main(golden: Path, deepspeed: str, output: Path) -> None:
         with torch.no_grad():
             for name, parameter in objective.named_parameters():
                 parameter.copy_(weights[official_name(name)])
-        engine = Engine(objective, config, ranks)
+        engine = Engine(objective, config, rank)
         log = []
         for step in range(6):
             patches = tuple(data["in.z0"][step, mine] for _ in config.alignments)
@@ -90,23 +91,23 @@ def main(golden: Path, deepspeed: str, output: Path) -> None:
             report = engine.step([inputs], learning_rate=1e-3)
             losses = report.losses
             row = torch.stack([losses.flow, losses.pointwise, losses.structural, losses.total])
-            log.append(torch.cat([distributed.averaged(row), report.gradient_norm.view(1)]))
+            log.append(torch.cat([ranks.averaged(row), report.gradient_norm.view(1)]))
         result[f"{mode}.log"] = torch.stack(log)
-        folder = checkpoint.save(
+        folder = save(
             output.parent / mode,
             step=6,
             pieces=engine.pieces(),
             state=engine.state(),
-            rank=ranks.rank,
+            rank=rank.number,
         )
         reader = CheckpointReader(folder)
         for kind, label in (("master", "param"), ("ema", "ema")):
             for name in reader.names(kind):
                 result[f"{mode}.{label}.{official_name(name)}"] = reader.tensor(kind, name)
         engine.close()
-    if ranks.is_main:
+    if rank.is_main:
         save_file(result, output)
-    distributed.leave(0)
+    ranks.leave(0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""One rank's share of a checkpoint: copied at once, written whenever there is time.
+
+The file is a safetensors file, whose format is a length, a JSON header and the bytes of all
+tensors in turn. It is written here rather than by the library, which would make a second copy of
+everything and keep other threads waiting meanwhile.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from srepa_ds.checkpoint.manifest import FileEntry
+
+log = logging.getLogger("srepa_ds")
+
+# 64 MiB. Page-locked memory comes in powers of two, so nothing of it is lost.
+CHUNK_NUMEL = 1 << 24
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of one flattened tensor, as it is stored."""
+
+    kind: str
+    """What it is of the weight: master, exp_avg, exp_avg_sq or ema."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    values: Float[Tensor, " numel"]
+
+    @property
+    def key(self) -> str:
+        """The tensor's name in the fragment file."""
+        return f"{self.kind}/{self.name}@{self.start}"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The pieces as they were at one moment, in host memory."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Of the whole weights, by name, in the model's order."""
+
+    header: bytes
+    """The file's beginning, up to the first tensor."""
+
+    chunks: tuple[Tensor, ...]
+    """All values in turn, flat and in float32, cut wherever a chunk was full."""
+
+    copied: torch.cuda.Event | None
+    """When the values of a GPU have arrived."""
+
+
+def snapshot_of(pieces: Iterable[Piece], *, label: str, chunk_numel: int = CHUNK_NUMEL) -> Snapshot:
+    """Returns a copy of `pieces` in float32; later changes of their values do not reach it.
+
+    From a GPU it is made on the current stream, behind which the next step queues, and the host
+    does not wait for it. `label` is written into the file.
+    """
+    pieces = list(pieces)
+    pinned = any(piece.values.is_cuda for piece in pieces)
+    total = sum(piece.values.numel() for piece in pieces)
+    sizes = [min(chunk_numel, total - start) for start in range(0, total, chunk_numel)]
+    chunks = tuple(room_for(sizes, pinned=pinned))
+    _copy([piece.values for piece in pieces], chunks, chunk_numel)
+    copied = None
+    if pinned:
+        copied = torch.cuda.Event()
+        copied.record()
+    shapes = {piece.name: piece.shape for piece in pieces}
+    return Snapshot(shapes, _header(pieces, label), chunks, copied)
+
+
+def room_for(sizes: Iterable[int], *, pinned: bool) -> Iterator[Float[Tensor, " numel"]]:
+    """Yields host memory, page-locked if that is asked for, and as long as it is to be had.
+
+    Copies to ordinary memory make the host wait.
+    """
+    for size in sizes:
+        try:
+            yield torch.empty(size, dtype=torch.float32, pin_memory=pinned)
+        except RuntimeError as error:
+            if not pinned:
+                raise
+            log.warning("no page-locked memory for the checkpoint, which costs time: %s", error)
+            pinned = False
+            yield torch.empty(size, dtype=torch.float32)
+
+
+def _copy(sources: Iterable[Tensor], chunks: tuple[Tensor, ...], chunk_numel: int) -> None:
+    position = 0
+    for source in sources:
+        rest = source.detach().reshape(-1)
+        while len(rest):
+            number, offset = divmod(position, chunk_numel)
+            room = chunks[number][offset : offset + len(rest)]
+            room.copy_(rest[: len(room)], non_blocking=True)
+            rest = rest[len(room) :]
+            position += len(room)
+
+
+def _header(pieces: list[Piece], label: str) -> bytes:
+    sizes = [4 * piece.values.numel() for piece in pieces]
+    ends = itertools.accumulate(sizes)
+    entries: dict[str, Any] = {"__metadata__": {"format": label}}
+    for piece, size, end in zip(pieces, sizes, ends, strict=True):
+        entries[piece.key] = {
+            "dtype": "F32",
+            "shape": [piece.values.numel()],
+            "data_offsets": [end - size, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    # The format aligns the first tensor at eight bytes.
+    text = text.ljust(8 * math.ceil(len(text) / 8))
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_snapshot(path: Path, snapshot: Snapshot) -> FileEntry:
+    """Returns the file's size and sha256 once all of it is on disk.
+
+    May run in a thread: it waits outside the interpreter's lock. Raises OSError.
+    """
+    if snapshot.copied is not None:
+        snapshot.copied.synchronize()
+    digest, size = hashlib.sha256(snapshot.header), len(snapshot.header)
+    with path.open("wb") as file:
+        file.write(snapshot.header)
+        for chunk in snapshot.chunks:
+            content = chunk.view(torch.uint8).numpy().data
+            file.write(content)
+            digest.update(content)
+            size += len(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}

@@ -1,0 +1,126 @@
+"""Writes one checkpoint: aside first, then under its name."""
+
+import contextlib
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from srepa_ds.checkpoint.folder import (
+    ASIDE,
+    FORMAT,
+    LATEST,
+    REPLACED,
+    STATE,
+    VERSION,
+    step_folder,
+    writing,
+)
+from srepa_ds.checkpoint.fragment_file import Piece, snapshot_of, write_snapshot
+from srepa_ds.checkpoint.manifest import (
+    FileEntry,
+    entry_of,
+    write_manifest,
+)
+from srepa_ds.distributed import ranks
+from srepa_ds.files import flush_to_disk, write_aside
+
+
+class UnfinishedCheckpoint:
+    """A checkpoint from its first byte to its name.
+
+    To build it is collective, and it holds what the run was at that moment. Raises OutputError on
+    every rank if it cannot be begun, and RankError if one has no memory for the copy.
+    """
+
+    def __init__(
+        self, root: Path, *, step: int, pieces: Iterable[Piece], state: dict[str, Any], rank: int
+    ):
+        self.step = step
+        self.folder = step_folder(root, step)
+        self._root, self._rank = root, rank
+        self._file = f"fragments-{rank:05d}.safetensors"
+        self._aside = root / f"{ASIDE}{self.folder.name}"
+        ranks.on_main(lambda: _make_aside(root, self._aside))
+        with self._nothing_left():
+            self._snapshot = ranks.together(
+                lambda: snapshot_of(pieces, label=f"{FORMAT} {VERSION}")
+            )
+        # A copy, because the run goes on while this is written.
+        self._document = copy.deepcopy(state)
+
+    def write(self) -> FileEntry:
+        """Returns this rank's entry of the manifest once its fragments are on disk.
+
+        No collective: may run in any thread. Raises OutputError.
+        """
+        with writing(self._aside):
+            return write_snapshot(self._aside / self._file, self._snapshot)
+
+    def finish(self, written: Callable[[], FileEntry]) -> Path:
+        """Returns the finished checkpoint's folder. Collective.
+
+        `written` gives what `write` returned, or raises what it raised. Raises OutputError on every
+        rank if any could not write; then nothing is left of it.
+        """
+        with self._nothing_left():
+            entry = ranks.together(written)
+            parts = ranks.gather((self._file, entry, self._snapshot.shapes))
+            entries = {file: entry for file, entry, _ in parts}
+            # In the model's order, as far as any rank knows it.
+            shapes = {name: shape for *_, part in parts for name, shape in part.items()}
+            mark = {"format": FORMAT, "version": VERSION}
+            document = self._document | mark | {"step": self.step, "shapes": shapes}
+            ranks.on_main(lambda: _finish(self._root, self._aside, self.folder, document, entries))
+        return self.folder
+
+    @contextlib.contextmanager
+    def _nothing_left(self) -> Iterator[None]:
+        """Removes what was begun if the block fails."""
+        try:
+            yield
+        except Exception:
+            if self._rank == 0:
+                shutil.rmtree(self._aside, ignore_errors=True)
+            raise
+
+
+def save(
+    root: Path, *, step: int, pieces: Iterable[Piece], state: dict[str, Any], rank: int
+) -> Path:
+    """Writes one checkpoint and returns its folder. Collective: every rank gives its own pieces.
+
+    `state` is JSON, the same on all ranks. Raises OutputError on every rank if any cannot write;
+    then nothing of it is left.
+    """
+    unfinished = UnfinishedCheckpoint(root, step=step, pieces=pieces, state=state, rank=rank)
+    return unfinished.finish(unfinished.write)
+
+
+def _make_aside(root: Path, aside: Path) -> None:
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+
+
+def _finish(
+    root: Path, aside: Path, final: Path, document: dict[str, Any], entries: dict[str, FileEntry]
+) -> None:
+    with writing(root):
+        (aside / STATE).write_text(json.dumps(document, indent=1))
+        flush_to_disk(aside / STATE)
+        files = {**entries, STATE: entry_of(aside / STATE)}
+        write_manifest(aside, files, format=FORMAT, version=VERSION)
+        flush_to_disk(aside)
+        # One of the same step is moved, not deleted, until this one has its name.
+        replaced = root / f"{REPLACED}{final.name}"
+        if final.is_dir():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        aside.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        write_aside(root / LATEST, lambda pointer: pointer.write_text(final.name + "\n"))
+        flush_to_disk(root)

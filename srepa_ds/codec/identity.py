@@ -1,0 +1,33 @@
+"""Pixels as latents."""
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from srepa_ds.codec.latent_codec import Encodable
+from srepa_ds.errors import DataError
+
+
+class IdentityCodec:
+    """Pixels as latents: [-1, 1] instead of 0..255."""
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Returns `image_shape` itself."""
+        return image_shape
+
+    def encode(self, batch: Encodable, *, seed: int) -> Float[Tensor, "batch c h w"]:
+        """Returns x / 127.5 - 1 in fp32; there is no posterior, so `seed` changes nothing.
+
+        Raises DataError if the shards hold no pixels.
+        """
+        if batch.images is None:
+            raise DataError(
+                "the identity codec trains on pixels and these shards hold none; "
+                "prepare them with images, or choose the codec they were made with"
+            )
+        return batch.images.to(torch.float32) / 127.5 - 1.0
+
+    def decode(self, latents: Float[Tensor, "batch 3 h w"]) -> UInt8[Tensor, "batch h w 3"]:
+        """Returns 255 (x + 1) / 2 clamped to 0..255 and truncated, as REPA's generate does."""
+        pixels = 255.0 * ((latents.to(torch.float32) + 1.0) / 2.0)
+        return pixels.clamp(0.0, 255.0).to(torch.uint8).permute(0, 2, 3, 1).contiguous()

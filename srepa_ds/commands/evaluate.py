@@ -1,0 +1,115 @@
+"""`srepa-ds evaluate`: scores of a sample set against real images, in an encoder's features."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from srepa_ds.config.experiment import Config
+from srepa_ds.data.shards import ShardDataset
+from srepa_ds.distributed import devices
+from srepa_ds.encoders.teacher import Teacher, load_teacher
+from srepa_ds.errors import ConfigError, DataError, Fault, OutputError
+from srepa_ds.files import sha256_of, write_aside
+from srepa_ds.metrics.scores import Scores, score
+from srepa_ds.sampling.sample_set import read_provenance, read_samples
+from srepa_ds.schema import to_tree
+
+log = logging.getLogger("srepa_ds")
+
+
+class Features(NamedTuple):
+    """What an extractor sees in a set of images."""
+
+    pooled: Tensor
+    """(images, width)"""
+
+    recognised: float | None
+    """Share of the images whose label it names; None without a classifier."""
+
+
+def evaluate(config: Config) -> Scores:
+    """Returns the scores and writes them, with their provenance, to `<run.folder>/results.json`.
+
+    Raises DataError without a finished sample set, ConfigError without an `evaluate` section.
+    """
+    if config.evaluate is None:
+        raise ConfigError("configuration", [Fault("evaluate", "is required to evaluate")])
+    settings = config.evaluate
+    device = devices.local_device()
+    folder = settings.samples or config.samples_folder
+    images, labels = read_samples(folder)
+    provenance = read_provenance(folder)
+    reference = ShardDataset(settings.reference)
+    if images.shape[1:3] != reference.image_shape[1:]:
+        raise DataError(
+            f"{folder} holds images of {images.shape[1:3]} px, but {settings.reference} of "
+            f"{reference.image_shape[1:]}; evaluate.reference must be of the same size"
+        )
+    extractor = load_teacher(settings.extractor, resolution=images.shape[1:3], device=device)
+    drawn = _features(extractor, _sample_batches(images, labels, settings.batch_size), device)
+    real = _features(extractor, _reference_batches(reference, settings.batch_size), device)
+    scores = score(drawn.pooled, real.pooled, class_accuracy=drawn.recognised)
+    measured = json.loads(scores.to_json())
+    weights = settings.extractor.weights
+    document = {
+        "scores": measured,
+        "reference_class_accuracy": real.recognised,
+        "settings": to_tree(settings),
+        # Scores compare only within one feature space and against one reference.
+        "extractor_sha256": sha256_of(weights) if weights else None,
+        "reference_id": reference.index.dataset_id,
+        "samples": provenance,
+    }
+    _write(config.results, document)
+    for name, value in measured.items():
+        log.info("%-18s %.4f", name, value)
+    return scores
+
+
+def _sample_batches(
+    images: np.ndarray, labels: np.ndarray | None, size: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for start in range(0, len(images), size):
+        batch = torch.from_numpy(images[start : start + size]).permute(0, 3, 1, 2).contiguous()
+        chosen = None if labels is None else torch.from_numpy(labels[start : start + size])
+        yield batch, chosen
+
+
+def _reference_batches(dataset: ShardDataset, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for start in range(0, len(dataset), size):
+        indices = torch.arange(start, min(start + size, len(dataset)))
+        batch = dataset.read(indices)
+        yield batch.pixels, batch.labels
+
+
+def _features(
+    extractor: Teacher,
+    batches: Iterator[tuple[Tensor, Tensor | None]],
+    device: torch.device,
+) -> Features:
+    pooled, hits, asked = [], 0, 0
+    for images, labels in batches:
+        seen = extractor.classify(images.to(device))
+        pooled.append(seen.pooled.float().cpu())
+        if seen.logits is not None and labels is not None:
+            hits += int((seen.logits.argmax(1).cpu() == labels).sum())
+            asked += len(labels)
+    return Features(torch.cat(pooled), hits / asked if asked else None)
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    text = json.dumps(document, indent=2) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}; choose another run.folder or mend its "
+            "permissions"
+        ) from error

@@ -1,0 +1,33 @@
+"""What a source of labelled images is."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Int64
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SourceItem:
+    """One image as the source holds it."""
+
+    image: Image.Image
+    label: int
+    name: str
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A labelled collection of images in a fixed order."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each label."""
+
+    @property
+    def labels(self) -> Int64[Tensor, " samples"]:
+        """The label of every image, without decoding one."""
+
+    def item(self, index: int) -> SourceItem:
+        """Returns one image; raises DataError if it cannot be decoded."""

@@ -1,0 +1,254 @@
+"""The process group: who this rank is, and decisions that all ranks take together."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from srepa_ds.console import let_ranks_agree, show_waiting_warnings
+from srepa_ds.distributed.devices import agreed_device, local_device, place_of
+from srepa_ds.distributed.launcher import free_port, launched
+from srepa_ds.errors import (
+    ConfigError,
+    Fault,
+    OutputError,
+    RankError,
+    SRepaError,
+    TopologyError,
+    met_by_all,
+)
+
+T = TypeVar("T")
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process's place among all: global rank, their number, and its device."""
+
+    number: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes what concerns all."""
+        return self.number == 0
+
+
+def initialize(timeout: timedelta = timedelta(minutes=30)) -> Rank:
+    """Returns this process's `Ranks`, joining the process group (NCCL on GPUs, gloo elsewhere).
+
+    Without a launcher the process is a group of one. Raises TopologyError when the launcher's
+    variables are incomplete; and on all ranks, when one finds no GPU for itself or others have
+    devices of another kind.
+    """
+    # DeepSpeed reads LOCAL_RANK on its own.
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    if not dist.is_initialized():
+        try:
+            place = _from_launcher(local_rank, timeout) if launched() else _alone(local_rank)
+            device: torch.device = place.pop("device")
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            device_id = device if device.type == "cuda" else None
+            dist.init_process_group(backend, timeout=timeout, device_id=device_id, **place)
+        finally:
+            # Also where this rank cannot join: they may say why.
+            show_waiting_warnings()
+    return Rank(dist.get_rank(), dist.get_world_size(), local_device(local_rank))
+
+
+def _from_launcher(local_rank: int, timeout: timedelta) -> dict[str, Any]:
+    missing = [name for name in _VARIABLES if name not in os.environ]
+    if missing:
+        raise TopologyError(f"the launcher did not set {', '.join(missing)}; start with torchrun")
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    let_ranks_agree(lambda key: store.add(f"shown/{key}", 1) == 1)
+    return {
+        "device": agreed_device(store, rank, world_size, local_rank),
+        "store": dist.PrefixStore("default_pg", store),
+        "rank": rank,
+        "world_size": world_size,
+    }
+
+
+def _alone(local_rank: int) -> dict[str, Any]:
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        raise TopologyError(
+            "srun starts several tasks, but none knows of the others; start one task per node and "
+            "torchrun inside it"
+        )
+    return {
+        "device": local_device(local_rank),
+        "init_method": f"tcp://127.0.0.1:{free_port()}",
+        "rank": 0,
+        "world_size": 1,
+    }
+
+
+def joined() -> bool:
+    """Returns whether this process is in a process group."""
+    return dist.is_initialized()
+
+
+def rank() -> int:
+    """Returns this process's global rank, from the launcher before the group is joined."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Returns the number of ranks, 1 outside a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Waits until every rank has come this far."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast(value: T, *, source: int = 0) -> T:
+    """Returns rank `source`'s value on every rank; it must be picklable."""
+    if world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """Returns every rank's value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def gather_on_main(value: T) -> list[T]:
+    """Returns every rank's value, in rank order, on the main rank, and nothing on the others."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, box)
+    return box or []
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Returns the sum of `tensor` over ranks, as a new tensor on every rank."""
+    total = tensor.clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def averaged(tensor: Tensor) -> Tensor:
+    """Returns the mean of `tensor` over ranks, as a new tensor on every rank."""
+    return summed(tensor) / world_size()
+
+
+def any_rank(flag: bool) -> bool:
+    """Returns whether `flag` is true on at least one rank."""
+    if world_size() == 1:
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(tensor.item())
+
+
+def together(action: Callable[[], T]) -> T:
+    """Returns `action()`, or raises on *every* rank the user error (or OSError) that any rank met.
+
+    So no rank waits in a collective for one that has already left. The first rank's error speaks;
+    on ranks that did not meet it a note says who did. An error nobody foresaw is a RankError, once
+    its traceback is printed where it was met; a process alone raises it as it is.
+    """
+    result: T | None = None
+    error: SRepaError | None = None
+    here = place_of(rank())
+    try:
+        result = action()
+    except SRepaError as caught:
+        error = caught
+    except OSError as caught:
+        # Otherwise this rank alone would leave.
+        error = OutputError(f"{caught.filename or 'a file'}: {caught.strerror or caught}")
+    except Exception as caught:
+        if world_size() == 1:
+            raise
+        # At once: the others may have long to do before they hear of it.
+        traceback.print_exception(caught)
+        error = RankError(f"{here} failed: {type(caught).__name__}: {caught}")
+        error.__cause__ = caught
+    errors = [met for met in gather((here, error) if error else None) if met is not None]
+    if errors:
+        place, first = errors[0]
+        if error is None:
+            first.add_note(f"met by {place}")
+        # The same type everywhere: it tells callers what to clean up. A rank's own keeps its cause.
+        raise met_by_all(error if error is not None else first)
+    return result  # type: ignore[return-value]
+
+
+def check_same(facts: Mapping[str, Any], *, what: str) -> None:
+    """Returns if all ranks gave equal `facts`; else raises ConfigError on all. Collective.
+
+    It names the differing keys and the first rank that differs from rank 0; `what` says what the
+    facts are of, and what to do.
+    """
+    by_rank = gather((place_of(rank()), dict(facts)))
+    first, expected = by_rank[0]
+    faults: dict[str, Fault] = {}
+    for where, found in by_rank[1:]:
+        for key in {**expected, **found}:
+            if expected.get(key) != found.get(key):
+                values = f"{expected.get(key)!r} on {first}, {found.get(key)!r} on {where}"
+                faults.setdefault(key, Fault(key, values))
+    if faults:
+        raise met_by_all(ConfigError(what, faults.values()))
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Returns on every rank what `action` returns on the main one, the only one that runs it.
+
+    Raises on every rank the user error it met there.
+    """
+    result = together(lambda: action() if rank() == 0 else None)
+    return broadcast(result)  # type: ignore[return-value]
+
+
+def another_group() -> Any:
+    """Returns a new group of all ranks that waits as long as the one they have joined. Collective.
+
+    torch's default for a new one is ten minutes with NCCL; a rank may write or compile for longer.
+    """
+    own: Any = dist.group.WORLD
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return dist.new_group(timeout=own._get_backend(torch.device(device)).options._timeout)
+
+
+def close() -> None:
+    """Leaves the process group, if this process is in one."""
+    if dist.is_initialized():
+        let_ranks_agree(None)
+        dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process with `code` at once, after its output is flushed.
+
+    Interpreter shutdown with live communication threads now and then aborts a rank whose work is
+    done, and a launcher would report that as a failed run.
+    """
+    close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

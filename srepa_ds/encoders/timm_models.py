@@ -1,0 +1,201 @@
+"""timm models and their weights: built, filled from a file or a download, and checked to fit."""
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srepa_ds.encoders.layouts import LAYOUTS
+from srepa_ds.errors import ConfigError, DataError, Fault, nearest
+from srepa_ds.weight_file import read_weight_file
+
+RESERVED_ARGUMENTS = frozenset({"checkpoint_path", "img_size", "num_classes", "pretrained"})
+
+# timm's vision transformers share methods and attributes, but no type that declares them.
+Encoder = Any
+
+_SHOWN_KEYS = 3
+
+
+def known_architecture(name: str) -> str:
+    """Returns `name` if timm has such a model and such a tag of pretrained weights, after a dot.
+
+    Raises ValueError naming the nearest.
+    """
+    import timm
+
+    base, dot, tag = name.partition(".")
+    if not timm.is_model(base):
+        known = nearest(base, timm.list_models())
+        raise ValueError(f"timm has no model '{base}'; {known if len(known) < 200 else 'see timm'}")
+    if dot and not has_published_weights(name):
+        tagged = published_names(base)
+        known = nearest(name, tagged) if tagged else "it has no weights at all: leave out the tag"
+        raise ValueError(f"timm has no weights '{tag}' of '{base}'; {known}")
+    return name
+
+
+def has_published_weights(name: str) -> bool:
+    """Returns whether timm can fetch the weights that `name`, with its tag, stands for.
+
+    A name without tag stands for none: timm would choose any that fit the architecture.
+    """
+    from timm.models import is_model_pretrained
+
+    return "." in name and is_model_pretrained(name)
+
+
+def published_names(base: str) -> list[str]:
+    """Returns the names, with tags, of all weights that timm publishes of the model `base`."""
+    import timm
+
+    return timm.list_models(f"{base}.*", pretrained=True)
+
+
+def create_encoder(
+    architecture: str,
+    *,
+    input_size: tuple[int, int],
+    num_classes: int,
+    arguments: Mapping[str, Any],
+    pretrained: bool = False,
+) -> Encoder:
+    """Returns a timm model with random or downloaded weights, on the CPU.
+
+    `input_size` is its height and width in pixels, to which position embeddings are resampled.
+
+    The process's random numbers are left where they were. Raises ConfigError for an architecture
+    or arguments that timm refuses, DataError for a download that fails.
+    """
+    import timm
+
+    options: dict[str, Any] = {**arguments, "img_size": input_size, "num_classes": num_classes}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            encoder = timm.create_model(architecture, pretrained=False, **options)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"timm cannot build '{architecture}' with {options}: {error}"
+        raise ConfigError("teacher", [Fault("teacher.spec", reason)]) from error
+    return _downloaded(encoder, architecture, options) if pretrained else encoder
+
+
+def _downloaded(encoder: Encoder, architecture: str, options: dict[str, Any]) -> Encoder:
+    import timm
+
+    classes, published = options["num_classes"], encoder.pretrained_cfg.get("num_classes")
+    if classes not in (0, published):
+        reason = f"is {classes}, but the published weights have {published} classes"
+        raise ConfigError("teacher", [Fault("teacher.spec.num_classes", reason)])
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return timm.create_model(architecture, pretrained=True, **options)
+    # What a failed download raises depends on the transport, and none of it is ours.
+    except Exception as error:
+        raise DataError(
+            f"the pretrained weights of '{architecture}' could not be fetched: {error}\n"
+            "give teacher.weights: a local .safetensors, .pt, .pth or .pth.tar file"
+        ) from error
+
+
+def fill_from_file(
+    encoder: Encoder, path: Path, *, layout: str = "timm", ignored_prefixes: tuple[str, ...] = ()
+) -> None:
+    """Fills a timm model from a local checkpoint, resampling its position embedding to the grid.
+
+    Published layouts are read by the row of `LAYOUTS`, then by timm's own filter of that model.
+    Keys with one of `ignored_prefixes` may be there. Raises DataError if the file is missing or
+    damaged, or naming the keys that are missing, unexpected or of another shape.
+    """
+    checkpoint = read_weight_file(
+        path, named=f"teacher weights {path}", setting="teacher.weights", fault=DataError
+    )
+    state = LAYOUTS[layout](checkpoint)
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise DataError(
+            f"teacher weights {path}: holds no state_dict where the layout '{layout}' has it, "
+            f"but {_some(sorted(map(str, checkpoint)))}"
+        )
+    # Half-precision files would have their positions resampled, and rounded, in half precision.
+    state = {
+        key: value.float() if value.is_floating_point() else value for key, value in state.items()
+    }
+    _check_patch_size(encoder, state, path)
+    converted = _named_as_timm(encoder, state, path)
+    kept = {key: value for key, value in converted.items() if not key.startswith(ignored_prefixes)}
+    if "pos_embed" in kept and getattr(encoder, "pos_embed", None) is not None:
+        kept["pos_embed"] = _on_grid(encoder, kept["pos_embed"], state)
+    _check_fit(encoder, kept, path)
+    encoder.load_state_dict(kept)
+
+
+def _named_as_timm(encoder: Encoder, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    convert = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
+    try:
+        return convert(dict(state), encoder) if convert else state
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # A filter that trips over a foreign file says less than its keys do.
+        _check_fit(encoder, state, path)
+        raise DataError(
+            f"teacher weights {path}: not a state_dict of a {type(encoder).__name__}: {error}"
+        ) from error
+
+
+def _on_grid(encoder: Encoder, table: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """Returns the position embedding for the encoder's grid, resampled if timm has not done so.
+
+    timm's filters leave Perception Encoder's table as it is, and, unless they know the published
+    size, any table with as many positions as the grid, though it be of another shape. A table with
+    a square number of positions is taken for a square.
+    """
+    from timm.layers import resample_abs_pos_embed
+
+    rows, columns = encoder.patch_embed.grid_size
+    prefix = encoder.pos_embed.shape[1] - rows * columns
+    side = math.isqrt(max(table.shape[1] - prefix, 0))
+    stored = {value.untyped_storage().data_ptr() for value in state.values()}
+    untouched = table.untyped_storage().data_ptr() in stored
+    if not untouched or side * side != table.shape[1] - prefix or (rows, columns) == (side, side):
+        return table
+    return resample_abs_pos_embed(
+        table, new_size=[rows, columns], old_size=[side, side], num_prefix_tokens=prefix
+    )
+
+
+def _check_patch_size(encoder: Encoder, state: Mapping[str, Any], path: Path) -> None:
+    # timm would resample the patch embedding to another patch size, which is another teacher.
+    own = encoder.state_dict().get("patch_embed.proj.weight")
+    patches = ("patch_embed.proj.weight", "visual.conv1.weight")
+    for key, value in state.items():
+        if key.endswith(patches) and own is not None and value.ndim == own.ndim:
+            if value.shape[2:] != own.shape[2:]:
+                raise DataError(
+                    f"teacher weights {path}: patches of {tuple(value.shape[2:])} px, "
+                    f"but the teacher's are {tuple(own.shape[2:])}"
+                )
+
+
+def _check_fit(encoder: Encoder, state: Mapping[str, Any], path: Path) -> None:
+    own = encoder.state_dict()
+    shared = own.keys() & state.keys()
+    reshaped = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in shared and state[key].shape != own[key].shape
+    ]
+    groups = {
+        "missing": [key for key in own if key not in shared],
+        "unexpected": [key for key in state if key not in shared],
+        "of another shape": reshaped,
+    }
+    faults = [f"  {len(keys)} {kind}: {_some(keys)}" for kind, keys in groups.items() if keys]
+    if faults:
+        raise DataError("\n".join([f"teacher weights {path} do not fit the teacher", *faults]))
+
+
+def _some(keys: list[str]) -> str:
+    shown = ", ".join(keys[:_SHOWN_KEYS])
+    return f"{shown}, ..." if len(keys) > _SHOWN_KEYS else shown

@@ -1,0 +1,137 @@
+"""Which activations of a block are kept for the backward pass and which are computed again."""
+
+import inspect
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from srepa_ds.model.attention_backends import is_attention
+from srepa_ds.schema import Section
+
+Kept = Literal["everything", "nothing", "attention", "products"]
+
+
+Precision = Literal["fp32", "bf16_autocast", "bf16"]
+
+
+class RematConfig(Section):
+    """Activation checkpointing: memory for a second forward pass of the blocks."""
+
+    policy: Literal["none", "full", "every_k", "selective"] = "none"
+    """`full` computes every block again in the backward pass, `every_k` every k-th, `selective`
+    every block but for what `keep` names; `none` keeps everything."""
+
+    k: int = Field(default=2, ge=1)
+    """`every_k`: blocks k, 2k, 3k, ... are computed again, the others keep everything."""
+
+    keep: Literal["attention", "products"] = "attention"
+    """`selective`: keep the outputs of attention, or those of all linear maps too, so that only
+    norms, modulation and GELU are computed again."""
+
+    offload: bool = False
+    """Whether the input of each block that is computed again waits in the CPU's memory. What
+    `selective` keeps stays on the device."""
+
+    def kept_by(self, number: int) -> Kept:
+        """Returns what block `number` (from 1) keeps besides its input."""
+        if self.policy == "none" or (self.policy == "every_k" and number % self.k):
+            return "everything"
+        return self.keep if self.policy == "selective" else "nothing"
+
+    @model_validator(mode="after")
+    def _offload_has_a_use(self) -> "RematConfig":
+        if self.offload and self.policy == "none":
+            raise ValueError(
+                "offload moves the inputs of blocks that are computed again, and policy 'none' "
+                "computes none again; choose another policy"
+            )
+        return self
+
+
+def run_block(
+    block: nn.Module,
+    stream: Float[Tensor, "batch tokens hidden"],
+    activated: Float[Tensor, "batch hidden"],
+    *,
+    kept: Kept,
+) -> Float[Tensor, "batch tokens hidden"]:
+    """Returns block(stream, activated), which keeps for the backward pass its input and `kept`."""
+    if kept == "everything" or not torch.is_grad_enabled():
+        return block(stream, activated)
+    settings: dict[str, Any] = {}
+    if kept == "attention":
+        settings = {"context_fn": _keep_attention, **_BESIDE_HOOKS}
+    elif kept == "products":
+        settings = {"context_fn": _keep_products, **_BESIDE_HOOKS}
+    # Nothing in a block is drawn at random, so no generator's state is worth restoring.
+    return checkpoint(
+        block, stream, activated, use_reentrant=False, preserve_rng_state=False, **settings
+    )
+
+
+# What is kept selectively stays on the device; newer versions of torch want that said.
+_BESIDE_HOOKS = {
+    name: False
+    for name in inspect.signature(checkpoint).parameters
+    if name == "respect_saved_tensors_hooks"
+}
+
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+def _attention_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return _decision(is_attention(operator.name()))
+
+
+def _products_policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return _decision(is_attention(operator.name()) or operator in _PRODUCTS)
+
+
+def _decision(keep: bool) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_attention() -> Any:
+    return create_selective_checkpoint_contexts(_attention_policy)
+
+
+def _keep_products() -> Any:
+    return create_selective_checkpoint_contexts(_products_policy)
+
+
+class _OnTheCpu(NamedTuple):
+    device: torch.device
+    copy: Tensor
+
+
+def offloaded(stream: Float[Tensor, "batch tokens hidden"]) -> AbstractContextManager[Any]:
+    """Returns a context in which graphs keep `stream` in the CPU's memory, page-locked for GPUs.
+
+    Copies are queued on the current CUDA stream, without waiting for them.
+    """
+    storage = stream.untyped_storage().data_ptr()
+    pinned = stream.is_cuda
+
+    def pack(tensor: Tensor) -> Tensor | _OnTheCpu:
+        if tensor.untyped_storage().data_ptr() != storage:
+            return tensor
+        # In the layout of the stream, which is dense: compiled graphs insist on it.
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+        return _OnTheCpu(tensor.device, copy.copy_(tensor, non_blocking=pinned))
+
+    def unpack(packed: Tensor | _OnTheCpu) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        return packed.copy.to(packed.device, non_blocking=pinned)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

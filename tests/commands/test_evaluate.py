@@ -1,0 +1,183 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import TEACHER
+from safetensors.torch import load_file
+
+from srepa_ds.commands.evaluate import evaluate
+from srepa_ds.config.experiment import load_config
+from srepa_ds.data.shards import ShardDataset
+from srepa_ds.errors import ConfigError, DataError, OutputError
+
+PROVENANCE = {"ema": "0.9", "sampler": {"solver": "heun"}}
+
+
+@pytest.fixture
+def experiment(small_world, tmp_path):
+    """Returns a configuration whose samples lie in `tmp_path / "samples"`."""
+
+    def make(*overrides):
+        folders = [f"run.folder={tmp_path / 'run'}", f"evaluate.samples={tmp_path / 'samples'}"]
+        return load_config(small_world.config, [*folders, "evaluate.batch_size=7", *overrides])
+
+    return make
+
+
+@pytest.fixture
+def reference(small_world):
+    dataset = ShardDataset(small_world.folder / "shards")
+    return dataset.read(torch.arange(len(dataset)))
+
+
+@pytest.fixture
+def drawn(reference, tmp_path):
+    """Noised copies of a few real images, and some of nothing: most are real, much is missing."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = reference.images[torch.arange(50) % 5 * 3].permute(0, 2, 3, 1)
+    noise = torch.randint(-8, 9, pixels.shape, generator=generator)
+    images = (pixels + noise).clamp(0, 255).byte()
+    images[40:] = 255 * torch.randint(0, 2, pixels[40:].shape, generator=generator).byte()
+    labels = torch.randint(0, 10, (50,), generator=generator)
+    write(tmp_path / "samples", images, labels)
+    return images.permute(0, 3, 1, 2), labels
+
+
+def write(folder, images, labels=None, provenance=PROVENANCE):
+    folder.mkdir()
+    np.savez(folder / "samples.npz", images.numpy(), *([] if labels is None else [labels.numpy()]))
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+
+
+@torch.no_grad()
+def seen(small_world, images):
+    """Returns what the plain timm model makes of images: features of its class token, classes."""
+    model = timm.create_model(
+        TEACHER["architecture"], img_size=16, num_classes=10, **TEACHER["arguments"]
+    )
+    model.load_state_dict(load_file(small_world.folder / "teacher.safetensors"))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    inputs = (images / 255 - mean[:, None, None]) / std[:, None, None]
+    model.eval()
+    return model.forward_features(inputs)[:, 0].double(), model(inputs).argmax(1)
+
+
+def plain_distance(samples, reference):
+    (a, b), (mean_a, mean_b) = (
+        [statistic(features.numpy()) for features in (samples, reference)]
+        for statistic in (lambda x: np.cov(x, rowvar=False), lambda x: x.mean(axis=0))
+    )
+    cross = np.sqrt(np.linalg.eigvals(a @ b).real.clip(min=0)).sum()
+    return ((mean_a - mean_b) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * cross
+
+
+def plain_coverage(points, others):
+    """Returns how many points lie within the third neighbour's distance of any of the others."""
+    radii = torch.cdist(others, others).sort(dim=1).values[:, 3]
+    return (torch.cdist(points, others) <= radii).any(dim=1).double().mean().item()
+
+
+def test_scores_are_those_of_the_features(experiment, small_world, reference, drawn):
+    images, labels = drawn
+    features, classes = seen(small_world, images)
+    real, real_classes = seen(small_world, reference.images)
+    config = experiment()
+    scores = evaluate(config)
+    assert scores.frechet_distance == pytest.approx(plain_distance(features, real), rel=1e-4)
+    assert scores.precision == plain_coverage(features, real)
+    assert scores.recall == plain_coverage(real, features)
+    assert scores.class_accuracy == (classes == labels).double().mean().item()
+    # Values that could be mistaken for one another would test nothing.
+    assert len({0.0, 1.0, scores.precision, scores.recall, scores.class_accuracy}) == 5
+
+    document = json.loads(config.results.read_text())
+    assert document["scores"] == {
+        "frechet_distance": scores.frechet_distance,
+        "precision": scores.precision,
+        "recall": scores.recall,
+        "class_accuracy": scores.class_accuracy,
+    }
+    expected = (real_classes == reference.labels).double().mean().item()
+    assert document["reference_class_accuracy"] == expected
+    assert document["samples"] == PROVENANCE
+    assert document["settings"]["reference"] == str(small_world.folder / "shards")
+    weights = (small_world.folder / "teacher.safetensors").read_bytes()
+    assert document["extractor_sha256"] == hashlib.sha256(weights).hexdigest()
+    dataset = ShardDataset(small_world.folder / "shards")
+    assert document["reference_id"] == dataset.index.dataset_id
+    assert [path.name for path in config.run.folder.iterdir()] == ["results.json"]
+
+
+def test_a_set_of_others_has_neither_labels_nor_provenance(experiment, drawn, tmp_path):
+    folder = tmp_path / "others"
+    write(folder, drawn[0].permute(0, 2, 3, 1))
+    (folder / "provenance.json").unlink()
+    config = experiment(f"evaluate.samples={folder}")
+    assert evaluate(config).class_accuracy is None
+    document = json.loads(config.results.read_text())
+    assert document["scores"].keys() == {"frechet_distance", "precision", "recall"}
+    assert document["samples"] == {}
+
+
+def torn(folder):
+    path = folder / "samples.npz"
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def empty(folder):
+    (folder / "samples.npz").write_bytes(b"")
+
+
+def absent(folder):
+    (folder / "samples.npz").unlink()
+
+
+def list_as_provenance(folder):
+    (folder / "provenance.json").write_text("[]")
+
+
+def torn_provenance(folder):
+    (folder / "provenance.json").write_text('{"ema": ')
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (torn, r"samples\.npz is no finished sample set.*`srepa-ds sample CONFIG`"),
+        (empty, r"samples\.npz is no finished sample set.*`srepa-ds sample CONFIG`"),
+        (absent, r"samples\.npz is no finished sample set \(No such file"),
+        (list_as_provenance, r"provenance\.json: is no JSON object.*give another folder"),
+        (torn_provenance, r"provenance\.json: is no JSON \(.*give another folder"),
+    ],
+)
+def test_a_damaged_set_is_refused_before_anything_is_computed(
+    experiment, drawn, tmp_path, damage, message
+):
+    damage(tmp_path / "samples")
+    # An extractor that cannot be loaded: were it asked for first, the message would be its own.
+    config = experiment("evaluate.extractor.weights=nowhere.safetensors")
+    with pytest.raises(DataError, match=message):
+        evaluate(config)
+    assert not config.run.folder.exists()
+
+
+def test_images_of_another_size_are_refused(experiment, tmp_path):
+    write(tmp_path / "samples", torch.zeros(8, 20, 20, 3, dtype=torch.uint8))
+    with pytest.raises(DataError, match=r"\(20, 20\) px.*\(16, 16\).*of the same size"):
+        evaluate(experiment())
+
+
+def test_without_its_section_nothing_is_evaluated(small_world):
+    with pytest.raises(ConfigError, match="evaluate: is required"):
+        evaluate(load_config(small_world.config, ["evaluate=null"]))
+
+
+def test_results_that_cannot_be_written(experiment, drawn):
+    config = experiment()
+    config.results.mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"cannot write .*results\.json"):
+        evaluate(config)
+    assert [path.name for path in config.run.folder.iterdir()] == ["results.json"]

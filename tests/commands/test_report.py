@@ -1,0 +1,386 @@
+import base64
+import io
+import json
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from srepa_ds.commands.report import report
+from srepa_ds.data.shard_index import DatasetDescription
+from srepa_ds.data.shard_writer import ShardWriter
+from srepa_ds.data.shards import ShardDataset
+from srepa_ds.errors import DataError, OutputError, SRepaError
+from srepa_ds.report.pictures import real_sheet
+
+SECTIONS = [
+    "curves", "samples", "similarity", "scores", "environment", "timings", "config", "files",
+]  # fmt: skip
+NASTY = "<script>alert('&')</script>"
+VOID = {"meta", "img", "source"}
+
+
+class Page(HTMLParser):
+    """A page read back: its text, its sections, its pictures, and whether its tags match."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.open_tags, self.tags, self.sections, self.pictures = [], [], [], {}
+        self.words, self.notes = [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open_tags == []
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.tags.append((tag, values))
+        if tag not in VOID:
+            self.open_tags.append((tag, values))
+        if tag == "section":
+            self.sections.append(values["id"])
+        for name in ("src", "srcset"):
+            if name in values:
+                kind, data = values[name].split(",")
+                assert kind == "data:image/png;base64"
+                picture = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+                picture.load()
+                self.pictures.setdefault(values.get("alt", ""), []).append(picture)
+
+    def handle_endtag(self, tag):
+        assert self.open_tags.pop()[0] == tag
+
+    def handle_data(self, data):
+        if self.open_tags and self.open_tags[-1][0] != "style":
+            self.words.append(data)
+            if self.open_tags[-1][1].get("class") == "note":
+                self.notes.append(data)
+
+    @property
+    def text(self):
+        return "\n".join(self.words)
+
+
+@pytest.fixture(scope="module")
+def whole(small_run):
+    """Returns a run that has everything, and its page."""
+    run = small_run()
+    run.write_everything()
+    path = report(run.config)
+    assert path == run.folder / "report.html"
+    return run, Page(path)
+
+
+def test_a_whole_run(whole):
+    run, page = whole
+    assert not list(run.folder.glob("*.partial"))
+    assert page.sections == SECTIONS
+    assert page.notes == []
+    assert "sREPA-MSE" in page.text
+    assert "flow matching + 1 · point-wise + 2 · structural MSE at block 2" in page.text
+    for expected in ("12.35", "0.625", "0.875", "0.9688", "heun", "1 min 30 s", "7.2 s", "15.0 s"):
+        assert expected in page.text
+    for name in ("extractor_sha256", "reference_id"):
+        digest = json.loads((run.folder / "results.json").read_text())[name]
+        assert f" ({digest[:12]}…)" in page.text
+        assert digest not in page.text
+    parameters = sum(weight.numel() for weight in run.objective.sit.parameters())
+    assert f"{parameters:,} parameters" in page.text
+    assert "export/model.safetensors" in page.text
+
+
+def test_the_page_needs_nothing_else(whole):
+    run, page = whole
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "link", "iframe", "a", "base"}
+    assert not any(name.startswith("on") for _, values in page.tags for name in values)
+    style = (run.folder / "report.html").read_text().split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_curves_are_drawn_for_both_screens(whole):
+    _, page = whole
+    curves = {alt: p for alt, p in page.pictures.items() if " points, last " in alt}
+    assert [alt.split(" over ")[0] for alt in curves][:4] == [
+        "total loss",
+        "flow matching",
+        "point-wise (negative cosine)",
+        "structural",
+    ]
+    assert all("over 5 points" in alt for alt in curves)
+    assert "flow matching over 5 points, last 0.1" in curves
+    for tag, values in page.tags:
+        if tag == "source":
+            assert values["media"] == "(prefers-color-scheme: dark)"
+    assert len(curves) == sum(tag == "source" for tag, _ in page.tags)
+
+
+def test_real_images_lie_as_the_samples_do(whole):
+    run, page = whole
+    drawn, real = (
+        np.asarray(picture.convert("RGB"))
+        for alt, pictures in page.pictures.items()
+        for picture in pictures
+        if alt.startswith("contact sheet")
+    )
+    assert np.array_equal(
+        drawn, np.asarray(Image.open(run.config.samples_folder / "contact_sheet.png"))
+    )
+    assert drawn.shape == real.shape
+    # Rows are the four classes drawn; the shards hold nine images of each class.
+    dataset = ShardDataset(run.config.evaluate.reference)
+    for row in range(4):
+        third = (dataset.labels == row).nonzero()[2]
+        expected = dataset.read(third).images[0].permute(1, 2, 0).numpy()
+        top, left = 2 + row * 50, 2 + 2 * 50
+        tile = real[top : top + 48 : 3, left : left + 48 : 3]
+        assert np.array_equal(tile, expected)
+        assert (real[top : top + 48, 2 + 9 * 50 :] == 255).all()
+
+
+def test_similarity_maps_and_their_numbers(whole):
+    _, page = whole
+    maps = [alt for alt in page.pictures if alt.startswith("similarity to the token")]
+    spaces = {alt.rsplit(", ", 1)[1] for alt in maps}
+    assert spaces == {"teacher", "block 2", "projected"}
+    assert sum(len(page.pictures[alt]) for alt in maps) == 3 * 4 * 3
+    centre = page.pictures["similarity to the token at (4, 4), teacher"][0].convert("RGB")
+    assert centre.size == (144, 144)
+    # The query is outlined, and as similar to itself as can be: the colour at the top of the scale.
+    assert centre.getpixel((4 * 18, 4 * 18)) == (255, 64, 64)
+    assert centre.getpixel((4 * 18 + 9, 4 * 18 + 9)) == (253, 231, 36)
+    assert "±" in page.text
+
+
+def test_all_text_is_escaped(small_run):
+    run = small_run(name='a<b>&"c"')
+    run.write_everything()
+    results = json.loads((run.folder / "results.json").read_text())
+    results["scores"][NASTY] = 1.0
+    results["settings"]["reference"] = NASTY
+    (run.folder / "results.json").write_text(json.dumps(results))
+    (run.folder / NASTY.replace("/", ":")).touch()
+    page = Page(report(run.config))
+    assert not any(tag in ("script", "b<b>") for tag, _ in page.tags)
+    assert 'a<b>&"c"' in page.words
+    assert NASTY in page.words
+    assert NASTY.replace("/", ":") in page.words
+
+
+def test_what_is_missing_is_named(small_run):
+    run = small_run()
+    run.write_metrics()
+    page = Page(report(run.config))
+    assert page.sections == ["curves", "config", "files"]
+    assert [text.split(":")[0] for text in page.notes] == [
+        "No samples",
+        "No token similarities",
+        "No scores",
+        "No environment",
+        "No timings",
+    ]
+    assert all("\n" not in text for text in page.notes)
+    for command in ("sample", "export", "evaluate"):
+        assert f"`srepa-ds {command} CONFIG`" in " ".join(page.notes)
+
+
+def test_samples_are_shown_even_without_real_images(small_run):
+    run = small_run("evaluate.reference=nowhere")
+    run.write_metrics()
+    run.write_samples(checkpoint="")
+    page = Page(report(run.config))
+    assert "samples" in page.sections
+    assert "similarity" not in page.sections
+    assert len([alt for alt in page.pictures if alt.startswith("contact sheet")]) == 1
+    assert any(text.startswith("No real images: nowhere") for text in page.notes)
+
+
+def test_classes_without_real_images_do_not_hide_the_samples(small_run, tmp_path):
+    description = DatasetDescription(
+        source={"kind": "test"}, image_shape=(3, 16, 16), class_names=tuple("0123456789")
+    )
+    folder = tmp_path / "nines"
+    with ShardWriter(folder, description=description, samples_per_shard=1) as writer:
+        writer.add(np.zeros((16, 16, 3), np.uint8), 9)
+    run = small_run(f"evaluate.reference={folder}")
+    run.write_metrics()
+    run.write_samples(checkpoint="")
+    page = Page(report(run.config))
+    assert "samples" in page.sections
+    assert len([alt for alt in page.pictures if alt.startswith("contact sheet")]) == 1
+    assert any("holds no image of the classes that were drawn" in text for text in page.notes)
+
+
+def test_classes_the_sheet_leaves_out_need_no_real_images(small_world):
+    real = ShardDataset(small_world.folder / "shards")
+    # Ten rows for 0, 2, ... of these; the shards hold 0 to 9.
+    sheet = np.asarray(real_sheet(real, torch.arange(20)))
+    assert sheet.shape[0] == 10 * 50 + 2
+    assert (sheet[5 * 50 + 2 :] == 255).all()
+    assert all((sheet[row * 50 + 2 :][:48] < 255).any() for row in range(5))
+    # The class 9 is there, but of the twelve classes it is one of the two without a row.
+    labels = torch.tensor([-3, -2, -1, 9, *range(20, 28)])
+    with pytest.raises(DataError, match="no image of the classes"):
+        real_sheet(real, labels)
+
+
+def test_a_set_without_labels_is_shown_alone(small_run):
+    run = small_run()
+    run.write_metrics()
+    run.write_samples(checkpoint="")
+    images = np.load(run.config.samples_folder / "samples.npz")["arr_0"]
+    np.savez(run.config.samples_folder / "samples.npz", images)
+    page = Page(report(run.config))
+    assert len([alt for alt in page.pictures if alt.startswith("contact sheet")]) == 1
+    assert any(text.startswith("No real images:") for text in page.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"),
+    [
+        ("samples.npz", lambda content: b""),
+        ("samples.npz", lambda content: content[:-50]),
+        ("samples.npz", lambda content: b"somebody's"),
+        ("contact_sheet.png", lambda content: content[: len(content) // 2]),
+        ("contact_sheet.png", lambda content: content[:20]),
+        ("contact_sheet.png", lambda content: content[:8] + b"x" * len(content[8:])),
+    ],
+)
+def test_damaged_samples_are_named(small_run, name, damaged):
+    run = small_run()
+    run.write_metrics()
+    run.write_samples(checkpoint="")
+    path = run.config.samples_folder / name
+    path.write_bytes(damaged(path.read_bytes()))
+    page = Page(report(run.config))
+    assert "samples" not in page.sections
+    (text,) = [text for text in page.notes if text.startswith("No samples:")]
+    assert f"{path} is no finished sample set" in text
+    assert "`srepa-ds sample CONFIG`" in text
+
+
+def test_samples_of_unknown_origin_are_shown_with_a_note(small_run):
+    run = small_run()
+    run.write_everything()
+    path = run.config.samples_folder / "provenance.json"
+    path.write_text("[]")
+    page = Page(report(run.config))
+    assert page.sections == SECTIONS
+    (text,) = page.notes
+    assert text.startswith(f"{path}: is no JSON object")
+
+
+def test_results_of_another_form_break_nothing(small_run):
+    run = small_run()
+    run.write_metrics()
+    document = {"scores": 3, "settings": [], "samples": "", "extractor_sha256": 1}
+    (run.folder / "results.json").write_text(json.dumps(document))
+    assert "scores" in Page(report(run.config)).sections
+
+
+def test_damaged_documents_are_named(small_run):
+    run = small_run()
+    run.write_metrics()
+    (run.folder / "results.json").write_text("{")
+    (run.folder / "timings.json").write_text("[]")
+    page = Page(report(run.config))
+    assert page.sections == ["curves", "config", "files"]
+    assert any(text.startswith("No scores: results.json: is not JSON") for text in page.notes)
+    assert any(text.startswith("No timings: timings.json: is no JSON obj") for text in page.notes)
+
+
+def test_parts_that_do_not_belong_together_are_named(small_run):
+    run = small_run()
+    run.write_everything()
+    drawn = run.config.samples_folder
+    run.write_export(step=4)
+    drawn.rename(run.config.samples_folder)
+    (run.config.samples_folder / "provenance.json").write_text('{"checkpoint_sha256": "other"}')
+    notes = Page(report(run.config)).notes
+    assert [text.rsplit(":", 1)[1] for text in notes] == [
+        " export again.",
+        " sample again.",
+        " evaluate again.",
+    ]
+
+
+def test_scores_of_another_feature_space_or_reference_are_named(small_run, small_world, tmp_path):
+    weights = tmp_path / "teacher.safetensors"
+    shutil.copy(small_world.folder / "teacher.safetensors", weights)
+    extractor = small_run().config.evaluate.extractor.model_copy(update={"weights": weights})
+    run = small_run(f"evaluate.extractor={extractor.model_dump_json()}")
+    run.write_everything()
+    assert Page(report(run.config)).notes == []
+    results = json.loads((run.folder / "results.json").read_text())
+    results["reference_id"] = "another"
+    (run.folder / "results.json").write_text(json.dumps(results))
+    weights.write_bytes(b"another")
+    by, against = Page(report(run.config)).notes
+    assert by == (
+        f"The scores were measured by other weights than those in {weights}: evaluate again."
+    )
+    assert against.startswith("The scores were measured against other images than those in ")
+    weights.unlink()
+    assert Page(report(run.config)).notes == [against]
+
+
+def test_a_run_trained_elsewhere(small_run):
+    """The DeepSpeed JSON of the training machine is of no interest to a report."""
+    run = small_run()
+    run.write_everything()
+    for path in (run.folder / "config.yaml", run.config.export_folder / "config.json"):
+        text = path.read_text()
+        assert "ds_configs/zero2.json" in text
+        path.write_text(text.replace("ds_configs/zero2.json", "nowhere/zero2.json"))
+    page = Page(report(run.config))
+    assert page.sections == SECTIONS
+    assert page.notes == []
+
+
+def test_the_run_is_described_as_it_was_trained(small_run):
+    run = small_run()
+    run.write_metrics()
+    run.write_documents()
+    other = small_run("alignments=[]", "train.batch_size=8", beside=run)
+    page = Page(report(other.config))
+    assert "sREPA-MSE" in page.text
+    assert "batch_size: 16" in page.text
+    assert any("train.batch_size: was 16, is 8" in text for text in page.notes)
+
+
+@pytest.mark.parametrize("content", [None, "", '{"step": 1, "loss_to', "[]\n3\n"])
+def test_without_a_record_there_is_nothing_to_report(small_run, content):
+    run = small_run()
+    if content is not None:
+        run.folder.mkdir()
+        (run.folder / "metrics.jsonl").write_text(content)
+    with pytest.raises(DataError, match="train first"):
+        report(run.config)
+    assert not (run.folder / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_written(small_run):
+    run = small_run()
+    run.write_metrics()
+    (run.folder / "report.html").mkdir()
+    with pytest.raises(OutputError, match=r"report\.html"):
+        report(run.config)
+    assert not list(run.folder.glob("*.partial"))
+
+
+def test_without_matplotlib_the_extra_is_named(small_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SRepaError, match=r"srepa_ds\[demo\]"):
+        report(small_run().config)
+
+
+def test_reporting_twice_gives_the_same_page(whole):
+    run, _ = whole
+    before = (run.folder / "report.html").read_bytes()
+    torch.manual_seed(1)
+    assert report(run.config).read_bytes() == before

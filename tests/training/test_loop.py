@@ -1,0 +1,212 @@
+"""What a run does besides stepping: it looks at itself, and comes back from what is not finite."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from ranks import run_worker
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from srepa_ds.checkpoint.folder import step_folder
+from srepa_ds.checkpoint.reader import CheckpointReader
+from srepa_ds.training.rollbacks import setbacks_after
+
+pytestmark = pytest.mark.slow
+
+# Weights below the threshold are never released under stage 3; at real sizes the large ones are.
+RELEASED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+ARRANGEMENTS = {
+    "stage 0": (2, "zero0", "fp32"),
+    "stage 2": (2, "zero2", "bf16"),
+    "stage 3": (2, "zero3", "bf16"),
+    "stage 3, weights released": (2, "released", "fp32"),
+}
+STEPS = 6
+
+
+def record(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(step_folder(folder / "checkpoints", step))
+    return {f"{k}/{n}": reader.tensor(k, n) for k in reader.kinds() for n in reader.names(k)}
+
+
+@pytest.fixture(scope="module", params=ARRANGEMENTS)
+def watched(request, small_world, tmp_path_factory) -> tuple[Path, Path]:
+    """The same run, left alone and looked at."""
+    root = tmp_path_factory.mktemp("watched")
+    world_size, arrangement, precision = ARRANGEMENTS[request.param]
+    (root / "released.json").write_text(json.dumps(RELEASED))
+    folder = root if arrangement == "released" else Path("ds_configs")
+    common = [
+        f"train.steps={STEPS}",
+        f"engine.deepspeed={folder / arrangement}.json",
+        f"engine.precision={precision}",
+    ]
+    looking = [
+        "monitor.images_every_steps=2",
+        "monitor.num_images=21",
+        "monitor.evaluate_every_steps=3",
+        "monitor.num_evaluated=50",
+        "sample.label_mode=balanced",
+    ]
+    runs = [
+        ";".join([f"run.folder={root / 'alone'}", *common]),
+        ";".join([f"run.folder={root / 'watched'}", *common, *looking]),
+    ]
+    run_worker("train_runs", world_size, small_world.config, *runs)
+    return root / "alone", root / "watched"
+
+
+def test_looking_changes_no_bit_of_the_run(watched):
+    alone, seen = (weights(folder, STEPS) for folder in watched)
+    assert alone.keys() == seen.keys()
+    assert all(torch.equal(alone[key], seen[key]) for key in alone)
+
+
+def test_it_leaves_pictures_and_distances(watched):
+    _, folder = watched
+    names = sorted(path.name for path in (folder / "pictures").iterdir())
+    assert names == ["step-0000002.png", "step-0000004.png", "step-0000006.png"]
+    first, last = (
+        torch.frombuffer(
+            bytearray(Image.open(folder / "pictures" / n).tobytes()), dtype=torch.uint8
+        )
+        for n in (names[0], names[-1])
+    )
+    assert first.shape == last.shape
+    assert not torch.equal(first, last)
+    distances = [line for line in record(folder) if "frechet_distance" in line]
+    assert [line["step"] for line in distances] == [3, 6]
+    assert all(math.isfinite(line["frechet_distance"]) for line in distances)
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert [event.step for event in events.Images("samples")] == [2, 4, 6]
+
+
+def test_the_record_says_how_the_run_fares(watched):
+    _, folder = watched
+    lines = [line for line in record(folder) if "loss_total" in line]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line in lines:
+        assert line["alignment_cosine"] == -line["loss_pointwise"]
+        assert 0 <= line["data_wait_share"] <= 1
+        assert line["tflops_per_rank"] > 0
+        assert line["peak_memory_gb"] > 0.1
+        by_time = [value for key, value in line.items() if key.startswith("flow_t")]
+        assert 0 < len(by_time) <= 10
+        assert min(by_time) <= line["loss_flow"] <= max(by_time)
+    # The average lags behind weights that move.
+    assert 0 < lines[-1]["ema_distance"] < 1
+
+
+def test_a_distance_is_that_of_the_exported_samples(small_world, tmp_path):
+    """The distance of the last step is what `sample` and `evaluate` find for the exported EMA."""
+    from srepa_ds.cli import run
+
+    folder = tmp_path / "run"
+    settings = [
+        f"run.folder={folder}",
+        "train.steps=4",
+        "monitor.evaluate_every_steps=4",
+        "monitor.num_evaluated=40",
+        "sample.num_samples=40",
+        "sample.batch_size=20",
+    ]
+    run_worker("train_runs", 2, small_world.config, ";".join(settings))
+    for command in ("export", "sample", "evaluate"):
+        assert run([command, str(small_world.config), *settings]) == 0
+    (found,) = (line for line in record(folder) if "frechet_distance" in line)
+    scores = json.loads((folder / "results.json").read_text())["scores"]
+    assert found["frechet_distance"] == pytest.approx(scores["frechet_distance"], rel=1e-3)
+
+
+def faulty(world, folder: Path, spans: str, *overrides: str) -> list[dict]:
+    common = [f"run.folder={folder}", "checkpoint.every_steps=4", "train.max_skipped_steps=2"]
+    (folder / "message.txt").unlink(missing_ok=True)
+    run_worker("faulty_data", 2, world.config, spans, *common, *overrides)
+    return record(folder)
+
+
+def history(folder: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in line]
+
+
+def test_a_skipped_step_is_explained_and_changes_nothing_else(small_world, tmp_path):
+    lines = faulty(small_world, tmp_path / "run", "35-37", "train.steps=5")
+    (line,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    told = json.loads(line)
+    assert told["step"] == 3
+    assert told["not_finite"] == ["flow", "pointwise", "structural"]
+    assert len(told["sample_ids"]) == 16
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 0, 0]
+    assert [line["step"] for line in lines if "loss_total" in line] == [1, 2, 4, 5]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+def test_several_in_a_row_roll_back_and_the_run_goes_on_behind_them(small_world, tmp_path):
+    # Steps 6 and 7 take the samples from 80 to 112; the checkpoint of step 4 is the last good one.
+    folder = tmp_path / "run"
+    lines = faulty(small_world, folder, "80-112", "train.steps=9")
+    assert [line["step"] for line in history(folder, "sample_ids")] == [6, 7]
+    (rollback,) = history(folder, "rolled_back_to")
+    assert rollback == {"step": 7, "rolled_back_to": 4, "samples_seen": 112}
+    # The last checkpoint lies behind the failure, so it no longer counts.
+    assert setbacks_after(folder, 9).rollbacks == 0
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    state = CheckpointReader(step_folder(folder / "checkpoints", 9)).state
+    assert state["step"] == 9
+    # Nine steps that count, the fifth taken twice, and two that were lost.
+    assert state["samples_seen"] == (9 + 1 + 2) * 16
+    assert not (folder / "message.txt").exists()
+
+
+def test_it_gives_up_after_as_many_rollbacks_as_allowed_over_restarts(small_world, tmp_path):
+    folder = tmp_path / "run"
+    looking = ("monitor.images_every_steps=1", "monitor.num_images=4")
+    looking += ("monitor.evaluate_every_steps=1", "monitor.num_evaluated=40")
+    for _ in range(2):
+        lines = faulty(
+            small_world, folder, "80-9999", "train.steps=9", "train.max_rollbacks=2", *looking
+        )
+        message = (folder / "message.txt").read_text()
+        assert "after 2 rollbacks; step-0000004 is good" in message
+        assert "skipped.jsonl" in message
+        assert len(history(folder, "rolled_back_to")) == 2
+        # Step 5 was taken, looked at, and taken back.
+        assert {line["step"] for line in lines if "loss_total" in line} == {1, 2, 3, 4}
+        assert [(line["step"], line["skipped"]) for line in lines[-2:]] == [(5, 1), (6, 1)]
+        pictures = sorted(path.name for path in (folder / "pictures").iterdir())
+        assert pictures == [f"step-000000{step}.png" for step in (1, 2, 3, 4)]
+        events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
+        events.Reload()
+        assert [event.step for event in events.Images("samples")] == [1, 2, 3, 4]
+
+
+def test_a_restart_goes_on_where_the_rollback_did(small_world, tmp_path):
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    # It ends after its first rollback, before it could write a checkpoint.
+    faulty(small_world, broken, "80-176", "train.steps=9", "train.max_rollbacks=1")
+    assert "after 1 rollbacks" in (broken / "message.txt").read_text()
+    assert history(broken, "rolled_back_to")[0]["samples_seen"] == 112
+    # What was wrong from 112 on is mended.
+    resumed = faulty(small_world, broken, "80-112", "train.steps=9", "train.max_rollbacks=1")
+    assert not (broken / "message.txt").exists()
+    uninterrupted = faulty(small_world, whole, "80-112", "train.steps=9")
+    assert [line["loss_total"] for line in resumed] == [x["loss_total"] for x in uninterrupted]
+    found, expected = weights(broken, 9), weights(whole, 9)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(small_world, tmp_path):
+    folder = tmp_path / "run"
+    faulty(small_world, folder, "0-9999", "train.steps=9")
+    assert "steps 1 to 2 were not finite, and there is no" in (folder / "message.txt").read_text()
