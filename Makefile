@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --ed
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-all test-oldest install versions check format clean
+.PHONY: demo test test-all test-oldest test-upstream install versions check format clean
 
 ## demo: train, resume, export, sample and score a model on handwritten digits, then report
 demo: $(INSTALLED)
@@ -22,15 +22,19 @@ demo: $(INSTALLED)
 
 ## test: lint, types, floors, and the quick tests
 test: check
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not upstream"
 
 ## test-all: everything that runs without a GPU
 test-all: check
-	$(PYTEST)
+	$(PYTEST) -m "not upstream"
 
 ## test-oldest: the same with the oldest versions that setup.cfg admits, in an environment of its own
 test-oldest:
 	$(MAKE) test-all VENV=$(VENV)-oldest CONSTRAINTS=constraints/oldest.txt
+
+## test-upstream: whether DeepSpeed still has the faults that this package avoids
+test-upstream: $(INSTALLED)
+	$(PYTEST) -m upstream
 
 ## check: what a commit must pass, without the tests
 check: $(INSTALLED)

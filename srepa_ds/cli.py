@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from srepa_ds.config.experiment import Config
     from srepa_ds.schema import Section
 
-    S = TypeVar("S", bound=Section)
-
 INTERRUPTED = 75
-"""Exit code of a training run that a signal ended after it saved (EX_TEMPFAIL: run it again)."""
+"""Exit code of a training run that saved and stopped on a signal (EX_TEMPFAIL: run it again)."""
 
 app = typer.Typer(
     help=__doc__,
@@ -37,7 +35,7 @@ Overrides = Annotated[
 ]
 RankCount = Annotated[
     int,
-    typer.Option("--ranks", help="Processes on this machine; leave out under torchrun."),
+    typer.Option("--ranks", help="Processes on this machine; omit under torchrun."),
 ]
 
 
@@ -59,16 +57,17 @@ def prepare(
     ] = False,
     ranks: RankCount = 1,
 ) -> None:
-    """Make shards of a source of images; or, with --teacher, store tokens beside the shards."""
+    """Make shards from a source of images; with --teacher, store teacher tokens beside them."""
     if store_teachers:
         _store_teachers(path, overrides, ranks)
     elif ranks != 1:
-        raise typer.BadParameter("images are prepared by one process; --ranks needs --teacher")
+        raise typer.BadParameter("one process prepares images; --ranks needs --teacher")
     from srepa_ds.commands.prepare import PrepareConfig
     from srepa_ds.commands.prepare import prepare as run
+    from srepa_ds.schema import load_section
 
     _log()
-    run(_section(PrepareConfig, path, overrides))
+    run(load_section(PrepareConfig, path, overrides or ()))
 
 
 def _store_teachers(path: Path, overrides: list[str] | None, ranks: int) -> NoReturn:
@@ -83,11 +82,12 @@ def _store_teachers(path: Path, overrides: list[str] | None, ranks: int) -> NoRe
 
 @app.command()
 def teacher(path: ConfigPath, overrides: Overrides = None) -> None:
-    """Train a small ViT classifier on shards, to be a teacher where no pretrained one fits."""
+    """Train a small ViT classifier on shards, as a teacher where no pretrained one fits."""
     from srepa_ds.commands.teacher import TeacherTrainingConfig, train_teacher
+    from srepa_ds.schema import load_section
 
     _log()
-    train_teacher(_section(TeacherTrainingConfig, path, overrides))
+    train_teacher(load_section(TeacherTrainingConfig, path, overrides or ()))
 
 
 @app.command()
@@ -96,10 +96,10 @@ def train(
     overrides: Overrides = None,
     ranks: RankCount = 1,
     allow_config_change: Annotated[
-        bool, typer.Option("--allow-config-change", help="Resume although settings changed.")
+        bool, typer.Option("--allow-config-change", help="Resume even if settings changed.")
     ] = False,
 ) -> None:
-    """Train a SiT; the same command resumes. Ctrl-C saves first."""
+    """Train a SiT; the same command resumes. Ctrl-C saves before it stops."""
 
     def action() -> int:
         from srepa_ds.commands.train import train as run_training
@@ -147,7 +147,7 @@ def evaluate(path: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def report(path: ConfigPath, overrides: Overrides = None) -> None:
-    """Write one self-contained report.html of a run: curves, images, similarity maps, scores."""
+    """Write a self-contained report.html of a run: curves, images, similarity maps, scores."""
     from srepa_ds.commands.report import report as run
     from srepa_ds.config.experiment import load_config
 
@@ -161,11 +161,11 @@ def demo(
         str, typer.Option(help="sit, repa, srepa-mse, srepa-kl, irepa, reg, ...")
     ] = "srepa-mse",
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
-    ranks: Annotated[int, typer.Option(help="Processes to train and sample with.")] = 2,
+    ranks: Annotated[int, typer.Option(help="Processes for training and sampling.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
     images: Annotated[int | None, typer.Option(help="Images to draw.")] = None,
 ) -> None:
-    """Do all of it on handwritten digits: prepare, teach, train, sample, score, report."""
+    """Run everything on handwritten digits: prepare, teach, train, sample, score, report."""
     from srepa_ds.commands.demo import run_demo
 
     raise typer.Exit(run_demo(mode=mode, steps=steps, ranks=ranks, seed=seed, images=images))
@@ -173,30 +173,30 @@ def demo(
 
 @app.command()
 def version() -> None:
-    """Print the versions of all packages, beside those that this release was tested with."""
-    from srepa_ds.commands.version import table, versions
+    """Print the versions of all packages, next to those this release was tested with."""
+    from srepa_ds.commands.version import version as run
 
-    typer.echo(table(versions()))
+    typer.echo(run())
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Returns the exit code of one command line; a user's fault becomes one message and code 2."""
+    """Runs one command line and returns its exit code; an SRepaError becomes one message."""
     try:
         return app(list(arguments), standalone_mode=False) or 0
     except SRepaError as error:
-        _complain(error)
+        _print_error(error)
         return error.exit_code
     except typer.TyperException as error:
         text = error.format_message()
         typer.echo(f"error: {text} See `srepa-ds --help`." if arguments else text, err=True)
         return 2
     except (typer.Abort, KeyboardInterrupt):
-        typer.echo("interrupted; the same command goes on from what is finished", err=True)
+        typer.echo("interrupted; run the same command again to continue", err=True)
         return 130
 
 
 def main() -> None:
-    """Runs the command line of this process and ends it."""
+    """Runs this process's command line and exits."""
     show_warnings_once()
     code = run(sys.argv[1:])
     if launched():
@@ -206,8 +206,8 @@ def main() -> None:
     sys.exit(code)
 
 
-def _complain(error: SRepaError) -> None:
-    """Says once what is wrong; with SREPA_DEBUG set, shows where it arose."""
+def _print_error(error: SRepaError) -> None:
+    """Prints an error once, not on every rank; with SREPA_DEBUG set, with its traceback."""
     if os.environ.get("SREPA_DEBUG"):
         traceback.print_exception(error)
     if os.environ.get("RANK", "0") == "0" or not error.on_all_ranks:
@@ -215,7 +215,7 @@ def _complain(error: SRepaError) -> None:
 
 
 def _on_ranks(action: Callable[[], int], ranks: int, *, command: Sequence[str]) -> NoReturn:
-    """Runs `action` on this rank, or starts `ranks` processes that run `command`: each the same."""
+    """Runs `action` on this rank, or starts `ranks` processes that each run `command`."""
     if ranks != 1 and not launched():
         raise typer.Exit(run_ranks(command, ranks, port=free_port()))
     from srepa_ds.distributed import devices, ranks
@@ -231,18 +231,19 @@ def _on_ranks(action: Callable[[], int], ranks: int, *, command: Sequence[str]) 
 
 
 def _config_of_all_ranks(path: Path, overrides: list[str] | None) -> "Config":
-    """Returns the experiment, having joined the other ranks.
+    """Joins the other ranks and returns the experiment.
 
-    Raises on all of them alike what any finds wrong with its file, and ConfigError if they differ.
+    A fault that any rank finds in its file is raised on all of them, and ConfigError if the ranks'
+    settings differ.
     """
     from srepa_ds.config.experiment import load_config
     from srepa_ds.distributed import ranks
     from srepa_ds.schema import to_tree
-    from srepa_ds.training.run_folder import leaves
+    from srepa_ds.trees import leaves
 
     ranks.initialize()
     config = ranks.together(lambda: load_config(path, overrides or ()))
-    advice = "ranks were given different settings; give all the same file and overrides"
+    advice = "ranks were given different settings; give them all the same file and overrides"
     ranks.check_same(dict(leaves(to_tree(config))), what=advice)
     return config
 
@@ -253,19 +254,13 @@ def _log() -> None:
     set_up_logging(is_main=os.environ.get("RANK", "0") == "0")
 
 
-def _section(schema: "type[S]", path: Path, overrides: list[str] | None) -> "S":
-    from srepa_ds.schema import validated
-    from srepa_ds.trees import apply_overrides, load_tree
-
-    return validated(schema, apply_overrides(load_tree(path), overrides or ()), source=str(path))
-
-
 def _any_config(path: Path, overrides: list[str] | None) -> "Section":
-    """Returns the configuration of whatever kind the file's `kind` says."""
+    """Returns the configuration of the kind that the file's `kind` names."""
     from srepa_ds.commands.prepare import PrepareConfig
     from srepa_ds.commands.teacher import TeacherTrainingConfig
     from srepa_ds.config.experiment import load_config
     from srepa_ds.errors import ConfigError, Fault, nearest
+    from srepa_ds.schema import load_section
     from srepa_ds.trees import load_tree
 
     kinds = {"experiment": None, "prepare": PrepareConfig, "teacher": TeacherTrainingConfig}
@@ -273,5 +268,5 @@ def _any_config(path: Path, overrides: list[str] | None) -> "Section":
     if kind not in kinds:
         fault = Fault("kind", f"unknown '{kind}'; {nearest(kind, kinds)}")
         raise ConfigError(str(path), [fault])
-    schema = kinds[kind]
-    return _section(schema, path, overrides) if schema else load_config(path, overrides or ())
+    schema, overrides = kinds[kind], overrides or []
+    return load_section(schema, path, overrides) if schema else load_config(path, overrides)

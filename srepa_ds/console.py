@@ -1,7 +1,7 @@
-"""Other packages' warnings on the terminal: each once per run, on whichever rank meets it first.
+"""The terminal: log messages, progress, and other packages' warnings, each once per run.
 
-Python's own rule, once per line of code, does not hold in a training: it starts over whenever any
-package enters `warnings.catch_warnings`, and every rank follows it for itself.
+Python's own rule for warnings, once per line of code, fails in a training: it starts over whenever
+a package enters `warnings.catch_warnings`, and every rank applies it separately.
 """
 
 import logging
@@ -21,15 +21,17 @@ from rich.progress import track
 
 log = logging.getLogger("srepa_ds")
 
+T = TypeVar("T")
+
 _PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 class WarningsOnce:
-    """Stands in for `warnings.showwarning`.
+    """Replaces `warnings.showwarning`.
 
-    Once the ranks have joined they agree which one shows a warning. Before that the main rank shows
-    its own, and the others keep theirs until they can ask. Warnings at this package's own lines are
-    shown on every rank, once on each.
+    Once the ranks have joined, they agree which of them shows a warning. Before that, the main rank
+    shows its own and the others keep theirs until they can ask. Warnings at this package's own
+    lines are shown once on every rank.
     """
 
     def __init__(self) -> None:
@@ -59,16 +61,16 @@ class WarningsOnce:
             log.warning("%s", text)
 
     def agree_by(self, is_first: Callable[[str], bool] | None) -> None:
-        """Lets ranks decide by `is_first(text)`: True on one rank per text. None: they part."""
+        """Decides by `is_first(text)`, True on one rank per text; None before the ranks part."""
         self._is_first = is_first
         if is_first is not None:
-            # What the main rank has shown already, no other rank needs to.
+            # The main rank has already shown these, so the others must not.
             for text in self._shown_alone:
                 self._ask(text)
         self._shown_alone = []
 
     def show_waiting(self) -> None:
-        """Shows what this rank has kept, unless another rank has shown it."""
+        """Shows the warnings this rank has kept, except those that another rank has shown."""
         waiting, self._waiting = self._waiting, []
         for text in waiting:
             if self._ask(text):
@@ -94,13 +96,13 @@ class WarningsOnce:
 
 
 class _SharedSet:
-    """Texts that this process or one that it forked has seen; data workers are forked."""
+    """A set of texts shared with the processes forked from this one, such as data workers."""
 
     def __init__(self, size: int = 1 << 20) -> None:
         self._marks = mmap.mmap(-1, size)
 
     def add(self, text: str) -> bool:
-        """Adds `text` and returns whether it is new; two texts in a million are taken for one."""
+        """Adds `text` and returns whether it is new; two texts collide once in a million."""
         mark = zlib.crc32(text.encode(errors="replace")) % len(self._marks)
         is_new = self._marks[mark] == 0
         self._marks[mark] = 1
@@ -111,28 +113,22 @@ _shown = WarningsOnce()
 
 
 def show_warnings_once() -> None:
-    """Has `WarningsOnce` show the warnings of this process, and of those that it forks."""
+    """Shows the warnings of this process, and of those it forks, through `WarningsOnce`."""
     warnings.showwarning = _shown.show
 
 
 def let_ranks_agree(is_first: Callable[[str], bool] | None) -> None:
-    """Has the ranks agree which of them shows a warning; see `WarningsOnce.agree_by`."""
+    """Lets the ranks agree which of them shows a warning; see `WarningsOnce.agree_by`."""
     _shown.agree_by(is_first)
 
 
 def show_waiting_warnings() -> None:
-    """Shows the warnings that this rank met before it could ask the others."""
+    """Shows the warnings that this rank has kept because it could not ask the others."""
     _shown.show_waiting()
 
 
-log = logging.getLogger("srepa_ds")
-
-
-T = TypeVar("T")
-
-
 def set_up_logging(*, is_main: bool) -> None:
-    """Sends the package's messages of the main rank to the terminal, of others only warnings."""
+    """Sends the package's log to the terminal: all of the main rank's, of others only warnings."""
     if sys.stderr.isatty():
         handler: logging.Handler = RichHandler(
             console=Console(stderr=True), show_path=False, rich_tracebacks=False
@@ -147,7 +143,7 @@ def set_up_logging(*, is_main: bool) -> None:
 
 
 def steps_shown(steps: Iterable[T], *, total: int, what: str, is_main: bool) -> Iterator[T]:
-    """Yields `steps` and shows how far they are: a bar on a terminal, some lines in a log."""
+    """Yields `steps` and shows their progress: a bar on a terminal, some lines in a log."""
     if is_main and sys.stderr.isatty():
         yield from track(
             steps, description=what, total=total, console=Console(stderr=True), transient=True

@@ -1,7 +1,7 @@
 """The training engine: DeepSpeed composed, never subclassed.
 
-Builds it from the configuration, takes one optimizer step over micro batches, and hands its state
-to checkpoints as fragments that know no topology.
+It is built from the configuration, takes one optimizer step over micro batches, and hands its
+state to checkpoints as fragments that do not depend on the topology.
 """
 
 import logging
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
 from torch import Tensor
 
@@ -21,44 +20,37 @@ from srepa_ds.config.experiment import Config
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
 from srepa_ds.errors import CheckpointError
+from srepa_ds.model.precision import PRECISIONS
 from srepa_ds.model.sit import SiTOutput
-from srepa_ds.objective import Losses, Objective, TrainingInputs
-from srepa_ds.optim.ema import MAIN, ShardedEma
-from srepa_ds.zero.fixes import (
-    drop_unless_finite,
-    forget_gradients,
-    gradient_norm,
-    hide_gathering,
-    judge_by_norm,
-    keep_gradients_of_one_rank,
-    use_group,
-)
+from srepa_ds.objective import Losses, Objective, SamplingInputs, TrainingInputs
+from srepa_ds.optim.ema import MAIN_EMA, ShardedEma
+from srepa_ds.zero import fixes
 from srepa_ds.zero.fragments import (
     MOMENTS,
     Fragment,
     adam_step,
     fragments,
+    gathered,
     moment,
     publish_masters,
     set_adam_step,
     set_masters,
 )
-from srepa_ds.zero.json_file import stage_of
 from srepa_ds.zero.settings import build_optimizer_for, deepspeed_config
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did; tensors stay on the device until somebody logs them."""
+    """The result of one optimizer step; its tensors stay on the device until they are logged."""
 
     losses: Losses
     """Means over this rank's micro batches."""
 
     gradient_norm: Tensor
-    """Global norm before clipping; infinite when the step was skipped for it."""
+    """Global norm before clipping; not finite if that made the ranks skip the step."""
 
     applied: bool
-    """False when gradients that are not finite made all ranks skip the step."""
+    """False if gradients that are not finite made all ranks skip the step."""
 
 
 def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
@@ -80,21 +72,22 @@ class Engine:
     """One DeepSpeed engine around an `Objective`, with its sharded EMA."""
 
     def __init__(self, objective: Objective, config: Config, rank: Rank):
-        _quieten(rank)
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._device = rank.device
         self._shapes = {name: tuple(p.shape) for name, p in objective.named_parameters()}
         # DeepSpeed casts the module before it clones the masters; these give them back their bits.
-        # Casting and moving make new tensors, so what is kept here need not be a copy.
-        named = objective.named_parameters() if config.engine.precision == "bf16" else ()
+        # Casting and moving make new tensors, so these need not be copies.
+        is_rounded = PRECISIONS[config.engine.precision].weights != torch.float32
+        named = objective.named_parameters() if is_rounded else ()
         initial = {name: parameter.detach() for name, parameter in named}
         objective.to(rank.device)
         parameters = [p for p in objective.parameters() if p.requires_grad]
         document = deepspeed_settings(config, rank.world_size)
-        # Before DeepSpeed's first collective: one rank alone may lack what the kernel is built by.
+        # Before DeepSpeed's first collective: one rank alone may be unable to build the kernel.
         optimizer = ranks.together(
             lambda: build_optimizer_for(document, config.optimizer, parameters)
         )
-        use_group(ranks.another_group)
+        fixes.prepare(rank)
         self._deepspeed, *_ = deepspeed.initialize(
             model=objective,
             model_parameters=parameters,
@@ -102,12 +95,10 @@ class Engine:
             config=document,
             dist_init_required=False,
         )
-        hide_gathering(self._deepspeed)
-        judge_by_norm(self._deepspeed)
-        keep_gradients_of_one_rank(self._deepspeed)
-        self._is_dealt_out = stage_of(document) == 0 and rank.world_size > 1
+        fixes.apply(self._deepspeed)
         if initial:
-            set_masters(self._deepspeed, lambda f: _run_of(initial[f.name], f))
+            values = [_run_of(initial[f.name], f) for f in fragments(self._deepspeed, whole=True)]
+            set_masters(self._deepspeed, values)
             # Building the bf16 optimizer of stage 0 takes a step with zero gradients.
             set_adam_step(self._deepspeed, 0)
         self.ema = ShardedEma(config.ema, self._masters())
@@ -116,17 +107,17 @@ class Engine:
         self._batch_size = config.train.batch_size
 
     def step(self, micro_batches: Iterable[TrainingInputs], *, learning_rate: float) -> StepReport:
-        """Returns the report of one optimizer step over `micro_batches` (one per accumulation)."""
+        """Takes one optimizer step over `micro_batches` (one per accumulation) and reports it."""
         self._deepspeed.train()
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         reports, norm, finite = [], None, True
         for inputs in micro_batches:
-            losses = self._deepspeed(*inputs)
+            losses = self._deepspeed(inputs)
             self._deepspeed.backward(losses.total)
             if self._deepspeed.is_gradient_accumulation_boundary():
-                norm = gradient_norm(self._deepspeed)
-                finite = drop_unless_finite(self._deepspeed, norm)
+                norm = fixes.gradient_norm(self._deepspeed)
+                finite = fixes.drop_unless_finite(self._deepspeed, norm)
             self._deepspeed.step()
             reports.append([value.detach() for value in losses])
         self.step_count += 1
@@ -135,7 +126,7 @@ class Engine:
         if applied:
             self.ema.update(self._masters(), step=self.step_count)
         else:
-            forget_gradients(self._deepspeed)
+            fixes.forget_gradients(self._deepspeed)
         norm = self._deepspeed.get_global_grad_norm() if norm is None else norm
         norm = torch.as_tensor(norm, dtype=torch.float32)
         means = [torch.stack(values).mean(0) for values in zip(*reports, strict=True)]
@@ -152,7 +143,7 @@ class Engine:
                 yield Piece(key, *place, moment(self._deepspeed, fragment, key))
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds besides the fragments, as JSON."""
+        """Returns the JSON that a checkpoint holds in addition to the fragments."""
         return {
             "step": self.step_count,
             "samples_seen": self.samples_seen,
@@ -160,11 +151,11 @@ class Engine:
         }
 
     def check(self, reader: CheckpointReader) -> None:
-        """Raises CheckpointError, naming the weights, if a checkpoint is of another model."""
+        """Raises CheckpointError, naming the weights, if the checkpoint is of another model."""
         _check_shapes(reader, self._shapes)
 
     def restore(self, reader: CheckpointReader) -> None:
-        """Takes over the state of a checkpoint, whatever topology wrote it. Collective.
+        """Takes over the state of a checkpoint written by any topology. Collective.
 
         Raises CheckpointError if pieces are missing; `check` first.
         """
@@ -176,13 +167,13 @@ class Engine:
 
     @torch.no_grad()
     def _read_own(self, reader: CheckpointReader) -> None:
-        for fragment in self._whole():
+        for fragment in fragments(self._deepspeed, whole=True):
             for key in MOMENTS:
                 target = moment(self._deepspeed, fragment, key)
                 target.copy_(_stored(reader, key, fragment))
             fragment.master.copy_(_stored(reader, "master", fragment))
         for kind, averages in self.ema.averages.items():
-            # An average that was not kept so far begins with the weights of today.
+            # An average that was not kept before starts from the current weights.
             source = kind if reader.names(kind) else "master"
             for fragment, average in zip(fragments(self._deepspeed), averages, strict=True):
                 average.copy_(_stored(reader, source, fragment))
@@ -190,7 +181,7 @@ class Engine:
     def ema_distance(self) -> Tensor:
         """Returns |average - masters| / |masters| over all weights, of the main EMA. Collective."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for average, master in zip(self.ema.averages[MAIN], self._masters(), strict=True):
+        for average, master in zip(self.ema.averages[MAIN_EMA], self._masters(), strict=True):
             parts = torch.stack(((average - master).norm(), master.norm()))
             sums += parts.to(self._device).double().square()
         distance, length = ranks.summed(sums).sqrt()
@@ -202,43 +193,21 @@ class Engine:
 
         Fragments are swapped, so no second model is needed; afterwards every bit is back.
         """
-        masters = [fragment.master.clone() for fragment in self._whole()]
-        self._set_masters(list(self._averages_over(self._whole())))
-        # Not in a `finally`: to give them back is collective, and after an error of one rank the
-        # others may be anywhere. The run is over then; what it saved before is untouched.
+        masters = [f.master.clone() for f in fragments(self._deepspeed, whole=True)]
+        set_masters(self._deepspeed, gathered(self._deepspeed, self.ema.averages[MAIN_EMA]))
+        # Not in a `finally`: restoring them is collective, and after an error on one rank the
+        # others may be anywhere. The run is over then; its checkpoints are untouched.
         yield
-        self._set_masters(masters)
-
-    def _whole(self) -> list[Fragment]:
-        return fragments(self._deepspeed, whole=True)
-
-    def _set_masters(self, values: list[Tensor]) -> None:
-        by_name = {f.name: value for f, value in zip(self._whole(), values, strict=True)}
-        set_masters(self._deepspeed, lambda fragment: by_name[fragment.name])
-
-    def _averages_over(self, wanted: list[Fragment]) -> Iterator[Tensor]:
-        """Yields the average over each fragment; under stage 0 that is more than a rank holds."""
-        held = fragments(self._deepspeed)
-        own = {f.name: (f, a) for f, a in zip(held, self.ema.averages[MAIN], strict=True)}
-        for fragment in wanted:
-            part, average = own.get(fragment.name, (None, None))
-            if not self._is_dealt_out:
-                assert average is not None
-                yield average
-                continue
-            gathered = torch.zeros_like(fragment.master)
-            if part is not None and average is not None:
-                gathered.narrow(0, part.start, part.numel).copy_(average)
-            yield ranks.summed(gathered)
+        set_masters(self._deepspeed, masters)
 
     @torch.no_grad()
-    def predict(self, *inputs: Tensor | None) -> SiTOutput:
-        """Returns the model's output for x_t, t, labels (and cls_t), on this rank's inputs.
+    def predict(self, inputs: SamplingInputs) -> SiTOutput:
+        """Returns the model's output for this rank's inputs.
 
         Collective under stage 3, where all ranks must call it equally often.
         """
         self._deepspeed.eval()
-        return self._deepspeed(*inputs, predict=True)
+        return self._deepspeed(inputs)
 
     def close(self) -> None:
         """Releases DeepSpeed's hooks and buffers."""
@@ -269,10 +238,3 @@ def _check_shapes(reader: CheckpointReader, shapes: Mapping[str, tuple[int, ...]
             f"{reader.folder} is of another model: {'; '.join(lines)}{more}; resume with the "
             "configuration it was written with, or use another run.folder"
         )
-
-
-def _quieten(rank: Rank) -> None:
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if rank.device.type == "cpu":
-        # Otherwise DeepSpeed compiles a C++ kernel that only its inference uses (27 s and more).
-        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}

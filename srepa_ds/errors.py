@@ -1,4 +1,4 @@
-"""What can go wrong at the user's side: each error says what, where, and what to do."""
+"""Errors the user can mend: each says what is wrong, where, and what to do."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,45 +7,45 @@ from typing import TypeVar
 
 
 class SRepaError(Exception):
-    """A fault the user can mend; the command line prints its text and ends with `exit_code`."""
+    """An error the user can mend; the command line prints it and exits with `exit_code`."""
 
     exit_code = 2
 
     on_all_ranks = False
-    """True once every rank has raised it, so that one of them may speak for all."""
+    """True once every rank raises it, so that only one needs to print it."""
 
 
 E = TypeVar("E", bound=SRepaError)
 
 
-def met_by_all(error: E) -> E:
-    """Returns `error`, to be raised on every rank at the same place."""
+def raised_on_all_ranks(error: E) -> E:
+    """Returns `error`, marked as raised by every rank at the same place."""
     error.on_all_ranks = True
     return error
 
 
 class DataError(SRepaError):
-    """A data set, shard or index that is missing, empty or contradicts itself."""
+    """A data set, shard or index is missing, empty or inconsistent."""
 
 
 class CheckpointError(SRepaError):
-    """A checkpoint or exported model that is missing, damaged or of another shape."""
+    """A checkpoint or exported model is missing, damaged or of another shape."""
 
 
 class TopologyError(SRepaError):
-    """A number of ranks, a batch or a ZeRO stage that do not fit together."""
+    """The number of ranks, the batch size and the ZeRO stage do not fit together."""
 
 
 class DivergedError(SRepaError):
-    """A training whose losses or gradients are no longer finite."""
+    """Losses or gradients of a training are no longer finite."""
 
 
 class OutputError(SRepaError):
-    """A place that cannot be written to."""
+    """A file or folder cannot be written."""
 
 
 class RankError(SRepaError):
-    """A rank that failed in a way nobody foresaw; its own output has the traceback."""
+    """An unexpected failure on one rank; the rank's own output has the traceback."""
 
     exit_code = 1
 
@@ -70,7 +70,7 @@ class ConfigError(SRepaError):
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, tuple[Fault, ...]]]:
-        # Ranks tell each other their errors; by default the message would become the source.
+        # Ranks exchange errors by pickle; by default the message would become the source.
         return type(self), (self.source, self.faults)
 
 
@@ -79,3 +79,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     match = get_close_matches(name, names, n=1)
     return f"did you mean '{match[0]}'?" if match else f"known: {', '.join(names)}"
+
+
+def listed(words: Iterable[str], separator: str = ", ", most: int = 5) -> str:
+    """Returns the first `most` words, and the number of the others if there are any."""
+    words = list(words)
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return separator.join(words[:most]) + more

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files written whole or not at all; folders, locks, and files shipped with the package."""
 
 import fcntl
 import hashlib
@@ -11,23 +11,28 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 import srepa_ds
+from srepa_ds.errors import OutputError
 
 PARTIAL = ".partial"
 
+log = logging.getLogger("srepa_ds")
+
 
 def write_aside(path: Path, write: Callable[[Path], object], *, concurrent: bool = False) -> None:
-    """Returns when `path` holds what `write` put into the file it was given, all of it.
+    """Writes `path` as a whole: `write` fills the file it is given, which then takes the name.
 
-    The work happens in `<path>.partial`, which is flushed to disk and renamed; it is removed if
-    `write` raises. With `concurrent` several processes may write the same file at once. Raises what
-    `write` raises, and OSError.
+    That file is `<path>.partial`; it is flushed to disk before it is renamed, and removed if
+    `write` raises. With `concurrent`, several processes may write the same path at once. Raises
+    what `write` raises, and OSError.
     """
     process = f".{socket.gethostname()}-{os.getpid()}" if concurrent else ""
     aside = path.with_name(path.name + process + PARTIAL)
     try:
         aside.touch()
-        # safetensors makes its files private; a data set has the permissions of its neighbours.
+        # safetensors makes its files private; ours get the usual permissions.
         mode = stat.S_IMODE(aside.stat().st_mode)
         write(aside)
         aside.chmod(mode)
@@ -51,7 +56,7 @@ def shipped_with_package(path: Path) -> Path | None:
 
 
 def _shipping_roots() -> Iterator[Path]:
-    """Yields where the shipped folders may lie: in a checkout, or where pip put them."""
+    """Yields the folders to look in: the checkout, then where pip put data files."""
     beside_package = Path(srepa_ds.__file__).parents[1]
     yield beside_package
     try:
@@ -61,12 +66,12 @@ def _shipping_roots() -> Iterator[Path]:
     for file in installed:
         if file.parts[-4:] == ("share", "srepa_ds", "constraints", "tested.txt"):
             yield Path(str(file.locate())).resolve().parents[1]
-    # `pip install --target` moves them after it has noted where they are.
+    # `pip install --target` moves files after it has recorded their places.
     yield beside_package / "share" / "srepa_ds"
 
 
 def flush_to_disk(path: Path) -> None:
-    """Returns when the contents of `path` are on disk."""
+    """Waits until the contents of `path` are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -82,11 +87,11 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes that ask likewise out of `folder` while the block runs.
+    """Holds a lock on `folder` while the block runs.
 
-    The folder itself is the lock: there is no file to leave behind, and it is free as soon as the
-    process has ended in whatever way. Raises BlockingIOError if another process has it, OSError if
-    there is no such folder.
+    The lock is on the folder itself: no file is left behind, and it is released however the
+    process ends. Raises BlockingIOError if another process holds it, OSError if the folder is
+    missing.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -95,7 +100,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise
         except OSError:
-            # Some network file systems know no locks; then nothing is lost but this protection.
+            # Some network file systems have no locks. Then only this protection is lost.
             pass
         yield
     finally:
@@ -103,9 +108,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Returns the folders that had to be made so that `folder` is there, innermost first.
+    """Creates `folder` and returns the folders that were missing, innermost first.
 
-    Raises OSError, having removed what it made.
+    Raises OSError, after removing what it created.
     """
     made: list[Path] = []
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -120,24 +125,33 @@ def make_folder(folder: Path) -> list[Path]:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Removes `folders` in their order, up to the first that is not empty."""
+    """Removes `folders` in order, up to the first that is not empty."""
     for path in folders:
         try:
             path.rmdir()
         except OSError:
-            # Someone else put something there meanwhile; it is theirs.
+            # Another process has put something there in the meantime.
             return
 
 
-log = logging.getLogger("srepa_ds")
+@contextmanager
+def writing(place: Path | str, *, cure: str) -> Iterator[None]:
+    """Turns an OSError or SafetensorError in the block into an OutputError.
+
+    Its message is "cannot write PLACE: REASON; CURE".
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write {place}: {reason}; {cure}") from error
 
 
 @contextmanager
 def despite_full_disk(name: str) -> Iterator[None]:
-    """Makes a warning of an OSError met in the block.
+    """Turns an OSError in the block into a warning that names the file.
 
-    A run is worth more than what it says of itself; its next checkpoint says more clearly what is
-    wrong with the disk.
+    A run is worth more than its record, and the next checkpoint reports a full disk more clearly.
     """
     try:
         yield

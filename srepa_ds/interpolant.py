@@ -1,7 +1,7 @@
 """The path between data (t = 0) and noise (t = 1), and the flow-matching loss on it.
 
-Time runs as in the reference code (t = 1 is noise), the reverse of Eq. 1 in the paper. A path is a
-class without state; everything here is a pure function of tensors.
+Time runs as in the reference code (t = 1 is noise), the reverse of Eq. 1 in the paper. Paths are
+stateless; everything here is a pure function of tensors.
 """
 
 import math
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from srepa_ds.noise import normal, uniform
-from srepa_ds.schema import Section, known_in
+from srepa_ds.schema import Section, one_of
 
 _HALF_PI = math.pi / 2
 
@@ -32,7 +32,7 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Noised:
-    """Noised data and what the model has to predict from it."""
+    """Noised data and the velocity the model has to predict from it."""
 
     x_t: Float[Tensor, " batch *event"]
     t: Float[Tensor, " batch"]
@@ -40,7 +40,7 @@ class Noised:
 
 
 class Interpolant(ABC):
-    """A path from data to noise; without state, so one instance serves everyone."""
+    """A path from data to noise; stateless, so one instance serves all."""
 
     @abstractmethod
     def coefficients(self, t: Float[Tensor, "*times"]) -> Coefficients:
@@ -137,7 +137,7 @@ INTERPOLANTS: dict[str, Interpolant] = {
 
 @dataclass(frozen=True)
 class TimeWeighting:
-    """Which draw a time comes from (a function of noise.py), and how it is made of the draw."""
+    """A distribution of times: a draw (a function of noise.py) and the map from it to a time."""
 
     draw: Callable[..., Tensor]
     time: Callable[[Interpolant, Tensor], Tensor]
@@ -152,7 +152,7 @@ TIME_WEIGHTINGS = {
 def sample_time(
     weighting: TimeWeighting, interpolant: Interpolant, draw: Float[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
-    """Returns training times in [0, 1] made of `draw`, the output of `weighting.draw`.
+    """Returns training times in [0, 1] computed from `draw`, the output of `weighting.draw`.
 
     "uniform" is the draw itself; "lognormal" puts sigma_t / alpha_t = exp(draw), which on the
     linear path is the logit-normal distribution.
@@ -178,8 +178,8 @@ def _over_event(t: Tensor, x: Tensor) -> Tensor:
 class InterpolantConfig(Section):
     """The path from data to noise and the distribution of training times."""
 
-    path: Annotated[str, known_in("path", INTERPOLANTS)] = "linear"
+    path: Annotated[str, one_of("path", INTERPOLANTS)] = "linear"
     """The path from data to noise."""
 
-    time_weighting: Annotated[str, known_in("time weighting", TIME_WEIGHTINGS)] = "uniform"
-    """How training times are distributed."""
+    time_weighting: Annotated[str, one_of("time weighting", TIME_WEIGHTINGS)] = "uniform"
+    """The distribution of training times."""

@@ -1,8 +1,8 @@
-"""Randomness as a function of the sample: Philox 4x32-10 in tensor integer arithmetic.
+"""Random numbers addressed by sample: Philox 4x32-10 in tensor integer arithmetic.
 
-Every draw is addressed by (seed, stream, sample id, draw number), never by what was drawn before.
-So it is the same on CPU and GPU, for any batch split, rank count or order, and a resumed run needs
-no generator state. Generator: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11).
+A draw depends on (seed, noise stream, sample id, draw number) and on no earlier draw. So it is the
+same on CPU and GPU, for any batch split, rank count or order, and a resumed run needs no generator
+state. Generator: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11).
 """
 
 import math
@@ -21,8 +21,11 @@ _DRAW_BITS = 24
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class Stream(IntEnum):
-    """What a draw is for; two streams never share numbers. Values belong to a run's identity."""
+class NoiseStream(IntEnum):
+    """The purpose of a draw; two noise streams never share numbers.
+
+    The values are part of a run's identity.
+    """
 
     TIME = 1
     NOISE = 2
@@ -59,7 +62,7 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
 
 
 def bits(
-    seed: int, stream: Stream, ids: Int[Tensor, " batch"], num_words: int, draw: int = 0
+    seed: int, noise_stream: NoiseStream, ids: Int[Tensor, " batch"], num_words: int, draw: int = 0
 ) -> Int[Tensor, "batch num_words"]:
     """Returns `num_words` random 32-bit words (int64) for each sample id, on the device of `ids`.
 
@@ -72,14 +75,14 @@ def bits(
     num_blocks = -(-num_words // 4)
     block = torch.arange(num_blocks, dtype=torch.int64, device=ids.device)[None, :]
     ids = ids.to(torch.int64)[:, None]
-    address = torch.full_like(block, (int(stream) << _DRAW_BITS) | draw)
+    address = torch.full_like(block, (int(noise_stream) << _DRAW_BITS) | draw)
     words = philox((block, address, ids & _WORD, (ids >> 32) & _WORD), (seed & _WORD, seed >> 32))
     return torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :num_words]
 
 
 def uniform(
     seed: int,
-    stream: Stream,
+    noise_stream: NoiseStream,
     ids: Int[Tensor, " batch"],
     shape: tuple[int, ...] = (),
     *,
@@ -91,12 +94,12 @@ def uniform(
     float32 uses 23 bits of one word, float64 52 bits of two; every value is exact in its dtype.
     """
     numel = math.prod(shape)
-    return _open_unit(seed, stream, ids, numel, draw, dtype).reshape(len(ids), *shape)
+    return _open_unit(seed, noise_stream, ids, numel, draw, dtype).reshape(len(ids), *shape)
 
 
 def normal(
     seed: int,
-    stream: Stream,
+    noise_stream: NoiseStream,
     ids: Int[Tensor, " batch"],
     shape: tuple[int, ...] = (),
     *,
@@ -105,11 +108,11 @@ def normal(
 ) -> Float[Tensor, "batch ..."]:
     """Returns standard normal numbers by Box-Muller, shape (batch, *shape).
 
-    The integers behind them are equal on every device; the normals to the last bit or two of the
-    device's log and cos.
+    The underlying integers are equal on every device; the normals agree up to the last bit or two,
+    in which devices differ on log and cos.
     """
     numel = math.prod(shape)
-    pairs = _open_unit(seed, stream, ids, numel + numel % 2, draw, dtype)
+    pairs = _open_unit(seed, noise_stream, ids, numel + numel % 2, draw, dtype)
     radius_uniform, angle_uniform = pairs[:, 0::2], pairs[:, 1::2]
     radius = torch.sqrt(-2.0 * torch.log(radius_uniform))
     angle = (2.0 * math.pi) * angle_uniform
@@ -118,23 +121,24 @@ def normal(
 
 
 def integers(
-    seed: int, stream: Stream, ids: Int[Tensor, " batch"], high: int, *, draw: int = 0
+    seed: int, noise_stream: NoiseStream, ids: Int[Tensor, " batch"], high: int, *, draw: int = 0
 ) -> Int[Tensor, " batch"]:
     """Returns one integer in [0, high) per sample id.
 
-    The bias of the multiply-shift map is below high / 2**31, which no sample set here can show.
+    The bias of the multiply-shift map is below high / 2**31, too small to show in any sample set
+    here.
     """
-    return (bits(seed, stream, ids, 1, draw)[:, 0] >> 1) * high >> 31
+    return (bits(seed, noise_stream, ids, 1, draw)[:, 0] >> 1) * high >> 31
 
 
 def _open_unit(
-    seed: int, stream: Stream, ids: Tensor, count: int, draw: int, dtype: torch.dtype
+    seed: int, noise_stream: NoiseStream, ids: Tensor, count: int, draw: int, dtype: torch.dtype
 ) -> Tensor:
     if dtype == torch.float32:
-        words = bits(seed, stream, ids, count, draw)
+        words = bits(seed, noise_stream, ids, count, draw)
         return ((words >> 9).to(dtype) + 0.5) * 2.0**-23
     if dtype == torch.float64:
-        words = bits(seed, stream, ids, 2 * count, draw)
+        words = bits(seed, noise_stream, ids, 2 * count, draw)
         wide = ((words[:, 0::2] << 20) | (words[:, 1::2] >> 12)).to(dtype)
         return (wide + 0.5) * 2.0**-52
     raise ValueError(f"dtype must be float32 or float64, got {dtype}")

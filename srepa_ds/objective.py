@@ -1,7 +1,6 @@
-"""What is minimised: flow matching plus alignment, in one module that owns every trained weight."""
+"""The training loss: flow matching plus alignment, in one module that owns every trained weight."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -10,13 +9,10 @@ from torch import Tensor, nn
 
 from srepa_ds import noise
 from srepa_ds.alignment.alignment import (
+    Alignment,
     AlignmentConfig,
-    AlignmentLosses,
     TeacherShape,
-    TermFactors,
-    alignment_losses,
-    idle_losses,
-    projector_of,
+    TermWeights,
 )
 from srepa_ds.encoders.teacher import TeacherTokens
 from srepa_ds.interpolant import (
@@ -30,11 +26,11 @@ from srepa_ds.interpolant import (
 from srepa_ds.model.embeddings import drop_labels
 from srepa_ds.model.sit import SiT, SiTOutput
 from srepa_ds.model.variants import SiTConfig
-from srepa_ds.noise import Stream
+from srepa_ds.noise import NoiseStream
 from srepa_ds.schema import Section
 
 TIME_BINS = 10
-"""Equal parts of t in [0, 1] for which the flow loss is recorded apart."""
+"""Equal parts of t in [0, 1] for which the flow loss is recorded separately."""
 
 
 class ObjectiveConfig(Section):
@@ -51,21 +47,38 @@ class ObjectiveConfig(Section):
 
 
 class TrainingInputs(NamedTuple):
-    """Everything one forward pass needs; all randomness is already drawn."""
+    """The request for one micro batch's losses; all randomness is already drawn."""
 
     latents: Float[Tensor, "batch channels height width"]
     labels: Int[Tensor, " batch"]
     t: Float[Tensor, " batch"]
     noise: Float[Tensor, "batch channels height width"]
     teacher_patches: tuple[Float[Tensor, "batch tokens teacher_width"] | None, ...] = ()
-    """One per alignment; None where its schedule has ended."""
+    """One per alignment; may be None where its terms are over."""
     teacher_cls: tuple[Float[Tensor, "batch teacher_width"] | None, ...] = ()
     """One per alignment, None without a class token; may be left empty if no term needs any."""
     cls_noise: Float[Tensor, "batch teacher_width"] | None = None
     """For the class token of the first teacher, where the model carries it."""
-    factors: tuple[tuple[float, float], ...] | None = None
-    """What schedules make of each alignment's point-wise and structural weight; None: all are 1.
-    Numbers of the host, so that a term that is over costs nothing."""
+    term_weights: tuple[TermWeights, ...] | None = None
+    """One per alignment; None: those of the first step, which no schedule has changed yet."""
+
+    def teacher_tokens(self) -> tuple[TeacherTokens | None, ...]:
+        """Returns the tokens of each alignment's teacher."""
+        cls_tokens = self.teacher_cls or (None,) * len(self.teacher_patches)
+        return tuple(
+            None if patches is None else TeacherTokens(patches, cls)
+            for patches, cls in zip(self.teacher_patches, cls_tokens, strict=True)
+        )
+
+
+class SamplingInputs(NamedTuple):
+    """The request for the model's output at one time of sampling."""
+
+    x_t: Float[Tensor, "batch channels height width"]
+    t: Float[Tensor, " batch"]
+    labels: Int[Tensor, " batch"]
+    cls_t: Float[Tensor, "batch teacher_width"] | None = None
+    """The noised class token, where the model carries one."""
 
 
 class Losses(NamedTuple):
@@ -77,7 +90,7 @@ class Losses(NamedTuple):
     structural: Float[Tensor, ""]
     cls: Float[Tensor, ""]
     flow_by_time: Float[Tensor, "2 bins"]
-    """Sums of the samples' flow losses, and their numbers, in equal parts of t in [0, 1]."""
+    """Sums and counts of the samples' flow losses in equal parts of t in [0, 1]."""
 
 
 def draw_inputs(
@@ -91,19 +104,19 @@ def draw_inputs(
 ) -> TrainingInputs:
     """Returns the inputs with time, noise and label dropout drawn by global sample position.
 
-    Without teacher tokens, which are no draw.
+    Teacher tokens are not drawn: they are left out.
     """
     weighting = TIME_WEIGHTINGS[config.interpolant.time_weighting]
-    draw = weighting.draw(seed, Stream.TIME, positions)
+    draw = weighting.draw(seed, NoiseStream.TIME, positions)
     t = sample_time(weighting, INTERPOLANTS[config.interpolant.path], draw)
-    gaussian = noise.normal(seed, Stream.NOISE, positions, tuple(latents.shape[1:]))
-    uniforms = noise.uniform(seed, Stream.LABEL_DROP, positions)
+    gaussian = noise.normal(seed, NoiseStream.NOISE, positions, tuple(latents.shape[1:]))
+    uniforms = noise.uniform(seed, NoiseStream.LABEL_DROP, positions)
     labels = drop_labels(
         labels, uniforms, probability=config.label_dropout, null_label=model.null_label
     )
     cls_noise = None
     if model.class_token_width is not None:
-        cls_noise = noise.normal(seed, Stream.CLS_NOISE, positions, (model.class_token_width,))
+        cls_noise = noise.normal(seed, NoiseStream.CLS_NOISE, positions, (model.class_token_width,))
     return TrainingInputs(latents, labels, t, gaussian.to(latents.dtype), cls_noise=cls_noise)
 
 
@@ -127,30 +140,33 @@ class Objective(nn.Module):
         assert len(alignments) == len(teachers)
         self._interpolant = INTERPOLANTS[config.interpolant.path]
         self._cls_weight = config.cls_weight
-        self._alignments = alignments
-        self._teacher_grids = tuple(teacher.grid for teacher in teachers)
-        self.sit = SiT(model, generator)
-        self.projectors = nn.ModuleList(
-            projector_of(
-                alignment,
-                hidden_size=model.shape.hidden_size,
-                grid=model.grid,
-                teacher=teacher,
-                generator=generator,
-            )
+        self._alignments = tuple(
+            Alignment(alignment, model.grid, teacher)
             for alignment, teacher in zip(alignments, teachers, strict=True)
         )
+        self.sit = SiT(model, generator)
+        self.projectors = nn.ModuleList(
+            alignment.new_projector(model.shape.hidden_size, generator)
+            for alignment in self._alignments
+        )
 
-    def forward(self, *inputs: Any, predict: bool = False) -> Losses | SiTOutput:
-        """Returns the losses of one micro batch, given the fields of `TrainingInputs`.
+    @overload
+    def forward(self, request: TrainingInputs) -> Losses: ...
 
-        With `predict`, the model's output for x_t, t, labels and a class token or None: sampling
-        during training has to pass through the same module as training.
+    @overload
+    def forward(self, request: SamplingInputs) -> SiTOutput: ...
+
+    def forward(self, request: TrainingInputs | SamplingInputs) -> Losses | SiTOutput:
+        """Returns the losses of one micro batch, or the model's output to sample with.
+
+        ZeRO's hooks gather weights around this module's call, so sampling during training has to
+        pass through it as well.
         """
-        if predict:
-            x_t, t, labels, *cls_t = inputs
-            return self.sit(x_t, t, labels, cls_t=cls_t[0] if cls_t else None)
-        return self._losses(TrainingInputs(*inputs))
+        match request:
+            case TrainingInputs():
+                return self._losses(request)
+            case SamplingInputs():
+                return self.sit(request.x_t, request.t, request.labels, cls_t=request.cls_t)
 
     def _losses(self, given: TrainingInputs) -> Losses:
         noised = self._interpolant.noised(given.latents, given.noise, given.t)
@@ -160,7 +176,7 @@ class Objective(nn.Module):
             noised.t,
             given.labels,
             cls_t=noised_cls.x_t if noised_cls else None,
-            depths=tuple(alignment.depth for alignment in self._alignments),
+            depths=tuple(alignment.config.depth for alignment in self._alignments),
         )
         flow_of_sample = flow_loss(output.velocity, noised.velocity)
         flow = flow_of_sample.mean()
@@ -170,14 +186,24 @@ class Objective(nn.Module):
             total = total + self._cls_weight * cls
         pointwise, structural = torch.zeros_like(flow), torch.zeros_like(flow)
         count = max(1, len(self._alignments))
-        for number, terms in enumerate(self._alignment_losses(output.hidden, given)):
+        all_weights = given.term_weights
+        if all_weights is None:
+            all_weights = tuple(alignment.config.weights_at(0) for alignment in self._alignments)
+        for alignment, projector, hidden, teacher, weights in zip(
+            self._alignments,
+            self.projectors,
+            output.hidden,
+            given.teacher_tokens(),
+            all_weights,
+            strict=True,
+        ):
+            terms = alignment(projector, hidden, teacher, weights)
             pointwise = pointwise + terms.pointwise / count
             structural = structural + terms.structural / count
-            factors = (1.0, 1.0) if given.factors is None else given.factors[number]
-            total = total + self._weighted(number, terms, factors) / count
+            total = total + weights.total(terms) / count
         by_time = _by_time(flow_of_sample.detach(), given.t)
-        terms = (pointwise.detach(), structural.detach(), cls.detach())
-        return Losses(total, flow, *terms, by_time)
+        recorded = (pointwise.detach(), structural.detach(), cls.detach())
+        return Losses(total, flow, *recorded, by_time)
 
     def _noised_cls(self, given: TrainingInputs) -> Noised | None:
         """Returns the first teacher's class token on the path from data to noise (REG)."""
@@ -186,43 +212,6 @@ class Objective(nn.Module):
         assert given.teacher_cls[0] is not None
         # At the image's time, with noise of its own; neither normalised nor scaled.
         return self._interpolant.noised(given.teacher_cls[0], given.cls_noise, given.t)
-
-    def _alignment_losses(
-        self, hidden: tuple[Tensor, ...], given: TrainingInputs
-    ) -> Iterator[AlignmentLosses]:
-        """Yields the terms of each alignment in turn."""
-        cls_tokens = given.teacher_cls or (None,) * len(self._alignments)
-        all_factors = given.factors or ((1.0, 1.0),) * len(self._alignments)
-        for alignment, projector, states, patches, cls, teacher_grid, factors in zip(
-            self._alignments,
-            self.projectors,
-            hidden,
-            given.teacher_patches,
-            cls_tokens,
-            self._teacher_grids,
-            all_factors,
-            strict=True,
-        ):
-            grid = self.sit.grid
-            if patches is None:
-                yield idle_losses(alignment, projector, states, grid=grid)
-                continue
-            yield alignment_losses(
-                alignment,
-                projector,
-                states,
-                TeacherTokens(patches, cls),
-                grid=grid,
-                teacher_grid=teacher_grid,
-                factors=TermFactors(*factors),
-            )
-
-    def _weighted(
-        self, number: int, terms: AlignmentLosses, factors: tuple[float, float]
-    ) -> Tensor:
-        alignment = self._alignments[number]
-        pointwise = factors[0] * alignment.pointwise_weight * terms.pointwise
-        return pointwise + factors[1] * alignment.structural_weight * terms.structural
 
 
 def _by_time(values: Tensor, t: Tensor) -> Tensor:

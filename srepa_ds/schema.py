@@ -1,19 +1,24 @@
-"""Strict configuration sections, and the way from a tree to a validated one.
+"""Strict configuration sections: loading, validating, changing and printing them.
 
 Every component owns its `Section`; `config/` composes them. One validator, one error format, all
 faults at once, whether a value came from a file or from the command line.
 """
 
 import json
+import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from srepa_ds.errors import ConfigError, Fault, nearest
-from srepa_ds.trees import Tree, YamlDumper
+from srepa_ds.trees import Tree, YamlDumper, apply_overrides, load_tree
+
+_LOG = logging.getLogger("srepa_ds")
 
 S = TypeVar("S", bound="Section")
 
@@ -25,8 +30,31 @@ class Section(BaseModel):
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    former_names: ClassVar[Mapping[str, str]] = {}
+    """Keys that fields had in earlier versions, and the fields they name; still accepted."""
 
-def known_in(kind: str, table: Mapping[str, Any]) -> AfterValidator:
+
+class MayChange:
+    """Marks a field, as in `steps: Annotated[int, MayChange]`: a run may resume with another value.
+
+    Such a value changes neither the model nor what it has learnt so far; or it is a path, and the
+    files behind it are compared by their hashes. On a section it marks everything in the section.
+    """
+
+
+def may_change(schema: type[Section], path: str) -> bool:
+    """Returns whether `MayChange` marks the setting at a `section.field` path, or one above it."""
+    sections = [schema]
+    for key in path.split("."):
+        fields = [known[key] for section in sections if key in (known := section.model_fields)]
+        if any(MayChange in field.metadata for field in fields):
+            return True
+        # A number is an item of a list, whose sections are already known.
+        sections = sections if key.isdecimal() else _below(sections, key)
+    return False
+
+
+def one_of(kind: str, table: Mapping[str, Any]) -> AfterValidator:
     """Returns a validator that accepts the names of `table` and suggests the nearest otherwise."""
 
     def check(name: str) -> str:
@@ -40,22 +68,49 @@ def known_in(kind: str, table: Mapping[str, Any]) -> AfterValidator:
 CrossCheck = Callable[..., Iterable[Fault]]
 
 
+CrossChecks = Mapping[tuple[str, ...], Iterable[CrossCheck]]
+"""Names of fields, and functions of their values that yield faults."""
+
+
+def load_section(
+    schema: type[S],
+    path: Path,
+    overrides: Iterable[str] = (),
+    *,
+    cross_checks: CrossChecks | None = None,
+) -> S:
+    """Returns the `schema` of a YAML file, edited by `section.field=value` overrides.
+
+    Raises ConfigError with every fault at once. Logs a warning for each former name of a key.
+    """
+    renamings: dict[str, str] = {}
+    tree = with_current_names(schema, load_tree(path), renamings)
+    # Before they are applied: an override under the former name edits the value of the current one.
+    current = [_current_override(schema, override, renamings) for override in overrides]
+    tree = with_current_names(schema, apply_overrides(tree, current), renamings)
+    if os.environ.get("RANK", "0") == "0":
+        for former, name in renamings.items():
+            _LOG.warning("the key '%s' is now '%s'; please rename it", former, name)
+    return validated(schema, tree, source=str(path), cross_checks=cross_checks)
+
+
 def validated(
     schema: type[S],
     tree: Mapping[str, Any],
     *,
     source: str,
-    cross_checks: Mapping[tuple[str, ...], Iterable[CrossCheck]] | None = None,
+    cross_checks: CrossChecks | None = None,
 ) -> S:
     """Returns the `schema` built from `tree`; raises ConfigError with every fault at once.
 
-    `cross_checks` maps names of fields to functions of their values that yield faults. Each runs
-    whenever the fields it needs are valid, even if others are not.
+    Former names of keys count as the current ones. Each cross-check runs whenever the fields it
+    needs are valid, even if others are not.
     """
+    tree = with_current_names(schema, tree)
     faults: list[Fault] = []
     config: S | None = None
     try:
-        # By way of JSON, strict validation still accepts paths and tuples.
+        # Through JSON, strict validation still accepts paths and tuples.
         config = schema.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         faults += [_fault(schema, detail) for detail in error.errors()]
@@ -69,6 +124,70 @@ def validated(
     if faults or config is None:
         raise ConfigError(source, faults)
     return config
+
+
+def replaced(section: S, **changes: Any) -> S:
+    """Returns `section` with some fields changed, validated; raises ValueError if it is invalid."""
+    schema: type[S] = type(section)
+    return schema.model_validate({**dict(section), **changes})
+
+
+def with_current_names(
+    schema: type[Section], tree: Mapping[str, Any], renamings: dict[str, str] | None = None
+) -> Tree:
+    """Returns `tree` with former names of keys replaced by the current ones.
+
+    `renamings` receives their paths, former to current. A former name stays if the mapping has the
+    current one too; `validated` then reports it.
+    """
+    return _renamed(tree, [schema], (), {} if renamings is None else renamings)
+
+
+def _renamed(
+    node: Any, sections: list[type[Section]], place: tuple[str, ...], renamings: dict[str, str]
+) -> Any:
+    if isinstance(node, list | tuple):
+        numbered = enumerate(node)
+        return [_renamed(value, sections, (*place, str(n)), renamings) for n, value in numbered]
+    if not isinstance(node, Mapping) or not sections:
+        return node
+    result = {}
+    for key, value in node.items():
+        name = _former_names(sections).get(key, key)
+        if name != key and name in node:
+            name = key
+        if name != key:
+            _note(renamings, place, key, name)
+        result[name] = _renamed(value, _below(sections, name), (*place, str(name)), renamings)
+    return result
+
+
+def _current_override(schema: type[Section], override: str, renamings: dict[str, str]) -> str:
+    """Returns `override` with the current names of its keys."""
+    path, equals, value = override.partition("=")
+    sections, current = [schema], ()
+    for key in path.split("."):
+        name = _former_names(sections).get(key, key)
+        if name != key:
+            _note(renamings, current, key, name)
+        # A number is an item of a list, whose sections are already known.
+        sections = sections if key.isdecimal() else _below(sections, name)
+        current = (*current, name)
+    return f"{'.'.join(current)}{equals}{value}"
+
+
+def _note(renamings: dict[str, str], place: tuple[str, ...], key: str, name: str) -> None:
+    renamings[".".join((*place, key))] = ".".join((*place, name))
+
+
+def _former_names(sections: Iterable[type[Section]]) -> dict[str, str]:
+    return {key: name for section in sections for key, name in section.former_names.items()}
+
+
+def _below(sections: Iterable[type[Section]], name: Any) -> list[type[Section]]:
+    """Returns the sections that the field `name` of one of `sections` may hold."""
+    fields = [known[name] for section in sections if name in (known := section.model_fields)]
+    return [below for field in fields for below in _sections_in(field.annotation)]
 
 
 def _valid_parts(schema: type[Section], tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,9 +221,13 @@ def _field_value(schema: type[Section], name: str, value: Any) -> Any:
 def _fault(schema: type[Section], detail: Any) -> Fault:
     location = detail["loc"]
     if detail["type"] == "extra_forbidden":
-        place, fields = _located(schema, location[:-1])
+        place, sections = _located(schema, location[:-1])
         key = str(location[-1])
-        return Fault(".".join([*place, key]), f"unknown key; {nearest(key, fields)}")
+        path = ".".join([*place, key])
+        if current := _former_names(sections).get(key):
+            return Fault(path, f"is the former name of '{current}', given too; remove one of them")
+        fields = [name for section in sections for name in section.model_fields]
+        return Fault(path, f"unknown key; {nearest(key, fields)}")
     path = ".".join(_located(schema, location)[0])
     if detail["type"] == "missing":
         return Fault(path, "is required")
@@ -115,20 +238,21 @@ def _fault(schema: type[Section], detail: Any) -> Fault:
     return Fault(path, message)
 
 
-def _located(schema: type[Section], location: Iterable[str | int]) -> tuple[list[str], list[str]]:
-    """Returns pydantic's location as a path of ours, and the names of the fields known there.
+def _located(
+    schema: type[Section], location: Iterable[str | int]
+) -> tuple[list[str], list[type[Section]]]:
+    """Returns pydantic's location as one of our paths, and the sections that may be there.
 
-    In a union pydantic adds the alternative it tried, such as `tuple[int, int]`: that is dropped.
+    In a union pydantic adds the alternative it tried, such as `tuple[int, int]`: it is dropped.
     """
     sections, path = [schema], []
     for key in location:
-        holders = [section for section in sections if key in section.model_fields]
-        if holders:
-            annotations = [section.model_fields[str(key)].annotation for section in holders]
-            sections = [below for part in annotations for below in _sections_in(part)]
-        if holders or isinstance(key, int):
+        is_field = any(key in section.model_fields for section in sections)
+        if is_field:
+            sections = _below(sections, key)
+        if is_field or isinstance(key, int):
             path.append(str(key))
-    return path, [name for section in sections for name in section.model_fields]
+    return path, sections
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:
@@ -145,7 +269,7 @@ def to_tree(config: Section) -> Tree:
 
 
 def to_yaml(config: Section, *, documented: bool = False) -> str:
-    """Returns `config` as YAML; with `documented`, every field's text stands above it."""
+    """Returns `config` as YAML; with `documented`, each field under its documentation."""
     if documented:
         return "\n".join(_documented(config, indent="")) + "\n"
     return yaml.dump(to_tree(config), Dumper=YamlDumper, sort_keys=False, width=100)

@@ -1,9 +1,9 @@
-"""Trees of plain values: from YAML and `base:` files, edited by `section.field=value`, compared."""
+"""Trees of plain values: read from YAML, edited by overrides, flattened and compared."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -15,21 +15,21 @@ Tree = dict[str, Any]
 class YamlLoader(yaml.SafeLoader):
     """YAML with plain scalars as in version 1.2: `1e-4` is a number, `2026-01-31` is text.
 
-    A key that stands twice in one mapping is an error; PyYAML would drop the first without a word.
+    A key given twice in one mapping is an error; PyYAML would silently drop the first.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Returns the mapping of `node`; raises yaml.YAMLError if a key stands twice."""
+        """Returns the mapping of `node`; raises yaml.YAMLError if a key is given twice."""
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for number, name in enumerate(names):
             if name in names[:number]:
-                place = f"line {node.value[number][0].start_mark.line + 1}"
-                raise yaml.YAMLError(f"the key '{name}' stands twice, the second time in {place}")
+                line = node.value[number][0].start_mark.line + 1
+                raise yaml.YAMLError(f"key '{name}' is given twice (line {line})")
         return super().construct_mapping(node, deep)
 
 
 class YamlDumper(yaml.SafeDumper):
-    """Quotes what `YamlLoader` would not read as text."""
+    """Quotes text that `YamlLoader` would read as a number or another type."""
 
 
 for _resolver in (YamlLoader, YamlDumper):
@@ -131,3 +131,28 @@ def _assign(node: Any, keys: list[str], value: Any) -> None:
         node[keys[-1]] = value
     else:
         raise TypeError(f"{keys[-1]} lies below a plain value")
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (`section.field` path, value) for every plain value of a tree, below `path`."""
+    if isinstance(node, dict | list) and node:
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, value in items:
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
+
+
+class Difference(NamedTuple):
+    """A plain value that differs between two trees; None where a tree lacks it."""
+
+    path: str
+    old: Any
+    new: Any
+
+
+def differences(old: Any, new: Any) -> list[Difference]:
+    """Returns the values that differ between two trees, in the order of the trees."""
+    old_leaves, new_leaves = dict(leaves(old)), dict(leaves(new))
+    pairs = ((path, old_leaves.get(path), new_leaves.get(path)) for path in old_leaves | new_leaves)
+    return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]

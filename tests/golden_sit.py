@@ -1,23 +1,13 @@
-"""The reference implementations' tiny SiT and REG's, whose outputs are stored in `tests/golden`."""
+"""The tiny SiT of the reference implementations, whose outputs are stored in `tests/golden`."""
 
 from places import GOLDEN
 from safetensors.torch import load_file
+from torch import Tensor
 
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
 
-
-def golden_sit() -> SiT:
-    """Returns the model with its stored weights; the projector's are left out."""
-    return _loaded(_CONFIG, "sit_qknorm0")
-
-
-def golden_reg_sit(**changes) -> SiT:
-    """Returns REG's model likewise: class tokens of width 48 go through it."""
-    return _loaded(_CONFIG | {"class_token_width": 48} | changes, "reg_sit")
-
-
-_CONFIG = {
+GOLDEN_CONFIG = {
     "variant": "SiT-S/2",
     "input_size": 8,
     "in_channels": 4,
@@ -28,9 +18,24 @@ _CONFIG = {
 }
 
 
-def _loaded(settings, name) -> SiT:
+def golden_sit() -> SiT:
+    """Returns REPA's model with its stored weights, without the projector's."""
+    return _loaded(GOLDEN_CONFIG, "sit_qknorm0")
+
+
+def golden_reg_sit(**changes) -> SiT:
+    """Returns REG's model, which carries class tokens of width 48, with its stored weights."""
+    return _loaded(GOLDEN_CONFIG | {"class_token_width": 48} | changes, "reg_sit")
+
+
+def golden_weights(name: str) -> dict[str, Tensor]:
+    """Returns the weights stored in a golden file, under their official names."""
     stored = load_file(GOLDEN / f"{name}.safetensors")
-    weights = {k.removeprefix("param."): v for k, v in stored.items() if k.startswith("param.")}
+    return {k.removeprefix("param."): v for k, v in stored.items() if k.startswith("param.")}
+
+
+def _loaded(settings, name) -> SiT:
+    weights = golden_weights(name)
     sit = SiT(SiTConfig(**settings))
     sit.load_state_dict({k: v for k, v in weights.items() if not k.startswith("projectors.")})
     return sit

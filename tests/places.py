@@ -1,4 +1,4 @@
-"""Where a checkout keeps what tests read."""
+"""Paths of a checkout that tests read."""
 
 from pathlib import Path
 

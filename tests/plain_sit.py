@@ -1,8 +1,9 @@
-"""A tiny SiT for tests, and the forward pass of any SiT written out in plain tensor operations."""
+"""A tiny SiT for tests, and the forward pass of any SiT in plain tensor operations."""
 
 import math
 
 import torch
+from builders import randomised
 from torch.nn import functional as F
 
 from srepa_ds.model.embeddings import timestep_sinusoid
@@ -24,13 +25,8 @@ def tiny_config(**changes):
 
 
 def tiny_model(seed=0, **changes):
-    """A model none of whose weights is zero, so that every path shows."""
-    model = SiT(tiny_config(**changes))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
+    """Returns a model without zero weights, so that every path counts."""
+    return randomised(SiT(tiny_config(**changes)), seed=seed)
 
 
 def tiny_inputs(batch=3, dtype=torch.float32, **changes):
@@ -71,7 +67,7 @@ def plain_norm(tokens, shift, scale):
 
 
 def plain_sit(weights, config, x_t, t, labels, cls_t=None):
-    """The velocity, every hidden state and the class token's velocity, from the state_dict."""
+    """Returns the velocity, every hidden state and the class token's velocity."""
     depth, width, heads, patch = config.shape
     rows, columns = config.grid
 

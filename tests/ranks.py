@@ -1,12 +1,16 @@
-"""Runs a script of `tests/workers` as real ranks: separate processes, gloo, real DeepSpeed."""
+"""Runs functions and scripts on real ranks: separate processes, gloo, real DeepSpeed."""
 
+import inspect
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from places import ROOT, WORKERS
 
@@ -15,11 +19,11 @@ from srepa_ds.distributed.launcher import free_port
 SECONDS = 240
 
 
-class Rank(subprocess.Popen[str]):
-    """A process whose output is read from its start.
+class RankProcess(subprocess.Popen[str]):
+    """The process of one rank, whose output is read from its start.
 
-    A pipe holds 64 KiB. If ranks were read one after the other, one that fills its pipe would stop
-    in the middle of a warning, and the others would wait for it in a collective.
+    A pipe holds 64 KiB. If ranks were read one after the other, a rank that fills its pipe would
+    stop in the middle of a warning, and the others would wait for it in a collective.
     """
 
     def __init__(self, command: list[str], environment: dict[str, str], cwd: Path | None):
@@ -40,13 +44,15 @@ class Rank(subprocess.Popen[str]):
             self._said = pipe.read()
 
     def output(self, *, seconds: float = SECONDS) -> str:
-        """Returns all the process has printed once it has ended; raises TimeoutExpired."""
+        """Waits for the process and returns all it has printed; raises TimeoutExpired."""
         self.wait(seconds)
         self._reader.join(seconds)
         return self._said
 
 
-def start_ranks(command: list[str], world_size: int, *, cwd: Path | None = None) -> list[Rank]:
+def start_ranks(
+    command: list[str], world_size: int, *, cwd: Path | None = None
+) -> list[RankProcess]:
     """Starts `python COMMAND` as `world_size` ranks."""
     port = str(free_port())
     common = {
@@ -58,14 +64,32 @@ def start_ranks(command: list[str], world_size: int, *, cwd: Path | None = None)
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     }
     return [
-        Rank(
+        RankProcess(
             [sys.executable, *command], {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd
         )
         for rank in range(world_size)
     ]
 
 
-def end(ranks: Iterable[Rank]) -> None:
+def start_function(
+    function: Callable[..., Any], world_size: int, *arguments: Any, results: Path
+) -> list[RankProcess]:
+    """Starts `function(*arguments)` on `world_size` ranks, each a fresh interpreter.
+
+    The function stands at the top level of its file, which each rank imports. Arguments travel as
+    JSON: a path arrives as a string, a tuple as a list. What a rank returns is written to
+    RESULTS/RANK.json.
+    """
+    name, file = function.__qualname__, inspect.getsourcefile(function)
+    if not name.isidentifier():
+        raise ValueError(f"ranks cannot import {name}; move it to the top level of its file")
+    given = json.dumps(arguments, default=str)
+    return start_ranks(
+        [str(WORKERS / "call_function.py"), str(file), name, given, str(results)], world_size
+    )
+
+
+def end(ranks: Iterable[RankProcess]) -> None:
     """Kills the ranks that still run."""
     for process in ranks:
         if process.poll() is None:
@@ -73,12 +97,8 @@ def end(ranks: Iterable[Rank]) -> None:
             process.wait()
 
 
-def run_worker(name: str, world_size: int, *arguments: str | Path) -> list[str]:
-    """Runs `tests/workers/NAME.py ARGUMENTS` on all ranks and returns what each printed.
-
-    A failing rank's output is the error.
-    """
-    ranks = start_ranks([str(WORKERS / f"{name}.py"), *map(str, arguments)], world_size)
+def outputs_of(ranks: list[RankProcess]) -> list[str]:
+    """Waits for all ranks and returns what each printed; a failing rank's output is the error."""
     try:
         deadline = time.monotonic() + SECONDS
         for process in ranks:
@@ -93,11 +113,31 @@ def run_worker(name: str, world_size: int, *arguments: str | Path) -> list[str]:
     return outputs
 
 
-def wait_for(path: Path, ranks: list[Rank]) -> None:
-    """Waits until the ranks have written something into `path`."""
+def run_function(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """Returns what `function(*arguments)` returns on each of `world_size` ranks.
+
+    For arguments and results, which travel as JSON, see `start_function`. A failing rank's output
+    is the error.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        outputs_of(start_function(function, world_size, *arguments, results=folder))
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def run_worker(name: str, world_size: int, *arguments: str | Path) -> list[str]:
+    """Runs `tests/workers/NAME.py ARGUMENTS` on all ranks and returns what each printed.
+
+    A failing rank's output is the error.
+    """
+    return outputs_of(start_ranks([str(WORKERS / f"{name}.py"), *map(str, arguments)], world_size))
+
+
+def wait_for(path: Path, ranks: list[RankProcess]) -> None:
+    """Waits until the ranks have written something to `path`."""
     deadline = time.monotonic() + 120
-    # A record that is opened but empty says nothing of the other ranks.
+    # A record that is opened but still empty does not show that the other ranks have started.
     while not (path.exists() and path.stat().st_size):
-        assert time.monotonic() < deadline, f"{path} never came"
+        assert time.monotonic() < deadline, f"{path} was never written"
         assert all(process.poll() is None for process in ranks), ranks[0].output()
         time.sleep(0.01)

@@ -1,15 +1,14 @@
-"""A run's folder as training, export, sampling and scoring leave it, made small and by hand."""
+"""A small run's folder, written by hand as training, export, sampling and scoring leave it."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
+from builders import objective_of, randomised
 
-from srepa_ds.alignment.alignment import TeacherShape
-from srepa_ds.config.experiment import Config, load_config
+from srepa_ds.config.experiment import Config, samples_folder
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.files import sha256_of
 from srepa_ds.objective import Objective, official_name
@@ -20,7 +19,7 @@ from srepa_ds.weights.exported import WEIGHTS, write_model
 
 @dataclass(frozen=True)
 class SmallRun:
-    """The configuration of a run, and the objective it is supposed to have trained."""
+    """The configuration of a run, and the objective it has supposedly trained."""
 
     config: Config
     objective: Objective
@@ -60,7 +59,7 @@ class SmallRun:
         )
 
     def write_samples(self, *, checkpoint: str) -> None:
-        folder = self.config.samples_folder
+        folder = samples_folder(self.config)
         folder.mkdir(parents=True)
         generator = torch.Generator().manual_seed(0)
         labels = torch.arange(40) % 4
@@ -73,7 +72,7 @@ class SmallRun:
         (folder / "provenance.json").write_text(json.dumps(provenance))
 
     def write_results(self) -> None:
-        provenance = json.loads((self.config.samples_folder / "provenance.json").read_text())
+        provenance = json.loads((samples_folder(self.config) / "provenance.json").read_text())
         document = {
             "scores": {"frechet_distance": 12.3456, "precision": 0.625, "class_accuracy": 0.875},
             "reference_class_accuracy": 0.96875,
@@ -92,27 +91,6 @@ class SmallRun:
         self.write_results()
 
 
-@pytest.fixture(scope="session")
-def small_run(small_world, tmp_path_factory):
-    """Returns a maker of runs, each in a folder of its own that does not exist yet."""
-
-    def make(*overrides: str, name: str = "run", beside: SmallRun | None = None) -> SmallRun:
-        parent = tmp_path_factory.mktemp("runs") if beside is None else beside.folder.parent
-        folder = f"run.folder={json.dumps(str(parent / name))}"
-        config = load_config(small_world.config, [folder, *overrides])
-        objective = Objective(
-            config.model,
-            config.objective,
-            config.alignments,
-            teachers=tuple(
-                TeacherShape(a.teacher.resolved.width, config.model.grid) for a in config.alignments
-            ),
-        )
-        generator = torch.Generator().manual_seed(0)
-        # A model as it is initialised would let blocks pass the input through.
-        with torch.no_grad():
-            for weight in objective.parameters():
-                weight.copy_(torch.empty_like(weight).normal_(0, 0.2, generator=generator))
-        return SmallRun(config, objective.eval())
-
-    return make
+def run_of(config: Config) -> SmallRun:
+    """Returns the run of a configuration; none of its files are written yet."""
+    return SmallRun(config, randomised(objective_of(config)).eval())

@@ -1,4 +1,4 @@
-"""Small encoders with random weights, and what timm itself makes of them."""
+"""Small encoders with random weights, and the tokens that timm itself computes with them."""
 
 from pathlib import Path
 
@@ -21,14 +21,14 @@ PLAIN = TeacherSpec(
 
 
 def reduced(name, **arguments):
-    """A row of the table with two narrow blocks, everything else as it is."""
+    """Returns a row of the table with two narrow blocks and otherwise unchanged."""
     spec = TEACHERS[name]
     changes = {**spec.arguments, **SMALL, **arguments}
     return spec.model_copy(update={"arguments": changes, "width": changes["embed_dim"]})
 
 
 def scrambled(encoder, seed=0):
-    """Fills every weight, so that none is at a value that hides a fault."""
+    """Fills every weight and buffer: initial values such as zero and one can hide a fault."""
     generator = torch.Generator().manual_seed(seed)
     state = {
         key: 0.3 * torch.randn(value.shape, generator=generator)
@@ -60,7 +60,7 @@ def loaded(spec, path, *, resolution=16, dtype="fp32", **settings):
 
 
 def plain_encoder(spec, grid):
-    """timm's own model of a row, for a grid of rows and columns."""
+    """Returns timm's own model of a row, for a grid of rows and columns."""
     rows, columns = grid if isinstance(grid, tuple) else (grid, grid)
     return timm.create_model(
         spec.architecture,
@@ -71,7 +71,7 @@ def plain_encoder(spec, grid):
 
 
 def published(name, grid=37, **arguments):
-    """A narrow encoder in timm's layout of the published weights, for a square of patches."""
+    """Returns a narrow encoder in timm's layout of the published weights, on a square grid."""
     return scrambled(plain_encoder(reduced(name, **arguments), grid))
 
 
@@ -84,12 +84,12 @@ def preprocessed(spec, size, pixels):
 
 
 def tokens_by_timm(spec, source, grid, pixels):
-    """What timm's plain forward gives with the weights of `source`: all tokens, prefix first."""
+    """Returns all tokens of timm's plain forward with the weights of `source`, prefix first."""
     state = dict(source.state_dict())
     plain = plain_encoder(spec, grid).eval()
     if state.get("pos_embed") is not None:
         rows, columns = source.patch_embed.grid_size
-        # Some encoders add positions to the patches alone, others to prefix tokens too.
+        # Some encoders add positions to patches only, others to prefix tokens too.
         prefix = state["pos_embed"].shape[1] - rows * columns
         state["pos_embed"] = resample_abs_pos_embed(
             state["pos_embed"],

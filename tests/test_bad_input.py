@@ -13,21 +13,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import write_shards
+from builders import contents, objective_of, pieces_of
 from places import ROOT
 from safetensors.torch import load_file, save_file
 
-from srepa_ds.alignment.alignment import TeacherShape
-from srepa_ds.checkpoint.fragment_file import Piece
 from srepa_ds.checkpoint.saving import save
 from srepa_ds.cli import run
 from srepa_ds.config.experiment import Config, load_config
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import ranks
 from srepa_ds.model.sit import SiT
-from srepa_ds.objective import Objective
 from srepa_ds.schema import to_tree
-from srepa_ds.training.inputs import _identity
+from srepa_ds.training.inputs import open_inputs
 from srepa_ds.weights.exported import write_model
 
 CONFIGS = ROOT / "configs"
@@ -132,28 +129,24 @@ def overflowing_teacher(place: Place) -> list[int]:
     return beyond.any(1).nonzero()[:, 0].tolist()
 
 
-def objective(config: Config) -> Objective:
-    return Objective(
-        config.model, config.objective, config.alignments, teachers=(TeacherShape(32, (8, 8)),)
-    )
-
-
 def trained(place: Place, **known) -> None:
     """A run with one checkpoint that knows some more."""
-    pieces = [
-        Piece(kind, name, tuple(value.shape), 0, value.detach().reshape(-1))
-        for kind in ("master", "exp_avg", "exp_avg_sq", "ema")
-        for name, value in objective(place.config).named_parameters()
-    ]
+    weights = dict(objective_of(place.config).named_parameters())
+    kinds = ("master", "exp_avg", "exp_avg_sq", "ema")
+    pieces = [piece for kind in kinds for piece in pieces_of(weights, kind=kind)]
     state = {"step": 5, "adam_step": 5, "config": to_tree(place.config), **known}
-    root = place.config.checkpoints
+    root = place.config.run_folder.checkpoints
     save(root, step=5, pieces=pieces, state=state, rank=0)
     (place.run / "config.yaml").write_text("of the first training")
 
 
 def other_pictures(place: Place) -> None:
     """A run, and then other pictures that were prepared with the same settings."""
-    trained(place, identity=_identity(place.config, ShardDataset(place.shards)))
+    try:
+        identity = open_inputs(place.config, ranks.initialize()).identity
+    finally:
+        ranks.close()
+    trained(place, identity=identity)
     path = place.shards / "index.json"
     index = json.loads(path.read_text())
     index["shards"][1]["sha256"] = "0" * 64
@@ -267,7 +260,7 @@ CASES = [
          ("train.stps: unknown key; did you mean 'steps'?",)),
     Case("five faults", five_faults, "train CONFIG",
          ("5 faults", "optimizer.learning_rate", "ema.decya", "did you mean 'decay'?",
-          "train.steps", "alignments.0.depth: 9 lies beyond the model's 3 blocks",
+          "train.steps", "alignments.0.depth: 9 exceeds the model's 3 blocks",
           "engine.precision")),
     Case("unknown teacher", nothing,
          f"train CONFIG {TEACHER}.spec=null {TEACHER}.name=dinov2-vit-c",
@@ -339,24 +332,26 @@ CASES = [
          ("holds no valid checkpoint", "step-0000005: state.json has 2 bytes")),
     Case("export without a checkpoint", nothing, "export CONFIG", ("train first",)),
     Case("export of an unknown step", trained, "export CONFIG export.step=7",
-         ("step-0000007 is not valid", "there are: step-0000005")),
+         ("step-0000007 is not valid", "checkpoints: step-0000005")),
     Case("resume with another model", trained, "train CONFIG model.depth=2 run.seed=3",
-         ("holds a run of another configuration", "--allow-config-change to go on: 2 faults",
+         ("holds a run of another configuration", "--allow-config-change to continue: 2 faults",
           "model.depth: was 3, is 2", "run.seed: was 0, is 3")),
     Case("resume beside other pictures", other_pictures, "train CONFIG",
-         ("holds a run of another configuration", "to go on: 1 fault",
-          "data.shards: other contents than before: their hash was")),
+         ("holds a run of another configuration", "to continue: 1 fault",
+          "data.shards: the contents have changed: their hash was")),
     Case("resume with another model, insisting", trained,
          "train CONFIG model.depth=2 --allow-config-change",
          ("is of another model", "sit.blocks.2.attn.qkv.weight: (144, 48) there, none in")),
     Case("sample without a model", nothing, "sample CONFIG",
-         ("holds no exported model", "srepa-ds export")),
-    Case("sample of a torn model", torn_export, "sample CONFIG", ("holds no exported model",)),
+         ("does not hold an exported model", "srepa-ds export")),
+    Case("sample of a torn model", torn_export, "sample CONFIG",
+         ("does not hold an exported model",)),
     # Scores.
     Case("evaluate without samples", nothing, "evaluate CONFIG",
-         ("samples.npz is no finished sample set", "srepa-ds sample")),
-    Case("evaluate torn samples", torn_samples, "evaluate CONFIG", ("no finished sample set",)),
-    Case("evaluate empty samples", empty_samples, "evaluate CONFIG", ("no finished sample set",)),
+         ("samples.npz is not a finished sample set", "srepa-ds sample")),
+    Case("evaluate torn samples", torn_samples, "evaluate CONFIG", ("not a finished sample set",)),
+    Case("evaluate empty samples", empty_samples, "evaluate CONFIG",
+         ("not a finished sample set",)),
     Case("nothing to evaluate with", sampled, "evaluate CONFIG evaluate=null",
          ("evaluate: is required",)),
     Case("evaluate against no shards", sampled, "evaluate CONFIG evaluate.reference=none",
@@ -370,13 +365,13 @@ CASES = [
          "export CONFIG export.folder={folder}/file/export",
          ("cannot write the model to", "Not a directory")),
     Case("export into a foreign folder", foreign_export, "export CONFIG",
-         ("is no exported model (thesis.txt)", "choose another")),
+         ("other than an exported model (thesis.txt)", "choose another")),
     Case("samples below a file", exported_beside_a_file,
          "sample CONFIG sample.folder={folder}/file/samples",
-         ("cannot be written to", "Not a directory")),
+         ("cannot write", "Not a directory", "room for the samples")),
     Case("shards below a file", a_file,
          f"prepare {CONFIGS}/digits-prepare.yaml output={{folder}}/file/digits",
-         ("cannot be written", "Not a directory")),
+         ("cannot write", "Not a directory")),
     Case("scores below a file", sampled_beside_a_file,
          "evaluate CONFIG run.folder={folder}/file/run evaluate.samples={folder}/run/samples",
          ("cannot write", "Not a directory")),
@@ -393,7 +388,7 @@ CASES_OF_RANKS = [
          ("did you mean 'zero_optimization'?", "gradient_cliping")),
     Case("ranks that resume with other settings", trained,
          "train CONFIG model.depth=2 run.seed=3 --ranks 2",
-         ("--allow-config-change to go on: 2 faults", "model.depth: was 3, is 2")),
+         ("--allow-config-change to continue: 2 faults", "model.depth: was 3, is 2")),
     Case("ranks that resume with another model", trained,
          "train CONFIG model.depth=2 --allow-config-change --ranks 2",
          ("is of another model", "sit.blocks.2.attn.qkv.weight: (144, 48) there, none in")),
@@ -403,19 +398,11 @@ CASES_OF_RANKS = [
 @pytest.fixture
 def place(small_world, tmp_path, monkeypatch) -> Place:
     """A copy of the small world to spoil, as the working directory."""
-    folder = tmp_path / "place"
-    shutil.copytree(small_world.folder, folder)
-    config = folder / "experiment.yaml"
-    config.write_text(config.read_text().replace(str(small_world.folder), str(folder)))
+    folder = small_world.copied_to(tmp_path / "place").folder
     monkeypatch.chdir(folder)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SREPA_DEBUG"):
         monkeypatch.delenv(name, raising=False)
     return Place(folder)
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    paths = folder.rglob("*")
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
 
 
 def command_line(case: Case, place: Place) -> list[str]:
@@ -486,8 +473,3 @@ def test_debugging_shows_where_it_arose(place, monkeypatch, capfd):
     text = capfd.readouterr().err
     assert "Traceback" in text
     assert text.splitlines()[-2].startswith("error: nowhere.yaml")
-
-
-def test_the_small_world_itself_is_sound(place):
-    write_shards(place.folder / "more", num_samples=3)
-    assert run(["config", str(place.folder / "experiment.yaml")]) == 0

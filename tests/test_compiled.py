@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import distance, metrics_of
 from ranks import run_worker
 from safetensors.torch import load_file
 
@@ -21,10 +22,6 @@ def facts(tmp_path_factory):
     return load_file(folder / "facts.safetensors")
 
 
-def distance(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
-
-
 def test_the_engine_trains_one_graph_as_it_trains_eager_blocks(facts):
     assert facts["graphs"] == 1
     for key in ("1.losses", "2.losses", "master"):
@@ -37,8 +34,7 @@ def test_a_checkpoint_of_compiled_blocks_is_one_of_eager_blocks(facts):
 
 
 def losses(folder: Path) -> list[float]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss_total"] for line in lines]
+    return [line["loss_total"] for line in metrics_of(folder)]
 
 
 def masters(folder: Path) -> dict[str, torch.Tensor]:
@@ -60,7 +56,7 @@ def test_a_compiled_run_is_the_eager_one_but_for_rounding_and_resumes(
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         pytest.skip(f"engine.compile needs a C++ compiler on a CPU, and there is no {compiler}")
-    common = [f"engine.precision={precision}", "engine.remat.policy=selective"]
+    common = [f"engine.precision={precision}", "engine.activation_checkpointing.policy=selective"]
     runs = [
         ("eager", "train.steps=4", "engine.compile=false"),
         ("whole", "train.steps=4", "engine.compile=true"),

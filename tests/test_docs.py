@@ -1,4 +1,4 @@
-"""What the guides show is what the program takes."""
+"""The guides agree with the program and the tree, and hold no placeholder."""
 
 import re
 
@@ -18,7 +18,7 @@ BASE = {
 
 
 def shown() -> list[tuple[str, str]]:
-    """Every YAML block of the guides, with the page it stands on."""
+    """Returns every YAML block of the guides, with the page that shows it."""
     pages = ((page.name, page.read_text(encoding="utf-8")) for page in sorted(DOCS.glob("*.md")))
     return [
         (name, block)
@@ -40,11 +40,36 @@ def test_every_setting_shown_is_one(page, block):
     assert len(config.alignments) == len(settings.get("alignments", []))
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *sorted(f"docs/{p.name}" for p in DOCS.glob("*.md"))]
-)
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in DOCS.glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page):
     path = DOCS.parent / page
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_placeholder_is_left(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert not re.findall(r"\bTIME_[A-Z]+\b|VERSIONS_SEEN|TODO|FIXME", text)
+
+
+def top_of_the_package() -> list[str]:
+    """Returns what `ls srepa_ds/` shows; a folder's name ends with a slash."""
+    entries = [path for path in (ROOT / "srepa_ds").iterdir() if path.name != "__pycache__"]
+    return sorted(f"{path.name}/" if path.is_dir() else path.name for path in entries)
+
+
+def test_few_files_lie_at_the_top_of_the_package():
+    """A newcomer reads the folders as a map."""
+    files = [name for name in top_of_the_package() if not name.endswith("/")]
+    assert len(files) <= 14
+
+
+def test_the_map_names_all_of_them():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    map_of_the_house = set(re.findall(r"[\w.]+/?", text))
+    assert set(top_of_the_package()) - {"__init__.py"} <= map_of_the_house

@@ -1,23 +1,25 @@
-"""What the engine does, whatever the ZeRO stage, the precision and the number of ranks.
+"""The engine behaves the same under every ZeRO stage, precision and number of ranks.
 
-`workers/engine_facts.py` runs the engines and writes down what they did; here it is judged. An
+`workers/engine_facts.py` runs the engines and records what they do; the tests here judge it. An
 arrangement is a file of `ds_configs`: a ZeRO stage, with or without offload.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from shutil import which
 
 import pytest
 import torch
+from builders import distance
 from ranks import run_worker
 from safetensors.torch import load_file
 from torch import Tensor
 
+from srepa_ds.model.precision import PRECISIONS
+
 KINDS = ("master", "ema", "exp_avg", "exp_avg_sq")
 ARRANGEMENTS = ("0", "1", "2", "3", "2-offload", "3-offload")
-PRECISIONS = ("fp32", "bf16_autocast", "bf16")
-# Stage 2 first: its checkpoint is what the others restore.
+# Stage 2 first: the others restore its checkpoint.
 ORDER = sorted(ARRANGEMENTS, key=lambda arrangement: arrangement != "2")
 QUICK, SLOW = ("2-fp32", "0-fp32"), [pytest.mark.slow]
 SAVED_STEP, LAST_STEP = 3, 4
@@ -26,20 +28,22 @@ EMA_DECAY = 0.7
 BF16_CHANGE = 0.1
 # bf16 sums of differently many samples differ in their last bits.
 BF16_SPLIT_CHANGE, BF16_SPLIT_NORM = 0.02, 5e-3
+# Trained tensors of the objective (`builders.odd_sizes`); with offload each may cost a read.
+NUM_WEIGHTS = 47
 
 Facts = dict[str, Tensor]
 Lookup = Callable[[int, str, str], Facts]
 
 
 def arrangements_on(world_size: int, precision: str) -> list[str]:
-    """What is tried: everything on two ranks, on one what has a path of its own there."""
+    """All arrangements on two ranks; on one rank those with code of their own for it."""
     if world_size == 2:
         return ORDER
     return [] if precision == "bf16_autocast" else [name for name in ORDER if len(name) == 1]
 
 
-def cases(*, ranks: tuple[int, ...] = (2, 1), precisions: tuple[str, ...] = PRECISIONS):
-    """All topologies as parameters; slow but for what two ranks show in fp32 at stages 0 and 2."""
+def cases(*, ranks: tuple[int, ...] = (2, 1), precisions: Iterable[str] = PRECISIONS):
+    """All topologies as parameters, slow except two ranks in fp32 at stages 0 and 2."""
     topologies = [
         (world_size, arrangement, precision)
         for world_size in ranks
@@ -57,7 +61,7 @@ def marks_of(world_size: int, arrangement: str, precision: str) -> list[pytest.M
 
 
 def batch_with(case: str, world_size: int, precision: str) -> tuple[str, ...]:
-    """The cases one worker runs, of one precision: autocast leaves traces in DeepSpeed."""
+    """The cases that one worker runs, of one precision: autocast leaves traces in DeepSpeed."""
     if world_size == 2 and case in QUICK:
         return QUICK
     batch = [f"{name}-{precision}" for name in arrangements_on(world_size, precision)]
@@ -66,7 +70,7 @@ def batch_with(case: str, world_size: int, precision: str) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def lookup(tmp_path_factory: pytest.TempPathFactory) -> Lookup:
-    """Gives the facts of a topology; runs its worker when first asked for one of them."""
+    """Gives the facts of a topology; runs its worker when it is first asked for."""
     folder = tmp_path_factory.mktemp("facts")
 
     @cache
@@ -74,7 +78,7 @@ def lookup(tmp_path_factory: pytest.TempPathFactory) -> Lookup:
         try:
             run_worker("engine_facts", world_size, folder, *batch)
         except AssertionError as error:
-            return error  # So that it is not run again for each of its tests.
+            return error  # Cached, so that the worker does not run again for each test.
 
     def find(world_size: int, arrangement: str, precision: str) -> Facts:
         if (world_size, arrangement) != (2, "2"):
@@ -85,11 +89,6 @@ def lookup(tmp_path_factory: pytest.TempPathFactory) -> Lookup:
         return load_file(folder / f"{world_size}-{case}.safetensors")
 
     return find
-
-
-def change(found: Tensor, expected: Tensor, start: Tensor) -> float:
-    """How far two ways from `start` differ, relative to the second's length."""
-    return ((found - expected).norm() / (expected - start).norm()).item()
 
 
 each_case = pytest.mark.parametrize(("world_size", "arrangement", "precision"), cases())
@@ -136,12 +135,12 @@ def test_each_rank_keeps_its_share_of_the_average(lookup, world_size, arrangemen
 @each_case
 def test_the_average_is_the_unsharded_recursion(lookup, world_size, arrangement, precision):
     facts = lookup(world_size, arrangement, precision)
-    # In float64: of the 1e-7 (weights reach 0.9), rounding twice would take the larger part.
+    # In float64: rounding twice would use up most of the 1e-7 (weights reach 0.9).
     average = facts["plain.0.master"].double()
     for step in (1, 2, 3, LAST_STEP):
         average = EMA_DECAY * average + (1 - EMA_DECAY) * facts[f"{step}.master"].double()
         torch.testing.assert_close(facts[f"{step}.ema"].double(), average, rtol=0, atol=1e-7)
-        assert change(facts[f"{step}.ema"], facts[f"{step}.master"], facts["0.ema"]) > 0.1
+        assert distance(facts[f"{step}.ema"], facts[f"{step}.master"], start=facts["0.ema"]) > 0.1
 
 
 @pytest.mark.parametrize(("world_size", "arrangement", "precision"), cases(precisions=("fp32",)))
@@ -152,11 +151,11 @@ def test_fp32_is_the_plain_loop(lookup, world_size, arrangement, precision):
         plain = {key: facts[f"plain.{step}.{key}"] for key in ("losses", "norm", "master")}
         torch.testing.assert_close(facts[f"{step}.losses"], plain["losses"], rtol=1e-5, atol=1e-6)
         norms = facts[f"{step}.norms"]
-        # Above the 0.5 it is clipped to: clipping is part of what is compared.
+        # Above 0.5, to which it is clipped: the comparison includes clipping.
         assert plain["norm"] > 1
         torch.testing.assert_close(norms, plain["norm"].expand_as(norms), rtol=1e-5, atol=0)
         torch.testing.assert_close(facts[f"{step}.master"], plain["master"], rtol=1e-5, atol=1e-6)
-        assert change(facts[f"{step}.master"], plain["master"], start) < 1e-5
+        assert distance(facts[f"{step}.master"], plain["master"], start=start) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -170,7 +169,7 @@ def test_bf16_follows_the_plain_loop(lookup, world_size, arrangement, precision)
         torch.testing.assert_close(facts[f"{step}.losses"], plain["losses"], rtol=0.02, atol=0.02)
         norms = facts[f"{step}.norms"]
         torch.testing.assert_close(norms, plain["norm"].expand_as(norms), rtol=0.05, atol=0)
-        assert change(facts[f"{step}.master"], plain["master"], start) < BF16_CHANGE
+        assert distance(facts[f"{step}.master"], plain["master"], start=start) < BF16_CHANGE
 
 
 @pytest.mark.slow
@@ -193,7 +192,7 @@ def test_the_stages_agree(lookup, world_size, precision):
             for key in (f"{step}.losses", f"{step}.norms"):
                 torch.testing.assert_close(facts[key], two[key], rtol=losses, atol=losses / 10)
             found, expected = facts[f"{step}.master"], two[f"{step}.master"]
-            assert change(found, expected, two["0.master"]) < weights
+            assert distance(found, expected, start=two["0.master"]) < weights
         assert facts[f"{LAST_STEP}.counts"].tolist() == two[f"{LAST_STEP}.counts"].tolist()
 
 
@@ -210,7 +209,7 @@ def test_accumulation_does_not_change_training(lookup, world_size, arrangement, 
         torch.testing.assert_close(found, expected, rtol=losses, atol=small)
         found, expected = facts[f"split.{step}.norms"], facts[f"{step}.norms"]
         torch.testing.assert_close(found, expected, rtol=norm, atol=0)
-    assert change(facts["split.2.master"], facts["2.master"], facts["0.master"]) < weights
+    assert distance(facts["split.2.master"], facts["2.master"], start=facts["0.master"]) < weights
     assert facts["split.2.counts"].tolist() == [2, 2]
 
 
@@ -226,14 +225,14 @@ def test_one_ranks_bad_loss_skips_the_step_on_all(
     assert not facts[f"{prefix}bad.norms"].isfinite().any()
     for kind in KINDS:
         assert torch.equal(facts[f"{prefix}bad.{kind}"], facts[f"{prefix}{before}.{kind}"]), kind
-    # The step is counted, Adam has not taken it.
+    # The step is counted, but Adam has not taken it.
     assert facts[f"{prefix}bad.counts"].tolist() == [before + 1, before]
     assert facts[f"{prefix}{after}.applied"].all()
     assert facts[f"{prefix}{after}.norms"].isfinite().all()
     assert facts[f"{prefix}{after}.counts"].tolist() == [after + 1, after]
     if precision == "fp32":
         plain, start = facts[f"plain.{after}.master"], facts["plain.0.master"]
-        assert change(facts[f"{prefix}{after}.master"], plain, start) < 1e-5
+        assert distance(facts[f"{prefix}{after}.master"], plain, start=start) < 1e-5
 
 
 @each_case
@@ -242,7 +241,7 @@ def test_every_rank_computes_with_the_masters(lookup, world_size, arrangement, p
     if arrangement.startswith("3"):
         assert "0.copies" not in facts
         return
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = PRECISIONS[precision].weights
     for moment in ("0", "bad", f"{LAST_STEP}", "restored"):
         copies = facts[f"{moment}.copies"]
         assert len(copies) == world_size
@@ -262,7 +261,7 @@ def test_a_checkpoint_of_two_ranks_stage_2_continues(lookup, world_size, arrange
     found, expected = facts["restored.next.master"], saved[f"{LAST_STEP}.master"]
     # On one rank bf16 sums the whole batch at once.
     bound = 1e-5 if precision == "fp32" or world_size == 2 else BF16_SPLIT_CHANGE
-    assert change(found, expected, saved["0.master"]) < bound
+    assert distance(found, expected, start=saved["0.master"]) < bound
     assert facts["restored.next.applied"].all()
 
 
@@ -272,11 +271,11 @@ def test_a_step_waits_for_the_device_to_judge_its_norm_alone(
 ):
     reads = lookup(world_size, arrangement, precision)["reads"]
     assert len(reads) == world_size
-    # With offload the norm is summed on the host, weight by weight.
-    num_weights = 47 if arrangement == "2-offload" else 0
     assert (reads >= 1).all()
-    # Two: where the norm is asked once whether it is finite, and once for clipping.
-    assert (reads <= num_weights + (2 if num_weights == 0 else 3)).all(), reads
+    # One read to see whether the norm is finite, one to clip. With offload under stage 2 DeepSpeed
+    # sums the norm on the host: one more, and one per weight.
+    most = NUM_WEIGHTS + 3 if arrangement == "2-offload" else 2
+    assert (reads <= most).all(), reads
 
 
 @each_case
@@ -308,7 +307,7 @@ def test_deepspeeds_cpu_adam_takes_torchs_steps_and_resumes_nearly_exactly(tmp_p
         assert facts["resumed.2.counts"].tolist() == [2, 2]
         for step in range(1, 6):
             found = facts[f"deepspeed.{step}.master"]
-            assert change(found, facts[f"torch.{step}.master"], start) < 1e-5
-        # Its kernel multiplies powers of the betas up; a fresh process takes them anew.
+            assert distance(found, facts[f"torch.{step}.master"], start=start) < 1e-5
+        # Its kernel multiplies powers of the betas up; a fresh process computes them again.
         found, expected = facts["resumed.5.master"], facts["deepspeed.5.master"]
-        assert change(found, expected, start) < 1e-5
+        assert distance(found, expected, start=start) < 1e-5

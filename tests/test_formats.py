@@ -14,8 +14,12 @@ from safetensors.torch import load_file
 from srepa_ds.checkpoint.folder import fault_of
 from srepa_ds.checkpoint.reader import CheckpointReader
 from srepa_ds.cli import run
+from srepa_ds.config.experiment import Config, load_config
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.token_store import TokenStore
+from srepa_ds.schema import validated
+from srepa_ds.training.resume import unsafe_changes
+from srepa_ds.trees import load_tree
 from srepa_ds.weights.exported import read_model
 
 FORMAT_1 = GOLDEN / "format-1"
@@ -67,6 +71,23 @@ def test_the_checkpoint_is_whole_and_exports_the_same_model(place):
     for name in before.keys() - {"pos_embed"}:
         assert torch.equal(again[name], before[name]), name
     torch.testing.assert_close(again["pos_embed"], before["pos_embed"])
+    engines = [
+        json.loads((place / name / "config.json").read_text())["config"]["engine"]
+        for name in ("again", "export")
+    ]
+    assert [engines[0]["activation_checkpointing"]] == [engines[1]["remat"]]
+    assert "remat" not in engines[0]
+
+
+def test_a_stored_configuration_is_read_under_todays_names_without_a_warning(place, caplog):
+    trained = json.loads((place / CHECKPOINT / "state.json").read_text())["config"]
+    resolved = load_tree(place / "run" / "config.yaml")
+    assert "remat" in trained["engine"].keys() & resolved["engine"].keys()
+    today = load_config(place / "experiment.yaml")
+    assert validated(Config, trained, source="test") == today
+    assert validated(Config, resolved, source="test") == today
+    assert not list(unsafe_changes(trained, today))
+    assert not caplog.records
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from srepa_ds.interpolant import (
     flow_loss,
     sample_time,
 )
-from srepa_ds.noise import Stream
+from srepa_ds.noise import NoiseStream
 from srepa_ds.schema import validated
 
 each_path = pytest.mark.parametrize("path", list(INTERPOLANTS))
@@ -132,7 +132,7 @@ def test_lognormal_time_is_logit_normal_on_the_linear_path():
 @pytest.mark.parametrize("weighting", list(TIME_WEIGHTINGS))
 def test_times_lie_in_the_unit_interval_and_centre_on_a_half(path, weighting):
     row = TIME_WEIGHTINGS[weighting]
-    t = sample_time(row, INTERPOLANTS[path], row.draw(0, Stream.TIME, torch.arange(20_000)))
+    t = sample_time(row, INTERPOLANTS[path], row.draw(0, NoiseStream.TIME, torch.arange(20_000)))
     assert 0 <= t.min()
     assert t.max() <= 1
     assert abs(t.mean() - 0.5) < 5 * t.std() / math.sqrt(len(t))

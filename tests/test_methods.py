@@ -1,13 +1,10 @@
 """Every method of the paper's family trains through the real engine, on any number of ranks."""
 
-import json
-import shutil
-from pathlib import Path
-
 import pytest
 import yaml
-from conftest import TEACHER, SmallWorld
-from ranks import run_worker
+from builders import TEACHER, SmallWorld, metrics_of
+from ranks import run_function
+from trainings import train_runs
 
 from srepa_ds.cli import run
 
@@ -109,14 +106,10 @@ def records(small_world, tmp_path_factory) -> dict[tuple[str, str], list[dict]]:
             tree["engine"] = {"precision": "fp32", "deepspeed": f"ds_configs/zero{stage}.json"}
             paths.append(folder / f"{method}.yaml")
             paths[-1].write_text(yaml.safe_dump(tree))
-        run_worker("train_files", world_size, *paths)
+        run_function(train_runs, world_size, *([path] for path in paths))
         for method in METHODS:
-            found[arrangement, method] = read(folder / method)
+            found[arrangement, method] = metrics_of(folder / method)
     return found
-
-
-def read(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -150,11 +143,8 @@ def test_every_method_has_the_terms_it_is_made_of(records, method):
 @pytest.mark.slow
 def test_stored_tokens_train_the_same_model(small_world, tmp_path):
     """The teacher's own tokens, then bf16 and int8 ones read from disk: nearly the same losses."""
-    world = tmp_path / "world"
-    shutil.copytree(small_world.folder, world)
-    tree = yaml.safe_load(
-        small_world.config.read_text().replace(str(small_world.folder), str(world))
-    )
+    world = small_world.copied_to(tmp_path / "world").folder
+    tree = yaml.safe_load((world / "experiment.yaml").read_text())
     tree["train"]["steps"] = 8
     found = {}
     for storage in (None, "bf16", "int8"):
@@ -164,8 +154,8 @@ def test_stored_tokens_train_the_same_model(small_world, tmp_path):
         path.write_text(yaml.safe_dump({**tree, "run": run_folder, "alignments": alignments}))
         if storage:
             assert run(["prepare", str(path), "--teacher"]) == 0
-        run_worker("train_files", 2, path)
-        found[storage] = [line["loss_total"] for line in read(world / f"run-{storage}")]
+        run_function(train_runs, 2, [path])
+        found[storage] = [line["loss_total"] for line in metrics_of(world / f"run-{storage}")]
     assert found["bf16"] == pytest.approx(found[None], rel=1e-3)
     assert found["int8"] == pytest.approx(found[None], rel=1e-2)
     assert found["bf16"] != found[None]

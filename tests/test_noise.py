@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from srepa_ds import noise
-from srepa_ds.noise import Stream
+from srepa_ds.noise import NoiseStream
 
 ALL_ONES = 0xFFFFFFFF
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, answer.
@@ -31,10 +31,10 @@ def test_philox_gives_the_published_answers(counter, key, answer):
 
 def test_bits_are_philox_at_the_documented_address():
     seed, draw, sample = 2**40 + 9, 3, 2**33 + 6
-    words = noise.bits(seed, Stream.NOISE, torch.tensor([sample]), 6, draw)[0]
+    words = noise.bits(seed, NoiseStream.NOISE, torch.tensor([sample]), 6, draw)[0]
     key = (seed & ALL_ONES, seed >> 32)
     for block in range(2):
-        counter = (block, (int(Stream.NOISE) << 24) | draw, sample & ALL_ONES, sample >> 32)
+        counter = (block, (int(NoiseStream.NOISE) << 24) | draw, sample & ALL_ONES, sample >> 32)
         expected = noise.philox(tuple(torch.tensor([word]) for word in counter), key)
         for lane in range(min(4, 6 - 4 * block)):
             assert int(words[4 * block + lane]) == int(expected[lane])
@@ -47,24 +47,24 @@ DRAWS = [noise.normal, noise.uniform]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (3, 5, 7), (4, 2)])
 def test_a_sample_draws_the_same_in_any_batch(draw, dtype, shape):
-    whole = draw(11, Stream.NOISE, IDS, shape, dtype=dtype)
+    whole = draw(11, NoiseStream.NOISE, IDS, shape, dtype=dtype)
     assert whole.shape == (len(IDS), *shape)
     assert whole.dtype == dtype
-    one_by_one = torch.cat([draw(11, Stream.NOISE, i[None], shape, dtype=dtype) for i in IDS])
+    one_by_one = torch.cat([draw(11, NoiseStream.NOISE, i[None], shape, dtype=dtype) for i in IDS])
     # Vectorised and scalar tails of log and cos may differ in the last bit.
     torch.testing.assert_close(one_by_one, whole, rtol=1e-6, atol=1e-7)
     order = torch.tensor([8, 3, 0, 5, 1, 7, 2, 6, 4])
-    shuffled = draw(11, Stream.NOISE, IDS[order], shape, dtype=dtype)
+    shuffled = draw(11, NoiseStream.NOISE, IDS[order], shape, dtype=dtype)
     torch.testing.assert_close(shuffled, whole[order], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_stripes_of_ranks_join_to_the_whole(num_ranks):
     ids = torch.arange(100, 124)
-    whole = noise.bits(5, Stream.TIME, ids, 9)
+    whole = noise.bits(5, NoiseStream.TIME, ids, 9)
     joined = torch.empty_like(whole)
     for rank in range(num_ranks):
-        joined[rank::num_ranks] = noise.bits(5, Stream.TIME, ids[rank::num_ranks], 9)
+        joined[rank::num_ranks] = noise.bits(5, NoiseStream.TIME, ids[rank::num_ranks], 9)
     assert torch.equal(joined, whole)
 
 
@@ -74,7 +74,7 @@ def test_samples_streams_seeds_and_draws_share_no_numbers(draw):
     sets = [
         draw(seed, stream, ids, (64,), draw=number, dtype=torch.float64)
         for seed in (0, 1, 2**32)
-        for stream in Stream
+        for stream in NoiseStream
         for number in (0, 1, 249)
     ]
     numbers = torch.stack(sets).flatten()
@@ -83,7 +83,7 @@ def test_samples_streams_seeds_and_draws_share_no_numbers(draw):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_normals_are_standard_and_uncorrelated(dtype):
-    numbers = noise.normal(3, Stream.NOISE, torch.arange(64), (4096,), dtype=dtype).double()
+    numbers = noise.normal(3, NoiseStream.NOISE, torch.arange(64), (4096,), dtype=dtype).double()
     count = numbers.numel()
     for power, moment, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
         deviation = (numbers**power).mean() - moment
@@ -97,7 +97,7 @@ def test_normals_are_standard_and_uncorrelated(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_uniforms_fill_the_open_interval_evenly(dtype):
-    numbers = noise.uniform(3, Stream.TIME, torch.arange(1 << 16), dtype=dtype)
+    numbers = noise.uniform(3, NoiseStream.TIME, torch.arange(1 << 16), dtype=dtype)
     assert 0 < numbers.min() < 1e-3
     assert 1 - 1e-3 < numbers.max() < 1
     counts = np.histogram(numbers.numpy(), bins=64, range=(0, 1))[0]
@@ -109,14 +109,14 @@ def test_uniforms_fill_the_open_interval_evenly(dtype):
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 24), (torch.float64, 53)])
 def test_uniforms_are_odd_multiples_of_their_resolution(dtype, bits):
     # Odd multiples of 2**-bits are exact, and can be neither 0 nor 1.
-    multiples = noise.uniform(4, Stream.TIME, torch.arange(1 << 12), dtype=dtype) * 2.0**bits
+    multiples = noise.uniform(4, NoiseStream.TIME, torch.arange(1 << 12), dtype=dtype) * 2.0**bits
     assert (multiples.to(torch.int64) % 2 == 1).all()
     assert torch.equal(multiples.to(torch.int64).to(dtype), multiples)
 
 
 @pytest.mark.parametrize("high", [1, 2, 10, 1000, 1_281_167])
 def test_integers_cover_their_range(high):
-    numbers = noise.integers(7, Stream.SAMPLE_LABEL, torch.arange(20_000), high)
+    numbers = noise.integers(7, NoiseStream.SAMPLE_LABEL, torch.arange(20_000), high)
     assert 0 <= numbers.min()
     assert numbers.max() < high
     assert numbers.dtype == torch.int64
@@ -142,7 +142,7 @@ def test_what_has_no_address_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         noise.uniform(
             arguments["seed"],
-            Stream.TIME,
+            NoiseStream.TIME,
             torch.tensor([1]),
             draw=arguments["draw"],
             dtype=arguments["dtype"],
@@ -151,5 +151,5 @@ def test_what_has_no_address_is_refused(arguments, message):
 
 def test_the_global_generator_is_left_alone():
     state = torch.get_rng_state()
-    noise.normal(0, Stream.NOISE, IDS, (8,))
+    noise.normal(0, NoiseStream.NOISE, IDS, (8,))
     assert torch.equal(torch.get_rng_state(), state)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from builders import randomised
 from places import GOLDEN
 from torch import nn
 from torch.nn.functional import cosine_similarity
@@ -13,7 +14,7 @@ from srepa_ds import noise
 from srepa_ds.alignment.alignment import AlignmentConfig, TeacherShape
 from srepa_ds.interpolant import InterpolantConfig
 from srepa_ds.model.variants import SiTConfig
-from srepa_ds.noise import Stream
+from srepa_ds.noise import NoiseStream
 from srepa_ds.objective import (
     TIME_BINS,
     Losses,
@@ -68,12 +69,7 @@ def objective_of(case: str, path: str = "linear") -> Objective:
     config = ObjectiveConfig(interpolant=InterpolantConfig(path=path))
     alignments = tuple(map(alignment, settings))
     teachers = tuple(TeacherShape(width, MODEL.grid) for width in widths)
-    objective = Objective(MODEL, config, alignments, teachers=teachers)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in objective.parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return objective
+    return randomised(Objective(MODEL, config, alignments, teachers=teachers), seed=1)
 
 
 def inputs_of(case: str, batch: int = 3) -> TrainingInputs:
@@ -107,13 +103,13 @@ def test_inputs_come_from_their_own_streams(path, weighting):
     positions = torch.tensor([0, 5, 17, 2**31 + 3, 2**40])
     inputs = drawn(config, positions)
     if weighting == "uniform":
-        t = noise.uniform(SEED, Stream.TIME, positions)
+        t = noise.uniform(SEED, NoiseStream.TIME, positions)
     else:
-        ratio = noise.normal(SEED, Stream.TIME, positions).double().exp()
+        ratio = noise.normal(SEED, NoiseStream.TIME, positions).double().exp()
         t = ratio / (1 + ratio) if path == "linear" else torch.atan(ratio) * 2 / math.pi
     torch.testing.assert_close(inputs.t, t.float())
-    assert torch.equal(inputs.noise, noise.normal(SEED, Stream.NOISE, positions, (2, 3, 3)))
-    dropped = noise.uniform(SEED, Stream.LABEL_DROP, positions) < 0.4
+    assert torch.equal(inputs.noise, noise.normal(SEED, NoiseStream.NOISE, positions, (2, 3, 3)))
+    dropped = noise.uniform(SEED, NoiseStream.LABEL_DROP, positions) < 0.4
     assert torch.equal(inputs.labels, torch.where(dropped, NULL, positions % NULL))
     assert torch.equal(inputs.latents[:, 1, 2, 0], positions.float())
     assert inputs.cls_noise is None
@@ -126,7 +122,7 @@ def test_noise_takes_the_dtype_of_the_latents():
     inputs = draw_inputs(
         ObjectiveConfig(), MODEL, latents, positions, positions=positions, seed=SEED
     )
-    wide = noise.normal(SEED, Stream.NOISE, positions, (1, 2, 2))
+    wide = noise.normal(SEED, NoiseStream.NOISE, positions, (1, 2, 2))
     assert torch.equal(inputs.noise, wide.bfloat16())
     assert inputs.t.dtype == torch.float32
 
@@ -223,7 +219,7 @@ def plain_losses(objective: Objective, case: str, path: str, inputs: TrainingInp
 @pytest.mark.parametrize("case", list(ALIGNMENTS))
 def test_the_losses_are_the_sum_written_out(case, path):
     objective, inputs = objective_of(case, path), inputs_of(case)
-    losses = objective(*inputs)
+    losses = objective(inputs)
     expected = plain_losses(objective, case, path, inputs)
     for found, wanted in zip(losses, expected, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=1e-6)
@@ -249,10 +245,10 @@ def test_bf16_weights_give_float32_losses_and_near_gradients(case):
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.copy_(parameter.bfloat16())
-    expected = objective(*inputs)
+    expected = objective(inputs)
     references = torch.autograd.grad(expected.total, list(objective.parameters()))
     objective.bfloat16()
-    losses = objective(*inputs)
+    losses = objective(inputs)
     for found, wanted in zip(losses, expected, strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
@@ -314,7 +310,7 @@ def reaches(gradients: dict[str, torch.Tensor], prefix: str) -> list[bool]:
 
 def test_alignment_trains_its_projector_and_the_blocks_up_to_its_tap():
     objective, inputs = objective_of("two"), inputs_of("two")
-    losses = objective(*inputs)
+    losses = objective(inputs)
     # Both terms are subtracted exactly: what is left is the alignment's share.
     share = losses.total - losses.flow
     parameters = dict(objective.named_parameters())
@@ -342,7 +338,7 @@ def test_without_flow_later_blocks_have_no_gradient_at_all(case):
     # A final layer cut off from its input: the flow loss then depends on its bias alone.
     for parameter in objective.sit.final_layer.parameters():
         nn.init.zeros_(parameter)
-    objective(*inputs).total.backward()
+    objective(inputs).total.backward()
     deepest = max(row["depth"] for row in ALIGNMENTS[case][0])
     for name, parameter in objective.named_parameters():
         assert parameter.grad is not None, name
@@ -361,7 +357,7 @@ def test_without_flow_later_blocks_have_no_gradient_at_all(case):
 def test_teachers_get_no_gradient_and_must_be_as_many_as_alignments():
     objective, inputs = objective_of("two"), inputs_of("two")
     patches = tuple(patch.requires_grad_() for patch in inputs.teacher_patches)
-    objective(*inputs).total.backward()
+    objective(inputs).total.backward()
     assert all(patch.grad is None for patch in patches)
     with pytest.raises(ValueError, match="zip"):
-        objective(*inputs._replace(teacher_patches=patches[:1]))
+        objective(inputs._replace(teacher_patches=patches[:1]))

@@ -2,14 +2,21 @@
 
 import pytest
 import torch
+from builders import randomised
 from torch.nn.functional import cosine_similarity
 
 from srepa_ds import noise
-from srepa_ds.alignment.alignment import AlignmentConfig, TeacherShape
+from srepa_ds.alignment.alignment import AlignmentConfig, TeacherShape, TermWeights
 from srepa_ds.interpolant import InterpolantConfig
 from srepa_ds.model.variants import SiTConfig
-from srepa_ds.noise import Stream
-from srepa_ds.objective import Objective, ObjectiveConfig, TrainingInputs, draw_inputs
+from srepa_ds.noise import NoiseStream
+from srepa_ds.objective import (
+    Objective,
+    ObjectiveConfig,
+    SamplingInputs,
+    TrainingInputs,
+    draw_inputs,
+)
 
 WIDTH, BATCH, NUM_TOKENS = 10, 3, 6
 MODEL = SiTConfig(
@@ -24,6 +31,7 @@ MODEL = SiTConfig(
 )
 SPEC = {"architecture": "vit_tiny_patch16_224", "width": WIDTH, "patch_size": 2, "input_size": 6}
 REG = {"depth": 2, "pointwise": {"weight": 0.5, "include_cls": True}}
+OVER = TermWeights(None, None)
 
 
 def alignment(**terms) -> AlignmentConfig:
@@ -33,11 +41,7 @@ def alignment(**terms) -> AlignmentConfig:
 def objective_of(*alignments: AlignmentConfig, model=MODEL, **settings) -> Objective:
     teachers = (TeacherShape(WIDTH, model.grid),) * len(alignments)
     objective = Objective(model, ObjectiveConfig(**settings), alignments, teachers=teachers)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in objective.parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return objective.double()
+    return randomised(objective, seed=1).double()
 
 
 def inputs_of(count: int = 1, **changes) -> TrainingInputs:
@@ -62,7 +66,7 @@ def inputs_of(count: int = 1, **changes) -> TrainingInputs:
 def test_regs_loss_is_the_sum_written_out(path):
     objective = objective_of(alignment(**REG), interpolant=InterpolantConfig(path=path))
     inputs = inputs_of()
-    losses = objective(*inputs)
+    losses = objective(inputs)
     t = inputs.t
     angle = t * torch.pi / 2
     alpha, sigma = (1 - t, t) if path == "linear" else (angle.cos(), angle.sin())
@@ -101,7 +105,7 @@ def test_regs_loss_is_the_sum_written_out(path):
 def test_the_class_tokens_weight_is_the_configured_one():
     inputs = inputs_of()
     heavy, none = (
-        objective_of(alignment(**REG), cls_weight=weight)(*inputs) for weight in (2.0, 0.0)
+        objective_of(alignment(**REG), cls_weight=weight)(inputs) for weight in (2.0, 0.0)
     )
     torch.testing.assert_close(heavy.total - none.total, 2.0 * heavy.cls)
     assert heavy.cls == none.cls > 0
@@ -113,7 +117,7 @@ def test_the_class_tokens_noise_has_a_stream_of_its_own():
     labels = torch.zeros(BATCH, dtype=torch.int64)
     settings = {"positions": positions, "seed": 4}
     drawn = draw_inputs(ObjectiveConfig(), MODEL, latents, labels, **settings)
-    expected = noise.normal(4, Stream.CLS_NOISE, positions, (WIDTH,))
+    expected = noise.normal(4, NoiseStream.CLS_NOISE, positions, (WIDTH,))
     assert torch.equal(drawn.cls_noise, expected)
     plain = MODEL.model_copy(update={"class_token_width": None})
     without = draw_inputs(ObjectiveConfig(), plain, latents, labels, **settings)
@@ -122,19 +126,22 @@ def test_the_class_tokens_noise_has_a_stream_of_its_own():
     assert torch.equal(without.t, drawn.t)
 
 
-def test_factors_scale_the_terms_of_each_alignment():
+def test_weights_scale_the_terms_of_each_alignment():
     both = {"pointwise": {"weight": 2.0}, "structural": {"kind": "mse", "weight": 3.0}}
+    weights = (2.0, 3.0)
     objective = objective_of(alignment(depth=1, **both), alignment(depth=2, **both))
     inputs = inputs_of(2)
-    whole = objective(*inputs)
-    ones = objective(*inputs._replace(factors=((1.0, 1.0), (1.0, 1.0))))
-    torch.testing.assert_close(ones.total, whole.total)
+    whole = objective(inputs)
+    given = objective(inputs._replace(term_weights=(TermWeights(*weights), TermWeights(*weights))))
+    assert given.total == whole.total
     alone = {}
-    for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        factors = [[0.0, 0.0], [0.0, 0.0]]
-        factors[place[0]][place[1]] = 1.0
-        alone[place] = objective(*inputs._replace(factors=tuple(map(tuple, factors))))
-    scaled = objective(*inputs._replace(factors=((0.5, 0.0), (1.0, 0.25))))
+    for number, term in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        one = [OVER, OVER]
+        one[number] = TermWeights(*(weights[k] if k == term else None for k in (0, 1)))
+        alone[number, term] = objective(inputs._replace(term_weights=tuple(one)))
+    scaled = objective(
+        inputs._replace(term_weights=(TermWeights(1.0, None), TermWeights(2.0, 0.75)))
+    )
     shares = {(0, 0): 0.5, (1, 0): 1.0, (1, 1): 0.25}
     rest = scaled.flow + 0.03 * scaled.cls
     expected = rest + sum(f * (alone[place].total - rest) for place, f in shares.items())
@@ -151,7 +158,7 @@ def test_a_projector_whose_last_term_is_over_still_takes_part():
     }
     objective = objective_of(alignment(depth=1, **terms))
     inputs = inputs_of()
-    losses = objective(*inputs._replace(factors=((0.0, 1.0),)))
+    losses = objective(inputs._replace(term_weights=(TermWeights(None, 1.0),)))
     assert losses.pointwise == 0 < losses.structural
     losses.total.backward()
     for parameter in objective.projectors.parameters():
@@ -167,12 +174,25 @@ def test_a_teacher_that_is_over_leaves_zeros_and_whole_gradients():
     over = inputs._replace(
         teacher_patches=(None, None),
         teacher_cls=(inputs.teacher_cls[0], None),
-        factors=((0.0, 0.0), (0.0, 0.0)),
+        term_weights=(OVER, OVER),
     )
-    losses = objective(*over)
+    losses = objective(over)
     assert (losses.pointwise, losses.structural) == (0, 0)
     torch.testing.assert_close(losses.total, losses.flow + 0.03 * losses.cls)
     losses.total.backward()
     for name, parameter in objective.named_parameters():
         assert parameter.grad is not None, name
         assert bool(parameter.grad.abs().max() > 0) != name.startswith("projectors."), name
+
+
+@pytest.mark.parametrize("carries_cls", [True, False])
+def test_a_sampling_request_gives_the_output_of_the_model(carries_cls):
+    model = MODEL if carries_cls else MODEL.model_copy(update={"class_token_width": None})
+    objective = objective_of(alignment(depth=1, pointwise={"weight": 1.0}), model=model)
+    inputs = inputs_of()
+    cls_t = inputs.cls_noise if carries_cls else None
+    found = objective(SamplingInputs(inputs.latents, inputs.t, inputs.labels, cls_t))
+    expected = objective.sit(inputs.latents, inputs.t, inputs.labels, cls_t=cls_t)
+    assert torch.equal(found.velocity, expected.velocity)
+    assert found.hidden == ()
+    assert (found.cls_velocity is not None) == carries_cls

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from conftest import SmallWorld
-from ranks import run_worker
+from builders import SmallWorld, metrics_of, write_shards
+from ranks import run_function
+from trainings import train_runs
 
 from srepa_ds.cli import run
-from srepa_ds.data.shard_index import DatasetDescription
-from srepa_ds.data.shard_writer import ShardWriter
 from srepa_ds.data.token_index import read_token_index
 from srepa_ds.distributed import ranks
 from srepa_ds.sampling.sample_set import read_samples
@@ -22,21 +20,11 @@ HEIGHT, WIDTH, GRID = 16, 24, (8, 12)
 LIVE, STORED = "live", "stored"
 
 
-def write_oblong_shards(folder: Path) -> None:
-    described = DatasetDescription({"kind": "oblong"}, (3, HEIGHT, WIDTH), tuple("0123456789"))
-    generator = torch.Generator().manual_seed(4)
-    with ShardWriter(folder, description=described, samples_per_shard=40) as writer:
-        for number in range(90):
-            coarse = torch.rand(1, 3, 4, 6, generator=generator) * 255
-            image = torch.nn.functional.interpolate(coarse, size=(HEIGHT, WIDTH), mode="bilinear")
-            writer.add(image[0].permute(1, 2, 0).byte().contiguous().numpy(), number % 10)
-
-
 @pytest.fixture(scope="module")
 def oblong(small_world, tmp_path_factory) -> SmallWorld:
     """The small world with wide images; its teacher's weights were saved for square ones."""
     folder = tmp_path_factory.mktemp("oblong")
-    write_oblong_shards(folder / "shards")
+    write_shards(folder / "shards", num_samples=90, size=(HEIGHT, WIDTH))
     tree = yaml.safe_load(small_world.config.read_text())
     tree["run"]["folder"] = str(folder / LIVE)
     tree["data"]["folder"] = tree["evaluate"]["reference"] = str(folder / "shards")
@@ -51,17 +39,17 @@ def oblong(small_world, tmp_path_factory) -> SmallWorld:
 @pytest.fixture(scope="module")
 def trained(oblong) -> SmallWorld:
     """The same run with the teacher beside it and with its tokens stored."""
-    stored = f"run.folder={oblong.folder / STORED};alignments.0.stored_tokens=bf16"
-    assert run(["prepare", str(oblong.config), "--teacher", *stored.split(";")]) == 0
+    stored = (f"run.folder={oblong.folder / STORED}", "alignments.0.stored_tokens=bf16")
+    assert run(["prepare", str(oblong.config), "--teacher", *stored]) == 0
     ranks.close()
-    common = "train.steps=3;checkpoint.every_steps=3"
-    watched = "monitor.images_every_steps=3;monitor.num_images=10;monitor.num_steps=2"
-    run_worker("train_runs", 1, oblong.config, f"{common};{watched}", f"{stored};{common}")
+    common = (oblong.config, "train.steps=3", "checkpoint.every_steps=3")
+    watched = ("monitor.images_every_steps=3", "monitor.num_images=10", "monitor.num_steps=2")
+    run_function(train_runs, 1, [*common, *watched], [*common, *stored])
     return oblong
 
 
 def loss_terms(folder: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(folder)
     return [{k: v for k, v in line.items() if k.startswith("loss_")} for line in lines]
 
 

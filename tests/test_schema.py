@@ -1,5 +1,6 @@
-"""Strictness, messages and the way from text to a validated section."""
+"""Sections: strictness, messages, former names, and loading from files and overrides."""
 
+import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -7,23 +8,36 @@ import pytest
 from pydantic import Field
 
 from srepa_ds.errors import ConfigError, Fault, nearest
-from srepa_ds.schema import Section, known_in, to_tree, to_yaml, validated
+from srepa_ds.schema import (
+    Section,
+    load_section,
+    one_of,
+    replaced,
+    to_tree,
+    to_yaml,
+    validated,
+    with_current_names,
+)
 from srepa_ds.trees import apply_overrides, load_tree, merged, parse_yaml
 
 
 class Kernel(Section):
-    """What the filter is."""
+    """The filter's kernel."""
+
+    former_names = {"width": "size"}
 
     size: int = Field(default=3, ge=1)
     """Its side,
     in pixels."""
 
-    name: Annotated[str, known_in("kernel", {"gauss": 1, "box": 2})] = "gauss"
+    name: Annotated[str, one_of("kernel", {"gauss": 1, "box": 2})] = "gauss"
     """Its shape."""
 
 
 class Filter(Section):
     """A section with a little of everything."""
+
+    former_names = {"core": "kernel", "cores": "kernels", "reserve": "spare", "speed": "rate"}
 
     rate: float = Field(gt=0)
     """A number."""
@@ -266,7 +280,7 @@ def test_merged_leaves_its_arguments_alone():
         ({"main": "base: nowhere.yaml"}, "nowhere.yaml: 1 fault\n.*No such file"),
         ({"main": "a: [1"}, "not valid YAML"),
         ({"main": "a: 1\na: {b"}, "not valid YAML"),
-        ({"main": "a: {x: 1}\nb: 2\na: {y: 3}"}, "key 'a' stands twice.* line 3"),
+        ({"main": "a: {x: 1}\nb: 2\na: {y: 3}"}, "key 'a' is given twice .line 3"),
         ({"main": "[1, 2]"}, "must be a mapping"),
         ({"main": ""}, "must be a mapping"),
         ({}, "No such file"),
@@ -315,3 +329,83 @@ def test_documentation_stands_above_every_field():
 def test_an_override_changes_one_place_even_of_aliased_ones():
     tree = parse_yaml("a: &shared {w: 1}\nb: *shared\n")
     assert apply_overrides(tree, ["b.w=2"]) == {"a": {"w": 1}, "b": {"w": 2}}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"speed": 2}, {"rate": 2}),
+        ({"rate": 1, "core": {"size": 5}}, {"rate": 1, "kernel": {"size": 5}}),
+        ({"rate": 1, "kernel": {"width": 5}}, {"rate": 1, "kernel": {"size": 5}}),
+        ({"rate": 1, "core": {"width": 5}}, {"rate": 1, "kernel": {"size": 5}}),
+        ({"rate": 1, "reserve": {"width": 5}}, {"rate": 1, "spare": {"size": 5}}),
+        ({"rate": 1, "reserve": None}, {"rate": 1, "spare": None}),
+        ({"rate": 1, "cores": [{}, {"width": 5}]}, {"rate": 1, "kernels": [{}, {"size": 5}]}),
+    ],
+)
+def test_a_former_name_counts_as_the_current_one(caplog, old, new):
+    assert build(old) == build(new)
+    assert with_current_names(Filter, old) == new
+    assert "core" not in to_yaml(build(old))
+    assert not caplog.records, "stored trees are read without a warning"
+
+
+def test_a_fault_below_a_former_name_is_found():
+    assert [fault.path for fault in faults({"rate": 1, "core": {"width": 0}})] == ["kernel.size"]
+    assert {fault.path for fault in faults({"core": {"wdth": 5}})} == {"rate", "kernel.wdth"}
+    found = faults({"speed": 1, "steps": 9, "core": {"width": 4}}, **CROSS)
+    assert found == [Fault("steps", "9 is more than 4")]
+
+
+def test_a_former_name_beside_the_current_one_is_a_fault():
+    found = faults({"rate": 1, "kernel": {"size": 3, "width": 3}, "core": {}})
+    message = "is the former name of '{}', given too; remove one of them"
+    assert found == [
+        Fault("kernel.width", message.format("size")),
+        Fault("core", message.format("kernel")),
+    ]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_file_with_former_names_is_read_with_one_warning_for_each(
+    tmp_path, caplog, monkeypatch, rank
+):
+    monkeypatch.setenv("RANK", rank)
+    path = write(tmp_path, main="speed: 1\ncores: [{width: 5}, {width: 6}]\n")
+    with caplog.at_level(logging.WARNING, "srepa_ds"):
+        found = load_section(Filter, path, ["core.width=7", "cores.1.width=8", "core.name=box"])
+    kernels = [{"size": 5}, {"size": 8}]
+    kernel = {"size": 7, "name": "box"}
+    assert found == build({"rate": 1, "kernel": kernel, "kernels": kernels})
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == len(set(told)) == (6 if rank == "0" else 0)
+    for old, new in {"cores": "kernels", "core": "kernel", "kernel.width": "kernel.size"}.items():
+        assert rank != "0" or f"the key '{old}' is now '{new}'; please rename it" in told
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["kernel.size=7", "kernel.width=7", "core.size=7", "core.width=7", "core={width: 7}"],
+)
+@pytest.mark.parametrize("text", ["kernel: {size: 5}", "core: {size: 5}", "core: {width: 5}"])
+def test_an_override_wins_under_either_name(tmp_path, text, override):
+    found = load_section(Filter, write(tmp_path, main=f"rate: 1\n{text}\n"), [override])
+    assert found.kernel.size == 7
+
+
+def test_overrides_under_former_names_are_merged_with_the_file(tmp_path):
+    path = write(tmp_path, main="rate: 1\nkernel: {name: box}\nspare: null\n")
+    found = load_section(Filter, path, ["core.width=7", "reserve.width=2"])
+    assert found == build({"rate": 1, "kernel": {"name": "box", "size": 7}, "spare": {"size": 2}})
+
+
+def test_replaced_validates():
+    config = build({"rate": 1, "kernels": [{"size": 2}]})
+    changed = replaced(config, steps=7, kernel=Kernel(size=4))
+    assert changed == build(
+        {"rate": 1, "kernels": [{"size": 2}], "steps": 7, "kernel": {"size": 4}}
+    )
+    assert config.steps == 5
+    for changes in ({"rate": -1.0}, {"steps": "7"}, {"stpes": 7}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            replaced(config, **changes)

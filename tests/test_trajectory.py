@@ -25,7 +25,7 @@ SLOW = [pytest.param(pair, marks=pytest.mark.slow) for pair in [(0, 2), (1, 2), 
 def trajectory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     stage, world_size = request.param
     output = tmp_path_factory.mktemp("trajectory") / "result.safetensors"
-    run_worker("trajectory", world_size, GOLDEN, ROOT / f"ds_configs/zero{stage}.json", output)
+    run_worker("trajectory", world_size, ROOT / f"ds_configs/zero{stage}.json", output)
     return load_file(output)
 
 

@@ -7,9 +7,11 @@ import warnings
 
 import pytest
 from places import ROOT
-from ranks import run_worker
+from ranks import outputs_of, start_function
+from torch.utils.data import DataLoader
 
-from srepa_ds.console import WarningsOnce
+from srepa_ds.console import WarningsOnce, show_warnings_once
+from srepa_ds.distributed import ranks
 
 
 @pytest.mark.parametrize("module", ["srepa_ds.engine", "tests.test_engine", "ranks"])
@@ -106,8 +108,32 @@ def test_ranks_that_cannot_be_asked_do_not_silence_a_warning(once, caplog):
     assert "UserWarning: late" in caplog.text
 
 
-def test_two_ranks_and_their_data_workers_show_each_others_warnings_once():
-    said = "".join(run_worker("repeating", 2))
+class Complaining(list):
+    """A data set whose items warn."""
+
+    def __getitem__(self, index):
+        warnings.warn("data worker", UserWarning, stacklevel=1)
+        return super().__getitem__(index)
+
+
+def repeat_warnings() -> None:
+    """Warns as other packages do: in every step, on one rank or all, and in data workers."""
+    show_warnings_once()
+    warnings.warn("before joining", UserWarning, stacklevel=1)
+    rank = ranks.initialize()
+    for _ in range(5):
+        warnings.warn("every rank, every step", FutureWarning, stacklevel=1)
+        warnings.warn(f"only rank {rank.number}", UserWarning, stacklevel=1)
+        # Makes Python forget which lines have warned.
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+        ranks.barrier()
+    loader = DataLoader(Complaining(range(4)), num_workers=2, multiprocessing_context="fork")
+    assert len(list(loader)) == 4
+
+
+def test_two_ranks_and_their_data_workers_show_each_others_warnings_once(tmp_path):
+    said = "".join(outputs_of(start_function(repeat_warnings, 2, results=tmp_path)))
     assert said.count("every rank, every step") == 1
     assert said.count("before joining") == 1
     assert said.count("only rank 1") == 1

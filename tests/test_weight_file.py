@@ -1,4 +1,4 @@
-"""Files of weights from elsewhere: what is read of them, and what is said of the rest."""
+"""Weight files from elsewhere: the contents that are read, and the messages about the rest."""
 
 import argparse
 import os
@@ -64,7 +64,7 @@ def torch_script(path: Path) -> None:
 
 
 OBJECTS = r"it holds Python objects \({}\), which are never opened; save its state_dict alone"
-TORN = "it is damaged, or not in the form that torch.save writes by default"
+TORN = "it is damaged, or not in torch.save's default format"
 FAULTS = {
     "absent.pt": (lambda path: None, "no such file; correct some.weights"),
     "absent.safetensors": (lambda path: None, "no such file; correct some.weights"),
@@ -78,7 +78,7 @@ FAULTS = {
     "other form.pt": (lambda path: save_file(STATE, path), TORN),
     "other form.safetensors": (lambda path: torch.save(STATE, path), "cannot be read: .*header"),
     "protocol.pt": (lambda path: torch.save(STATE, path, pickle_protocol=4), TORN),
-    "script.pt": (torch_script, "it is a TorchScript archive; save the state_dict"),
+    "script.pt": (torch_script, "it is a TorchScript archive; load it with torch.jit.load"),
     "module.pt": (
         lambda path: torch.save(torch.nn.Linear(2, 2), path),
         OBJECTS.format(r"torch\.nn\.modules\.linear\.Linear"),
@@ -87,8 +87,8 @@ FAULTS = {
         lambda path: torch.save({"model": STATE, "where": Path("x")}, path),
         OBJECTS.format(r"pathlib\S*PosixPath"),
     ),
-    "list.pt": (lambda path: torch.save([1, 2], path), "holds a list, no state_dict"),
-    "tensor.pt": (lambda path: torch.save(torch.ones(3), path), "holds a Tensor, no state_dict"),
+    "list.pt": (lambda path: torch.save([1, 2], path), "holds a list, not a state_dict"),
+    "tensor.pt": (lambda path: torch.save(torch.ones(3), path), "holds a Tensor, not a state_dict"),
 }
 
 
@@ -102,7 +102,7 @@ def test_each_fault_has_one_message(tmp_path, name, fault):
         read(path, fault=fault)
     message = str(caught.value)
     assert message.startswith(f"weights {path}: ")
-    # What torch proposes would run whatever the file says.
+    # Torch's proposal would run any code in the file.
     assert "\n" not in message
     assert "weights_only" not in message
 

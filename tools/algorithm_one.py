@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def algorithm_one(student: Tensor, teacher: Tensor, *, kind: str, tau: float = 0.2) -> Tensor:
-    """Returns the loss of (b, n, d) tokens; the teacher, as in training, gets no gradient."""
+    """Returns the loss of (b, n, d) tokens; as in training, the teacher gets no gradient."""
     with torch.no_grad():
         z = F.normalize(teacher, dim=-1)
         teacher_gram = torch.bmm(z, z.transpose(1, 2))

@@ -13,7 +13,7 @@ from gram_report import Row, write_report
 
 from srepa_ds.alignment.gram import resolve_algorithm
 
-# Of the free memory, what a run may take: other programs are on the machine too.
+# The share of free memory that a run may take: other programs run on the machine too.
 SHARE = 0.75
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384])
     parser.add_argument("--widths", type=int, nargs="+", default=[768, 1024])
     parser.add_argument("--kinds", nargs="+", choices=["mse", "kl"], default=["mse", "kl"])
-    parser.add_argument("--images", type=int, help="batch; else 4, on CUDA 32 to 4")
+    parser.add_argument("--images", type=int, help="batch size; default 4, on CUDA 32 to 4")
     parser.add_argument("--rounds", type=int, default=15, help="at most; fewer for many tokens")
     default = ["cuda"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--devices", nargs="+", choices=["cpu", "cuda"], default=default)
@@ -42,12 +42,12 @@ def main() -> None:
 
 
 def batch(count: int) -> int:
-    """Returns a batch of a GPU's share at this resolution."""
+    """Returns a typical batch size per GPU at this resolution."""
     return max(4, min(32, 32 * 1024 // count))
 
 
 def measure(device: str, kind: str, count: int, width: int, images: int, rounds: int) -> list[Row]:
-    """Returns a row for Algorithm 1, for each of ours and for `auto`, timed in turns."""
+    """Times Algorithm 1 and our algorithms in turns; returns a row for each and for `auto`."""
     print(f"{device} {kind}: {count} tokens of width {width}, {images} images", flush=True)
     student, teacher = tokens(images, count, width, device)
     table = losses(kind, device)
@@ -63,7 +63,7 @@ def measure(device: str, kind: str, count: int, width: int, images: int, rounds:
         else:
             elapsed, peaks[name] = traced(loss, student, teacher)
             times[name] = [elapsed]
-    # The traced run warms up; where it takes minutes (no rounds), it is the measurement.
+    # The traced run warms up; where it takes minutes, it is the measurement (no rounds).
     rounds = 0 if device == "cpu" and count >= 16384 else min(rounds, max(3, 16384 // count))
     for name in [name for _ in range(rounds) for name in peaks]:
         times[name] = [*times[name], seconds(table[name], student, teacher)]

@@ -1,4 +1,4 @@
-"""Times full training steps of the engine beside a plain loop as research code runs it.
+"""Times full training steps of the engine against a plain loop like that of research code.
 
 python tools/bench_step.py --models SiT-B/2 --pixels 256 --batch 4 --output bench-step
 """
@@ -48,19 +48,21 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--teacher", default="dinov2-vit-b")
     parser.add_argument("--steps", type=int, default=20)
     rounds = 1 if device == "cuda" else 2
-    parser.add_argument("--rounds", type=int, default=rounds, help="in how many turns")
+    parser.add_argument("--rounds", type=int, default=rounds, help="how many turns each case gets")
     parser.add_argument("--warmup", type=int, default=5)
     minutes = 9 if device == "cuda" else math.inf
-    parser.add_argument("--minutes", type=float, default=minutes, help="when to stop, unfinished")
+    parser.add_argument(
+        "--minutes", type=float, default=minutes, help="when to stop, finished or not"
+    )
     parser.add_argument("--output", type=Path, default=Path("bench-step"))
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def compare(cases: list[Case], options: argparse.Namespace, deadline: float) -> None:
-    """Prints a row for every case; they are timed in turns, each in a process of its own.
+    """Times the cases in turns, each in its own process, and prints a row for each.
 
-    At `deadline` the process that runs is ended, and no other begins.
+    At `deadline` the running process is killed and no other is started.
     """
     rounds: dict[Case, list[Measured]] = {case: [] for case in cases}
     failed: dict[Case, str] = {}
@@ -70,7 +72,7 @@ def compare(cases: list[Case], options: argparse.Namespace, deadline: float) -> 
         command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
         command += ["--steps", str(options.steps), "--warmup", str(options.warmup)]
         command += ["--output", str(profiled)]
-        done = ended(command, deadline)
+        done = finished(command, deadline)
         if done is None:
             failed[case] = f"not finished: the {options.minutes:g} minutes of --minutes are over"
             continue
@@ -85,8 +87,8 @@ def compare(cases: list[Case], options: argparse.Namespace, deadline: float) -> 
         print(row(case, rounds, failed.get(case)), flush=True)
 
 
-def ended(command: list[str], deadline: float) -> subprocess.CompletedProcess[str] | None:
-    """Returns the process that has run `command`, or None where `deadline` came before its end."""
+def finished(command: list[str], deadline: float) -> subprocess.CompletedProcess[str] | None:
+    """Runs `command` and returns its process, or None if it did not end by `deadline`."""
     left = None if deadline == math.inf else deadline - time.monotonic()
     if left is not None and left <= 0:
         return None

@@ -1,4 +1,4 @@
-"""Time and peak extra memory of forward and backward of a structural loss."""
+"""Measures time and peak extra memory of a structural loss, forward and backward."""
 
 import time
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def seconds(loss: Loss, student: Tensor, teacher: Tensor) -> float:
 
 
 def traced(loss: Loss, student: Tensor, teacher: Tensor) -> tuple[float, int]:
-    """Returns the time, and the peak of what torch allocates beyond the inputs, gradient included.
+    """Returns the time, and the peak that torch allocates beyond the inputs, gradient included.
 
     The trace costs microseconds per operation, which does not matter from milliseconds on.
     """
@@ -65,7 +65,7 @@ def traced(loss: Loss, student: Tensor, teacher: Tensor) -> tuple[float, int]:
 def predicted_bytes(loss: Loss, *, images: int, count: int, width: int, device: str) -> float:
     """Returns the peak at `count` tokens: a parabola through zero and two smaller runs.
 
-    Too much if those are so small that several of their images are worked on together.
+    Too high if those runs are small enough that several images are processed together.
     """
     few, many = PROBES
     a, b = (traced(loss, *tokens(images, n, width, device))[1] for n in PROBES)
@@ -74,7 +74,7 @@ def predicted_bytes(loss: Loss, *, images: int, count: int, width: int, device: 
 
 
 def free_bytes(device: str) -> int:
-    """Returns the memory that may still be taken."""
+    """Returns the memory that is still available."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024

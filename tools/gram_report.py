@@ -1,4 +1,4 @@
-"""The measurements of `bench_gram.py` as a table, a plot and JSON."""
+"""Writes the measurements of `bench_gram.py` as a table, plots and JSON."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ STYLES = {"mse": "-", "kl": "--"}
 
 
 def write_report(folder: Path, rows: list[Row]) -> None:
-    """Writes `table.md`, `results.json`, and `plot.png` of the greatest width (CUDA: its own)."""
+    """Writes `table.md`, `results.json`, and a plot of the largest width for each device."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(markdown(rows))
     (folder / "results.json").write_text(json.dumps([row._asdict() for row in rows], indent=1))
@@ -22,7 +22,7 @@ def write_report(folder: Path, rows: list[Row]) -> None:
 
 
 def plot(path: Path, rows: list[Row]) -> None:
-    """Draws time and extra memory over the number of tokens."""
+    """Plots time and extra memory over the number of tokens."""
     width = max(row.width for row in rows)
     rows = [row for row in rows if row.width == width and row.algorithm in COLOURS]
     figure = Figure(figsize=(11, 4.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""The measurements of `bench_gram.py` as a table."""
+"""Formats the measurements of `bench_gram.py` as a table."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ HEAD = """\
 
 
 class Row(NamedTuple):
-    """One algorithm in one setting; `needed_bytes` where it did not fit and was not run."""
+    """One algorithm in one setting; `needed_bytes` if it did not fit and was not run."""
 
     device: str
     kind: str
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 def markdown(rows: list[Row]) -> str:
     """Returns the table; its ratios are Algorithm 1's numbers divided by the row's.
 
-    The fastest round is given beside the median: it is disturbed least.
+    It has the fastest round beside the median, because other programs disturb it least.
     """
     printed = {row[:5]: row for row in rows if row.algorithm == PRINTED}
     cells = [[*map(str, row[:6]), *_numbers(row, printed[row[:5]])] for row in rows]

@@ -1,4 +1,4 @@
-"""Builds what a case times: models with random weights, images, and a step over them."""
+"""Builds the training step of a case: models with random weights, images, and a step over them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def step_of(case: Case) -> Callable[[], Tensor]:
 def _engine_step(
     config: Config, rank: Rank, objective: Objective, teacher: Teacher | None, inputs: Inputs
 ) -> Callable[[], Tensor]:
-    objective.sit.set_remat(config.engine.remat)
+    objective.sit.set_activation_checkpointing(config.engine.activation_checkpointing)
     if config.engine.compile:
         objective.sit.compile_blocks()
     engine = Engine(objective, config, rank)

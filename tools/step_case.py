@@ -1,10 +1,12 @@
-"""Which training steps are timed: a row of the table each."""
+"""The training steps that are timed: each case is a row of the table."""
 
 from dataclasses import dataclass
 
+import torch
 import yaml
 
 from srepa_ds.config.experiment import Config, config_from
+from srepa_ds.model.precision import PRECISIONS
 
 MODES = {
     "sit": {},
@@ -19,8 +21,12 @@ ARRANGEMENTS = {
         "precision=bf16 compile=true",
         "precision=bf16",
     ],
-    # Few processors compute in bf16; without, it is a multiple slower than fp32.
-    "cpu": [f"{PLAIN} precision=fp32", "precision=fp32", "precision=fp32 remat.policy=full"],
+    # Few processors compute in bf16; on others it is several times slower than fp32.
+    "cpu": [
+        f"{PLAIN} precision=fp32",
+        "precision=fp32",
+        "precision=fp32 activation_checkpointing.policy=full",
+    ],
 }
 
 
@@ -34,17 +40,17 @@ class Case:
     batch: int
     teacher: str
     arrangement: str
-    """Settings of the engine's section, `precision=bf16 remat.policy=full`, or of `model`, as in
-    `model.attention=math`; those of the plain loop begin with its name."""
+    """Settings of `engine`, as in `precision=bf16 activation_checkpointing.policy=full`, or of
+    `model`, as in `model.attention=math`; those of the plain loop start with its name."""
 
     @property
     def is_plain(self) -> bool:
-        """True for the plain loop, which only knows `precision`."""
+        """True for the plain loop, whose only setting is `precision`."""
         return self.arrangement.startswith(PLAIN)
 
     @property
     def config(self) -> Config:
-        """The experiment whose step this is; nothing is read from the paths it names."""
+        """The experiment that this step belongs to; its paths are not read."""
         model = {
             "variant": self.model,
             "input_size": self.pixels // 8,
@@ -56,7 +62,7 @@ class Case:
             "data": {"folder": "unused"},
             "model": model,
             "train": {"steps": 1, "batch_size": self.batch},
-            # One process has nothing to share out; on a CPU the copies of higher stages show.
+            # One process has nothing to shard; on a CPU the copies of higher stages cost time.
             "engine": {"deepspeed": "ds_configs/zero0.json"},
         }
         for setting in self.arrangement.removeprefix(PLAIN).split():
@@ -67,7 +73,8 @@ class Case:
                 branch = branch.setdefault(section, {})
             branch[sections[-1]] = yaml.safe_load(value)
         if MODES[self.mode]:
-            dtype = "fp32" if tree["engine"].get("precision") == "fp32" else "bf16"
+            exact = [name for name, row in PRECISIONS.items() if row.products == torch.float32]
+            dtype = "fp32" if tree["engine"].get("precision") in exact else "bf16"
             teacher = {"name": self.teacher, "weights": "unused.safetensors", "dtype": dtype}
             depth = 4 if self.model.startswith(("SiT-S", "SiT-B")) else 8
             tree["alignments"] = [{"teacher": teacher, "depth": depth, **MODES[self.mode]}]

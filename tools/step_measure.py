@@ -1,4 +1,4 @@
-"""Times the steps of a case, alone in its process, and says where the time goes."""
+"""Times and profiles the steps of one case, alone in its process."""
 
 import time
 from collections.abc import Callable
@@ -29,12 +29,9 @@ class Measured:
 
 
 def measured(case: Case, *, steps: int, warmup: int, profiled: Path) -> Measured:
-    """Returns `steps` steps of a case, timed.
-
-    The file `profiled` gets the operations of three more, the longest first.
-    """
+    """Times `steps` steps of a case, and writes a profile of three more to `profiled`."""
     choose_accelerator()
-    # After that, because it imports DeepSpeed, which looks for an accelerator at once.
+    # Only now, because it imports DeepSpeed, which looks for an accelerator at once.
     from step_build import step_of
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,9 +43,9 @@ def measured(case: Case, *, steps: int, warmup: int, profiled: Path) -> Measured
 
 
 def step_times(step: Callable[[], object], count: int, device: torch.device) -> list[float]:
-    """Returns the seconds from the beginning of each step to that of the next.
+    """Returns the seconds from the start of each step to the start of the next.
 
-    On a GPU by events in its queue: the host keeps filling the queue and does not wait.
+    On a GPU, events in its queue measure them: the host keeps filling the queue and does not wait.
     """
     if device.type != "cuda":
         return [timed(step) for _ in range(count)]
@@ -69,7 +66,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def operations(step: Callable[[], object]) -> str:
-    """Returns a table of three steps' operations, those that take longest themselves first."""
+    """Returns a table of the operations of three steps, sorted by their own time."""
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     with profile(activities=activities) as found:
@@ -82,7 +79,7 @@ def operations(step: Callable[[], object]) -> str:
 def matmul_ceiling(device: torch.device) -> float:
     """Returns the operations per second of large products, in the faster of bf16 and fp32."""
     size, probe = (8192, 8192) if device.type == "cuda" else (1536, 256)
-    # Processors without bf16 would take minutes for a large one.
+    # Processors without bf16 would take minutes for a large product.
     dtype = max((torch.bfloat16, torch.float32), key=lambda d: matmul_rate(probe, d, device))
     return matmul_rate(size, dtype, device)
 

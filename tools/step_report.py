@@ -1,4 +1,4 @@
-"""A row of the table of training steps."""
+"""Formats one row of the table of training steps."""
 
 import statistics
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ HEADER += "|---" * 10 + "|"
 
 
 def row(case: Case, rounds: Mapping[Case, list[Measured]], fault: str | None) -> str:
-    """Returns the row of `case` among those compared; `fault` says why it has none.
+    """Returns the row of `case` among the compared cases, or `fault` if it was not measured.
 
-    MFU counts the model's products, without recomputation, projectors and teacher, against the
-    fastest large product seen in any of the runs.
+    MFU relates the model's products, without recomputation, projectors and teacher, to the fastest
+    large product in any of the runs.
     """
     shown = f"| {case.model} | {case.pixels} | {case.mode} | {case.arrangement} |"
     own = rounds[case]

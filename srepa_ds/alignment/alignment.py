@@ -1,5 +1,6 @@
 """The alignment of one block of the model with one teacher: its settings and its losses."""
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,11 +28,40 @@ from srepa_ds.encoders.teacher import TeacherConfig, TeacherTokens
 from srepa_ds.schema import Section
 
 
+class AlignmentLosses(NamedTuple):
+    """The terms of one teacher before their weights; a term that is absent or over is zero."""
+
+    pointwise: Float[Tensor, ""]
+    structural: Float[Tensor, ""]
+
+
+class TermWeights(NamedTuple):
+    """The factors of an alignment's terms in the total loss at one optimizer step.
+
+    None for a term that is absent or over; 0.0 for one that is only measured. Numbers of the host,
+    so that a term that is over costs nothing.
+    """
+
+    pointwise: float | None
+    structural: float | None
+
+    @property
+    def are_over(self) -> bool:
+        """Whether no term is left, so that no teacher is needed."""
+        return self.pointwise is None and self.structural is None
+
+    def total(self, losses: AlignmentLosses) -> Float[Tensor, ""]:
+        """Returns the weighted sum of the terms."""
+        # A term that is over is multiplied, not left out: it may carry the projector's zeros.
+        pointwise = (self.pointwise or 0.0) * losses.pointwise
+        return pointwise + (self.structural or 0.0) * losses.structural
+
+
 class AlignmentConfig(Section):
     """The alignment of one block of the model with one teacher."""
 
     teacher: TeacherConfig
-    """Whose tokens are the target."""
+    """The encoder whose tokens are the target."""
 
     depth: int = Field(ge=1)
     """The block whose output is aligned, counted from 1; the paper: 4 for B, 8 for L and XL."""
@@ -47,7 +77,7 @@ class AlignmentConfig(Section):
     """Normalisation of the teacher's patch tokens over the image (iREPA), or null for none."""
 
     resampling: ResamplingConfig | None = None
-    """What happens where the teacher's grid of tokens is not the model's; null: it has to be."""
+    """How to match the teacher's grid of tokens to the model's; null: the grids must be equal."""
 
     pointwise: PointwiseConfig | None = None
     """The point-wise term, or null for none."""
@@ -88,201 +118,144 @@ class AlignmentConfig(Section):
         """Whether any term compares class tokens, projected or not."""
         return any(term.include_cls for term in (self.pointwise, self.structural) if term)
 
-    def factors_at(self, step: int) -> "TermFactors":
-        """Returns what the schedules make of the terms' weights at optimizer step `step` (from 0).
+    def weights_at(self, step: int) -> TermWeights:
+        """Returns weight times schedule of both terms at optimizer step `step` (from 0).
 
-        0 for an absent term. Once both are 0 the alignment is over and needs no teacher; a weight
-        that is configured as 0 keeps its factor, and its term is measured.
+        A weight configured as 0 does not end its term, which is still measured.
         """
-        terms = (self.pointwise, self.structural)
-        return TermFactors(*(weight_factor(t.schedule, step) if t else 0.0 for t in terms))
-
-    @property
-    def is_scheduled(self) -> bool:
-        """Whether any term's weight changes over training."""
-        terms = [term for term in (self.pointwise, self.structural) if term]
-        return any(term.schedule.kind != "constant" for term in terms)
-
-    @property
-    def pointwise_weight(self) -> float:
-        """The factor of the point-wise term, 0 where it is absent."""
-        return self.pointwise.weight if self.pointwise else 0.0
-
-    @property
-    def structural_weight(self) -> float:
-        """The factor of the structural term, 0 where it is absent."""
-        return self.structural.weight if self.structural else 0.0
+        return TermWeights(_weight_at(self.pointwise, step), _weight_at(self.structural, step))
 
 
-class TermFactors(NamedTuple):
-    """What schedules make of the weights of an alignment's terms, each in [0, 1]."""
-
-    pointwise: float
-    structural: float
+def _weight_at(term: PointwiseConfig | StructuralConfig | None, step: int) -> float | None:
+    factor = weight_factor(term.schedule, step) if term else 0.0
+    return factor * term.weight if term and factor else None
 
 
 class TeacherShape(NamedTuple):
-    """What the student has to know of a teacher before its first token."""
+    """The sizes of a teacher's output that the model is built for."""
 
     width: int
     grid: Grid
 
 
-class AlignmentLosses(NamedTuple):
-    """The terms of one teacher before their weights; exactly zero where a term is absent."""
-
-    pointwise: Float[Tensor, ""]
-    structural: Float[Tensor, ""]
-
-
-def projector_of(
-    config: AlignmentConfig,
-    *,
-    hidden_size: int,
-    grid: Grid,
-    teacher: TeacherShape,
-    generator: torch.Generator | None,
-) -> nn.Module:
-    """Returns the projector that `config` asks for; one without weights if no term needs any."""
-    if not config.has_projector:
-        return nn.Identity()
-    return build_projector(config.projector, hidden_size, teacher.width, generator, grid=grid)
-
-
-def alignment_losses(
-    config: AlignmentConfig,
-    projector: nn.Module,
-    hidden: Float[Tensor, "batch student_tokens d_hidden"],
-    teacher: TeacherTokens,
-    *,
-    grid: Grid,
-    teacher_grid: Grid,
-    factors: "TermFactors | None" = None,
-) -> AlignmentLosses:
-    """Returns the terms of `config` for the model's states `hidden`, at least float32.
-
-    A term whose factor is 0 is over: it is not computed, and comes out as an absent one.
-
-    `grid` is that of the model's patch tokens, which come last in `hidden`; what stands before them
-    is its class token. The teacher's tokens are normalised before they are resampled. Raises
-    ValueError for token counts that do not fit.
-    """
-    pointwise, structural = _live(config, factors)
-    spaces = {"projected"} if pointwise else set()
-    spaces |= {structural.tokens} if structural else set()
-    absent = hidden.new_zeros((), dtype=compute_dtype(hidden, teacher.patches))
-    losses = AlignmentLosses(absent, absent)
-    if config.has_projector and "projected" not in spaces:
-        losses = idle_losses(config, projector, hidden, grid=grid)
-    target = target_tokens(config, teacher, grid=grid, teacher_grid=teacher_grid)
-    student = {
-        space: _student_side(config, projector, hidden, space, grid, teacher_grid)
-        for space in sorted(spaces)
-    }
-    if pointwise is not None:
-        sides = _sequences(student["projected"], target, include_cls=pointwise.include_cls)
-        losses = losses._replace(pointwise=pointwise_cosine(*sides))
-    if structural is not None:
-        sides = _sequences(student[structural.tokens], target, include_cls=structural.include_cls)
-        losses = losses._replace(structural=structural_loss(structural, *sides))
-    return losses
-
-
-def _live(
-    config: AlignmentConfig, factors: TermFactors | None
-) -> tuple[PointwiseConfig | None, StructuralConfig | None]:
-    """Returns the terms that are not over."""
-    if factors is None:
-        return config.pointwise, config.structural
-    return (
-        config.pointwise if factors.pointwise else None,
-        config.structural if factors.structural else None,
-    )
-
-
-def target_tokens(
-    config: AlignmentConfig, teacher: TeacherTokens, *, grid: Grid, teacher_grid: Grid
-) -> TeacherTokens:
-    """Returns the teacher's tokens as the terms see them: normalised, then on the common grid."""
-    patches = teacher.patches
-    if config.spatial_norm is not None:
-        patches = spatially_normalised(patches, gamma=config.spatial_norm.gamma)
-    if config.resampling is not None and config.resampling.direction == "teacher_to_student":
-        patches = resampled(patches, teacher_grid, grid, mode=config.resampling.mode)
-    return TeacherTokens(patches, teacher.cls)
-
-
-def student_patches(
-    config: AlignmentConfig,
-    patch_tokens: Float[Tensor, "batch student_tokens width"],
-    *,
-    grid: Grid,
-    teacher_grid: Grid,
-) -> Float[Tensor, "batch compared_tokens width"]:
-    """Returns the student's patch tokens, projected or not, on the grid where they are compared."""
-    resampling = config.resampling
-    if resampling is None or resampling.direction == "teacher_to_student":
-        return patch_tokens
-    return resampled(patch_tokens, grid, teacher_grid, mode=resampling.mode)
-
-
-def idle_losses(
-    config: AlignmentConfig,
-    projector: nn.Module,
-    hidden: Float[Tensor, "batch student_tokens d_hidden"],
-    *,
-    grid: Grid,
-) -> AlignmentLosses:
-    """Returns zeros for an alignment that is over, with zero gradients for its projector.
-
-    Every trained weight takes part in every step on every rank, which ZeRO relies on; one image is
-    enough for that.
-    """
-    zero = hidden.new_zeros((), dtype=compute_dtype(hidden, hidden))
-    if not config.has_projector:
-        return AlignmentLosses(zero, zero)
-    first = hidden[:1].detach()
-    projected = _student_side(config, projector, first, "projected", grid, grid).patches
-    return AlignmentLosses(projected.sum().to(zero.dtype) * 0, zero)
-
-
 class _Side(NamedTuple):
-    """The tokens of one of the two that are compared."""
+    """The tokens of the student or of the teacher."""
 
     patches: Tensor
     cls: Tensor | None
 
 
-def _split(hidden: Tensor, grid: Grid) -> _Side:
-    """Returns the model's patch tokens and, where it carries one, its class token."""
-    num_prefix = hidden.shape[1] - grid[0] * grid[1]
-    if num_prefix not in (0, 1):
-        raise ValueError(
-            f"{hidden.shape[1]} tokens are no grid of {grid}, with or without a class token"
+@dataclass(frozen=True)
+class Alignment:
+    """One alignment at work between the token grids of the model and of a teacher.
+
+    It holds no weights: inside another module the projector's would lose the names
+    `projectors.<i>...` that checkpoints and exports use. `Objective` owns the projectors.
+    """
+
+    config: AlignmentConfig
+    grid: Grid
+    """Of the model's patch tokens."""
+    teacher: TeacherShape
+
+    def new_projector(self, hidden_size: int, generator: torch.Generator | None) -> nn.Module:
+        """Returns the configured projector; one without weights if no term needs any."""
+        if not self.config.has_projector:
+            return nn.Identity()
+        return build_projector(
+            self.config.projector, hidden_size, self.teacher.width, generator, grid=self.grid
         )
-    return _Side(hidden[:, num_prefix:], hidden[:, 0] if num_prefix else None)
 
+    def __call__(
+        self,
+        projector: nn.Module,
+        hidden: Float[Tensor, "batch student_tokens d_hidden"],
+        teacher: TeacherTokens | None,
+        weights: TermWeights,
+    ) -> AlignmentLosses:
+        """Returns the terms for the model's states `hidden`, before their weights.
 
-def _student_side(
-    config: AlignmentConfig,
-    projector: nn.Module,
-    hidden: Tensor,
-    space: str,
-    grid: Grid,
-    teacher_grid: Grid,
-) -> _Side:
-    """Returns the student's tokens as the terms of a space see them, on the common grid."""
-    states = _split(hidden, grid)
-    if config.projects_cls and states.cls is None:
-        raise ValueError("include_cls needs a model that carries a class token")
-    if space == "hidden":
-        patches, cls = states
-    elif config.projects_cls:
+        At least float32. A term that is over is not computed; `teacher` is read only if one is
+        left. The patch tokens come last in `hidden`; a token before them is the class token. Raises
+        ValueError for token counts that do not fit.
+        """
+        if weights.are_over:
+            return self._idle(projector, hidden)
+        assert teacher is not None
+        pointwise = None if weights.pointwise is None else self.config.pointwise
+        structural = None if weights.structural is None else self.config.structural
+        spaces = {"projected"} if pointwise else set()
+        spaces |= {structural.tokens} if structural else set()
+        if "projected" in spaces:
+            zero = hidden.new_zeros((), dtype=compute_dtype(hidden, teacher.patches))
+            losses = AlignmentLosses(zero, zero)
+        else:
+            losses = self._idle(projector, hidden)
+        target = self.target(teacher)
+        student = {space: self._student(projector, hidden, space) for space in sorted(spaces)}
+        if pointwise is not None:
+            sides = _sequences(student["projected"], target, include_cls=pointwise.include_cls)
+            losses = losses._replace(pointwise=pointwise_cosine(*sides))
+        if structural is not None:
+            own = student[structural.tokens]
+            sides = _sequences(own, target, include_cls=structural.include_cls)
+            losses = losses._replace(structural=structural_loss(structural, *sides))
+        return losses
+
+    def target(self, teacher: TeacherTokens) -> TeacherTokens:
+        """Returns the teacher's tokens, normalised and then brought to the common grid."""
+        patches, resampling = teacher.patches, self.config.resampling
+        if self.config.spatial_norm is not None:
+            patches = spatially_normalised(patches, gamma=self.config.spatial_norm.gamma)
+        if resampling is not None and resampling.direction == "teacher_to_student":
+            patches = resampled(patches, self.teacher.grid, self.grid, mode=resampling.mode)
+        return TeacherTokens(patches, teacher.cls)
+
+    def student_patches(
+        self, patch_tokens: Float[Tensor, "batch student_tokens width"]
+    ) -> Float[Tensor, "batch compared_tokens width"]:
+        """Returns the student's patch tokens, projected or not, on the common grid."""
+        resampling = self.config.resampling
+        if resampling is None or resampling.direction == "teacher_to_student":
+            return patch_tokens
+        return resampled(patch_tokens, self.grid, self.teacher.grid, mode=resampling.mode)
+
+    def _idle(self, projector: nn.Module, hidden: Tensor) -> AlignmentLosses:
+        """Returns zeros for an alignment that is over, with zero gradients for its projector.
+
+        ZeRO relies on every trained weight taking part in every step on every rank; one image is
+        enough for that.
+        """
+        zero = hidden.new_zeros((), dtype=compute_dtype(hidden, hidden))
+        if not self.config.has_projector:
+            return AlignmentLosses(zero, zero)
+        projected = self._projected(projector, hidden[:1].detach()).patches
+        return AlignmentLosses(projected.sum().to(zero.dtype) * 0, zero)
+
+    def _student(self, projector: nn.Module, hidden: Tensor, space: str) -> _Side:
+        """Returns the student's tokens as the terms of a space see them, on the common grid."""
+        projects = space == "projected"
+        side = self._projected(projector, hidden) if projects else self._split(hidden)
+        return side._replace(patches=self.student_patches(side.patches))
+
+    def _projected(self, projector: nn.Module, hidden: Tensor) -> _Side:
+        states = self._split(hidden)
+        if not self.config.projects_cls:
+            return _Side(projector(states.patches), None)
+        if states.cls is None:
+            raise ValueError("include_cls needs a model that carries a class token")
         projected = projector(hidden)
-        patches, cls = projected[:, 1:], projected[:, 0]
-    else:
-        patches, cls = projector(states.patches), None
-    return _Side(student_patches(config, patches, grid=grid, teacher_grid=teacher_grid), cls)
+        return _Side(projected[:, 1:], projected[:, 0])
+
+    def _split(self, hidden: Tensor) -> _Side:
+        """Returns the model's patch tokens and, where it carries one, its class token."""
+        num_prefix = hidden.shape[1] - self.grid[0] * self.grid[1]
+        if num_prefix not in (0, 1):
+            raise ValueError(
+                f"{hidden.shape[1]} tokens do not fill the grid {self.grid}, with or without a "
+                "class token"
+            )
+        return _Side(hidden[:, num_prefix:], hidden[:, 0] if num_prefix else None)
 
 
 def _sequences(

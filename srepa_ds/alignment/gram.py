@@ -1,10 +1,11 @@
-"""Structural alignment losses: how far the student's token similarities are from the teacher's.
+"""Structural alignment losses: distances between the student's and the teacher's similarities.
 
 One definition per loss, several exact algorithms for it. Similarities are of L2-normalised tokens,
 products are at least float32 without TF32 whatever the surrounding autocast says, and the gradient
-is formed in the forward pass: what is kept for backward has the size of the student's tokens, in
-bfloat16 where they are. The computation is one operator, `torch.ops.srepa_ds.structural_loss`,
-opaque to `torch.compile` and nameable in a selective checkpointing policy.
+is formed in the forward pass: the one tensor saved for backward has the size of the student's
+tokens, in bfloat16 where they are. The computation is one operator,
+`torch.ops.srepa_ds.structural_loss`, opaque to `torch.compile` and nameable in a selective
+checkpointing policy.
 """
 
 from functools import partial
@@ -79,7 +80,7 @@ def check_token_grids(
     student: Float[Tensor, "batch tokens d_student"],
     teacher: Float[Tensor, "teacher_batch teacher_tokens d_teacher"],
 ) -> None:
-    """Returns nothing; raises ValueError unless both have the same images and tokens."""
+    """Raises ValueError unless both have the same number of images and of tokens."""
     if student.shape[:2] != teacher.shape[:2]:
         raise ValueError(
             f"the student has {student.shape[1]} tokens of {student.shape[0]} images, the teacher "
@@ -152,9 +153,9 @@ def _structural_loss(
 
 
 def _space_for_gradient(student: Tensor, teacher: Tensor, with_gradient: bool) -> Tensor:
-    """Returns room for what is kept for backward: bfloat16 for a bfloat16 student, else wider.
+    """Returns an empty gradient: bfloat16 for a bfloat16 student, else at least float32.
 
-    float16 has not the range for a gradient before its scaling.
+    float16 lacks the range for a gradient before its scaling.
     """
     narrow = student.dtype == torch.bfloat16
     dtype = student.dtype if narrow else compute_dtype(student, teacher)
@@ -186,13 +187,13 @@ def _backward(ctx, loss_gradient, gradient_gradient):
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """Returns gradient * factor, rounded once, in the memory of `gradient` if its graph ends here.
+    """Returns gradient * factor, rounded once, in place if the graph is not kept.
 
-    bfloat16 is rounded here a second time: at most 2^-7 + 2^-16 of a component in all.
+    For bfloat16 this is the second rounding: at most 2^-7 + 2^-16 of a component in all.
     """
     # With a dimension: a number without one would be rounded to the gradient's dtype first.
     factor = factor.reshape(1, 1, 1)
-    # torch's own compiled graphs ask the same before they use up a saved tensor.
+    # torch's own compiled graphs ask the same before they overwrite a saved tensor.
     if torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph():
         return (gradient * factor).to(gradient.dtype)
     # A few images at a time: where dtypes differ, CPUs make wide copies.

@@ -1,6 +1,6 @@
-"""The terms of an alignment: their settings, and their values on given tokens."""
+"""The loss terms of an alignment: their settings, and their values on given tokens."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from srepa_ds.alignment.gram import (
 from srepa_ds.alignment.gram_algorithms.parts import EPSILON, compute_dtype
 from srepa_ds.alignment.schedule import ScheduleConfig
 from srepa_ds.errors import nearest
-from srepa_ds.schema import Section
+from srepa_ds.schema import MayChange, Section
 
 
 class PointwiseConfig(Section):
@@ -53,11 +53,11 @@ class StructuralConfig(Section):
     include_cls: bool = False
     """Whether the class token takes part in the Gram matrix, where the model carries one (REG)."""
 
-    algorithm: str = "auto"
-    """How it is computed: auto, dense, tiled, triton, or (mse only) feature. All are exact."""
+    algorithm: Annotated[str, MayChange] = "auto"
+    """The algorithm: auto, dense, tiled, triton, or (mse only) feature. All are exact."""
 
-    tile: int = Field(default=DEFAULT_TILE, ge=1)
-    """Rows worked on at a time by the tiled algorithm; it changes speed and memory only."""
+    tile: Annotated[int, MayChange] = Field(default=DEFAULT_TILE, ge=1)
+    """Rows per block of the tiled algorithm; it changes speed and memory only."""
 
     tau_student: float = Field(default=0.2, gt=0)
     """Softmax temperature of the student's rows (kl only)."""
@@ -73,7 +73,7 @@ class StructuralConfig(Section):
         kl_only = ("tau_student", "tau_teacher", "reduction")
         defaults = {name: type(self).model_fields[name].default for name in kl_only}
         if self.kind == "mse" and any(getattr(self, n) != d for n, d in defaults.items()):
-            raise ValueError(f"{', '.join(kl_only)} belong to kl; mse has neither")
+            raise ValueError(f"{', '.join(kl_only)} belong to kl; mse has none of them")
         known = ["auto", *ALGORITHMS[self.kind]]
         if self.algorithm in known:
             return self
@@ -88,7 +88,7 @@ def structural_loss(
     student: Float[Tensor, "batch tokens d_student"],
     teacher: Float[Tensor, "batch tokens d_teacher"],
 ) -> Float[Tensor, ""]:
-    """Returns the structural term that `config` describes, before its weight."""
+    """Returns the structural term configured by `config`, before its weight."""
     if config.kind == "mse":
         return structural_mse(student, teacher, algorithm=config.algorithm, tile=config.tile)
     return structural_kl(

@@ -1,4 +1,4 @@
-"""The trained maps from the student's width to a teacher's, a row of a table each."""
+"""The trained maps from the student's width to a teacher's, one row of a table each."""
 
 import math
 from collections.abc import Callable
@@ -9,13 +9,12 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from srepa_ds.schema import Section, known_in
-
-Grid = tuple[int, int]
+from srepa_ds.alignment.tokens import Grid
+from srepa_ds.schema import Section, one_of
 
 
 class TokenProjector(nn.Sequential):
-    """Layers applied to every token; input is taken in the dtype of the weights.
+    """Layers applied to every token; the input is cast to the dtype of the weights.
 
     The residual stream is float32 even where the weights are bf16.
     """
@@ -75,7 +74,7 @@ def _mlp(config: "ProjectorConfig", width_in: int, width_out: int, grid: Grid) -
 
 def _conv(config: "ProjectorConfig", width_in: int, width_out: int, grid: Grid) -> SpatialProjector:
     device = torch.get_default_device()
-    # An ordinary construction would draw from the process's generator.
+    # An ordinary construction would draw from torch's global generator.
     layer = nn.utils.skip_init(
         nn.Conv2d,
         width_in,
@@ -111,7 +110,7 @@ PROJECTORS: dict[str, Callable[["ProjectorConfig", int, int, Grid], Projector]] 
 class ProjectorConfig(Section):
     """The projector between the aligned block and the teacher."""
 
-    kind: Annotated[str, known_in("projector", PROJECTORS)] = "mlp"
+    kind: Annotated[str, one_of("projector", PROJECTORS)] = "mlp"
     """`mlp`: Linear, SiLU, Linear, SiLU, Linear on every token, as in REPA and sREPA; `linear`: one
     Linear; `conv`: one convolution over the grid of tokens, as in iREPA."""
 
@@ -144,8 +143,8 @@ def build_projector(
 ) -> Projector:
     """Returns the projector (b, n, width_in) -> (b, n, width_out), filled from `generator`.
 
-    `grid` is that of the student's tokens; only `conv` cares. Linear weights are Xavier-uniform and
-    their biases zero, as all of REPA's; a convolution's are uniform within 1 / sqrt(fan-in), as
+    `grid` is that of the student's tokens; only `conv` uses it. Linear weights are Xavier-uniform
+    and their biases zero, as all of REPA's; a convolution's are uniform within 1 / sqrt(fan-in), as
     iREPA leaves them. Drawn layer by layer in float32 on the CPU; without a generator all are zero.
     The keys of the state are those of REPA's and iREPA's `projectors.<i>`.
     """

@@ -1,4 +1,4 @@
-"""How the weight of an alignment term follows the training step.
+"""Schedules of an alignment term's weight over the training steps.
 
 Alignment helps early and may hurt late, so a term can be stopped or faded out. Pure functions of
 the step: a resumed run needs no state.
@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from srepa_ds.schema import Section, known_in
+from srepa_ds.schema import Section, one_of
 
 SCHEDULES = {
     "constant": lambda progress: 1.0,
@@ -23,15 +23,15 @@ SCHEDULES = {
 class ScheduleConfig(Section):
     """The factor of a term's weight, from 1 to 0 over training."""
 
-    kind: Annotated[str, known_in("schedule", SCHEDULES)] = "constant"
+    kind: Annotated[str, one_of("schedule", SCHEDULES)] = "constant"
     """`constant`; `stop` at `end_step`; `linear` or `cosine` decay from `start_step` to it."""
 
     start_step: int = Field(default=0, ge=0)
-    """The last step with the whole weight (linear, cosine)."""
+    """The last step with the full weight (linear, cosine)."""
 
     end_step: int | None = Field(default=None, ge=1)
-    """The first step without the term; once all terms of an alignment have ended, its teacher is
-    not asked any more."""
+    """The first step without the term; once all terms of an alignment have ended, its teacher no
+    longer runs."""
 
     @model_validator(mode="after")
     def _has_an_end(self) -> "ScheduleConfig":

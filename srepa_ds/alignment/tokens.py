@@ -1,6 +1,6 @@
-"""What is done to patch tokens before they are compared: another grid, another contrast.
+"""Resampling and normalisation of patch tokens before they are compared.
 
-Pure functions of tokens in row-major order; class tokens and registers are not among them.
+Pure functions of patch tokens in row-major order, without class tokens and registers.
 """
 
 from functools import lru_cache
@@ -12,12 +12,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from srepa_ds.schema import Section, known_in
+from srepa_ds.schema import Section, one_of
 
 Grid = tuple[int, int]
 """Rows and columns."""
 
-# Both smooth modes are antialiased where they shrink; where they grow that changes nothing.
+# Both smooth modes are antialiased where they shrink; where they grow, that changes nothing.
 _INTERPOLATIONS: dict[str, dict[str, object]] = {
     "bilinear": {"mode": "bilinear", "align_corners": False, "antialias": True},
     "bicubic": {"mode": "bicubic", "align_corners": False, "antialias": True},
@@ -29,13 +29,13 @@ SPATIAL_NORM_EPSILON = 1e-6
 
 
 class ResamplingConfig(Section):
-    """How token grids of different sizes are brought together."""
+    """The interpolation between token grids of different sizes."""
 
     direction: Literal["teacher_to_student", "student_to_teacher"]
-    """Whose tokens are resampled: the target's to the model's grid, or the model's, after the
+    """Which tokens are resampled: the target's to the model's grid, or the model's, after the
     projector, to the teacher's."""
 
-    mode: Annotated[str, known_in("resampling mode", _INTERPOLATIONS)]
+    mode: Annotated[str, one_of("resampling mode", _INTERPOLATIONS)]
     """`bilinear` and `bicubic` (antialiased where they shrink), `area` (means of cells) or
     `nearest`."""
 
@@ -44,7 +44,7 @@ class SpatialNormConfig(Section):
     """iREPA's normalisation of the teacher's patch tokens over the image."""
 
     gamma: float = Field(ge=0, le=1)
-    """Share of the mean token that is taken away; iREPA's trainers: 0.6 (latents), 0.8 (pixels)."""
+    """Share of the mean token that is subtracted; iREPA's trainers: 0.6 (latents), 0.8 (pixels)."""
 
 
 def resampled(
@@ -52,8 +52,8 @@ def resampled(
 ) -> Float[Tensor, "batch resampled width"]:
     """Returns the tokens of grid `source` interpolated channel by channel to grid `target`.
 
-    What `torch.nn.functional.interpolate` gives, written as one matrix per axis: gradients are
-    products too, so they are deterministic on every device. At least float32, outside autocast.
+    Equals `torch.nn.functional.interpolate`, written as one matrix per axis: gradients are products
+    too, so they are deterministic on every device. At least float32, outside autocast.
     """
     if source == target:
         return patch_tokens
@@ -73,7 +73,7 @@ def _axis_weights(
 ) -> Float[Tensor, "new old"]:
     """Returns the matrix that interpolates one axis: the interpolation of each unit vector.
 
-    Kept where it is used, because a copy in every step would have the host wait for the device.
+    Cached on its device, because a copy in every step would make the host wait for the device.
     """
     # Along the width: torch's antialiased kernels skip the height of images one pixel wide.
     units = torch.eye(old, dtype=torch.float64)[:, None, None]

@@ -1,56 +1,50 @@
-"""The folder of a run's checkpoints: names, validity, and what a kill left behind."""
+"""The folder of a run's checkpoints: names, validity, and leftovers of interrupted saves."""
 
-import contextlib
 import logging
 import shutil
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from srepa_ds.checkpoint.manifest import (
-    FOREIGN,
-    fault_in,
-)
-from srepa_ds.errors import CheckpointError, OutputError
+from srepa_ds import files
+from srepa_ds.checkpoint.manifest import FOREIGN, fault_in
+from srepa_ds.errors import CheckpointError
 
 FORMAT = "srepa_ds.checkpoint"
-
-
 VERSION = 1
 
-
 STATE = "state.json"
-
+"""The name of the file of everything but the fragments, in a checkpoint's folder."""
 
 LATEST = "latest"
-
-
-_PREFIX = "step-"
-
+"""The name of the file that names the newest checkpoint, beside the checkpoints."""
 
 ASIDE = ".writing-"
-
+"""Begins the temporary name of a checkpoint that is being written."""
 
 REPLACED = f"{ASIDE}replaced-"
+"""Begins the temporary name of a checkpoint while another of the same step takes its name."""
 
+_PREFIX = "step-"
 
 log = logging.getLogger("srepa_ds")
 
 
 def step_folder(root: Path, step: int) -> Path:
-    """Returns where the checkpoint of `step` lies."""
+    """Returns the folder of the checkpoint of `step`."""
     return root / f"{_PREFIX}{step:07d}"
 
 
-@contextlib.contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Makes an OutputError of an OSError met in the block."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write the checkpoint under {place}: {error.strerror or error}; earlier "
-            "checkpoints are whole, make room or permission and run the same command again"
-        ) from error
+def step_of(folder: Path) -> int:
+    """Returns the step in the name of a checkpoint's folder."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def writing(place: Path) -> AbstractContextManager[None]:
+    """Turns an OSError in the block into an OutputError about the checkpoint under `place`."""
+    cure = (
+        "earlier checkpoints are whole; make room or fix the permissions, and run the command again"
+    )
+    return files.writing(f"the checkpoint under {place}", cure=cure)
 
 
 def fault_of(folder: Path) -> str | None:
@@ -61,40 +55,39 @@ def fault_of(folder: Path) -> str | None:
 def steps_in(root: Path) -> list[Path]:
     """Returns the checkpoint folders under `root`, oldest first, valid or not.
 
-    Among them one that a kill left aside just before another of the same step took its name.
+    They include replaced checkpoints that a kill left under their temporary name.
     """
-    return sorted((*named(root), *_left_aside(root)), key=step_of)
+    return sorted((*named(root), *_orphans(root)), key=step_of)
 
 
-def put_back(root: Path) -> None:
-    """Gives those that a kill left aside their names again, so that they count and are kept.
+def restore_names(root: Path) -> None:
+    """Renames checkpoints that a kill left under a temporary name, so that retention counts them.
 
-    For who alone writes there, once no rank is about to open one of them. Raises OutputError.
+    Call it from one process, before any rank opens a checkpoint. Raises OutputError.
     """
     with writing(root):
-        for path in _left_aside(root):
+        for path in _orphans(root):
             path.rename(step_folder(root, step_of(path)))
 
 
-def _left_aside(root: Path) -> list[Path]:
-    """Returns those moved for another of the same step that never took the name."""
-    moved = named(root, REPLACED)
-    return [path for path in moved if not step_folder(root, step_of(path)).is_dir()]
+def _orphans(root: Path) -> list[Path]:
+    """Returns the replaced checkpoints whose successor never took the name."""
+    replaced = named(root, REPLACED)
+    return [path for path in replaced if not step_folder(root, step_of(path)).is_dir()]
 
 
 def named(root: Path, prefix: str = "") -> list[Path]:
-    """Returns the folders under `root` that are named as checkpoints are, after `prefix`."""
+    """Returns the folders under `root` named like checkpoints, with `prefix` before the name."""
     beginning = f"{prefix}{_PREFIX}"
     paths = [path for path in root.glob(f"{beginning}*") if path.name[len(beginning) :].isdigit()]
     return [path for path in paths if path.is_dir()]
 
 
 def newest_valid(root: Path) -> Path | None:
-    """Returns the newest valid checkpoint under `root`, or None when there is none at all.
+    """Returns the newest valid checkpoint under `root`, or None if there is no checkpoint at all.
 
-    Says which it passed over and why. Raises CheckpointError when there are checkpoints but none
-    is valid, or a newer one is of another format: to go on from before it would throw good training
-    away.
+    Logs each one it skips, and why. Raises CheckpointError if none of the checkpoints is valid, or
+    a newer one has another format: resuming from an earlier one would throw good training away.
     """
     faults = []
     for folder in reversed(steps_in(root)):
@@ -103,24 +96,19 @@ def newest_valid(root: Path) -> Path | None:
             return folder
         if fault.startswith(FOREIGN):
             raise CheckpointError(
-                f"{folder} is {fault}; go on with the srepa_ds that wrote it, or move it away"
+                f"{folder} is {fault}; continue with the srepa_ds that wrote it, or move it away"
             )
-        log.warning("passing over checkpoint %s: %s", folder, fault)
+        log.warning("skipping checkpoint %s: %s", folder, fault)
         faults.append(f"{folder.name}: {fault}")
     if faults:
         raise CheckpointError(
             f"{root} holds no valid checkpoint ({'; '.join(faults)}); restore one, or move the "
-            "folder away to start anew"
+            "folder away to start over"
         )
     return None
 
 
 def remove_leftovers(root: Path) -> None:
-    """Removes what interrupted saves left; for who is about to save, or has just done so."""
+    """Removes what interrupted saves left. Call it only while no save is in progress."""
     for leftover in root.glob(f"{ASIDE}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def step_of(folder: Path) -> int:
-    """Returns the step in the name of a checkpoint's folder."""
-    return int(folder.name.rpartition("-")[2])

@@ -1,8 +1,8 @@
-"""One rank's share of a checkpoint: copied at once, written whenever there is time.
+"""One rank's share of a checkpoint: copied to host memory first, then written to a file.
 
-The file is a safetensors file, whose format is a length, a JSON header and the bytes of all
-tensors in turn. It is written here rather than by the library, which would make a second copy of
-everything and keep other threads waiting meanwhile.
+The file is a safetensors file: a length, a JSON header and the bytes of all tensors in turn. The
+safetensors library could write it too, but it would make a second copy of everything and block
+other threads in the meantime.
 """
 
 import hashlib
@@ -24,16 +24,16 @@ from srepa_ds.checkpoint.manifest import FileEntry
 
 log = logging.getLogger("srepa_ds")
 
-# 64 MiB. Page-locked memory comes in powers of two, so nothing of it is lost.
+# 64 MiB. Page-locked memory comes in powers of two, so this wastes none.
 CHUNK_NUMEL = 1 << 24
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of one flattened tensor, as it is stored."""
+    """A run of one flattened tensor, as stored."""
 
     kind: str
-    """What it is of the weight: master, exp_avg, exp_avg_sq or ema."""
+    """What is stored of the weight: master, exp_avg, exp_avg_sq, or an average such as ema."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,26 +48,26 @@ class Piece:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The pieces as they were at one moment, in host memory."""
+    """A copy of the pieces at one moment, in host memory."""
 
     shapes: dict[str, tuple[int, ...]]
-    """Of the whole weights, by name, in the model's order."""
+    """The shapes of the whole weights, by name, in the model's order."""
 
     header: bytes
     """The file's beginning, up to the first tensor."""
 
     chunks: tuple[Tensor, ...]
-    """All values in turn, flat and in float32, cut wherever a chunk was full."""
+    """All values in turn, flat and in float32, split wherever a chunk is full."""
 
     copied: torch.cuda.Event | None
-    """When the values of a GPU have arrived."""
+    """Occurs when the values of a GPU have arrived."""
 
 
 def snapshot_of(pieces: Iterable[Piece], *, label: str, chunk_numel: int = CHUNK_NUMEL) -> Snapshot:
-    """Returns a copy of `pieces` in float32; later changes of their values do not reach it.
+    """Returns a copy of `pieces` in float32; later changes to their values do not reach it.
 
-    From a GPU it is made on the current stream, behind which the next step queues, and the host
-    does not wait for it. `label` is written into the file.
+    A copy from a GPU is made on the current CUDA stream, in which the next step queues behind it,
+    and the host does not wait. `label` goes into the file.
     """
     pieces = list(pieces)
     pinned = any(piece.values.is_cuda for piece in pieces)
@@ -84,7 +84,7 @@ def snapshot_of(pieces: Iterable[Piece], *, label: str, chunk_numel: int = CHUNK
 
 
 def room_for(sizes: Iterable[int], *, pinned: bool) -> Iterator[Float[Tensor, " numel"]]:
-    """Yields host memory, page-locked if that is asked for, and as long as it is to be had.
+    """Yields host memory, page-locked if `pinned` and as long as that is available.
 
     Copies to ordinary memory make the host wait.
     """
@@ -94,7 +94,9 @@ def room_for(sizes: Iterable[int], *, pinned: bool) -> Iterator[Float[Tensor, " 
         except RuntimeError as error:
             if not pinned:
                 raise
-            log.warning("no page-locked memory for the checkpoint, which costs time: %s", error)
+            log.warning(
+                "no page-locked memory for the checkpoint, so copying takes longer: %s", error
+            )
             pinned = False
             yield torch.empty(size, dtype=torch.float32)
 
@@ -122,15 +124,15 @@ def _header(pieces: list[Piece], label: str) -> bytes:
             "data_offsets": [end - size, end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
-    # The format aligns the first tensor at eight bytes.
+    # The format aligns the first tensor to eight bytes.
     text = text.ljust(8 * math.ceil(len(text) / 8))
     return len(text).to_bytes(8, "little") + text
 
 
 def write_snapshot(path: Path, snapshot: Snapshot) -> FileEntry:
-    """Returns the file's size and sha256 once all of it is on disk.
+    """Writes the file, waits until it is on disk, and returns its size and sha256.
 
-    May run in a thread: it waits outside the interpreter's lock. Raises OSError.
+    May run in a thread, since it waits without the interpreter's lock. Raises OSError.
     """
     if snapshot.copied is not None:
         snapshot.copied.synchronize()

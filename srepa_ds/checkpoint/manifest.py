@@ -1,6 +1,6 @@
-"""What a folder of files says of itself, last of all: their sizes and their sha256.
+"""The manifest: size and sha256 of every file of a folder, written last.
 
-A folder whose manifest is there and true is whole.
+A folder is whole if and only if its manifest exists and matches.
 """
 
 import json
@@ -12,21 +12,21 @@ from srepa_ds.files import flush_to_disk, sha256_of
 
 MANIFEST = "manifest.json"
 FOREIGN = "of format"
-"""Begins what is wrong with a folder of another format: it is not damaged."""
+"""Begins the fault of a folder of another format, which is not damaged."""
 
 FileEntry = dict[str, Any]
-"""A file's size and sha256, as a manifest names them: `bytes`, `sha256`."""
+"""A file's size and sha256 under the names of the manifest: `bytes`, `sha256`."""
 
 
 def entry_of(path: Path) -> FileEntry:
-    """Returns what a manifest says of the file at `path`; raises OSError."""
+    """Returns the entry of the file at `path`; raises OSError."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def write_manifest(
     folder: Path, files: Mapping[str, FileEntry], *, format: str, version: int
 ) -> None:
-    """Returns once the manifest of `files` is on disk; raises OSError."""
+    """Writes the manifest of `files` and waits until it is on disk; raises OSError."""
     path = folder / MANIFEST
     document = {"format": format, "version": version, "files": files}
     path.write_text(json.dumps(document, indent=1))

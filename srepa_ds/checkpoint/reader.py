@@ -1,4 +1,4 @@
-"""Reads a checkpoint: any run of any stored tensor, whatever topology wrote it."""
+"""Reads a checkpoint: its state, and any run of any stored tensor, whatever topology wrote it."""
 
 import json
 from pathlib import Path
@@ -15,11 +15,16 @@ from srepa_ds.errors import CheckpointError
 from srepa_ds.files import sha256_of
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """Returns what a checkpoint holds besides the fragments; raises OSError or ValueError."""
+    return json.loads((folder / STATE).read_text())
+
+
 class CheckpointReader:
-    """Reads any run of any stored tensor, whatever ranks it was written by."""
+    """Reads any run of any stored tensor, whatever number of ranks wrote it."""
 
     def __init__(self, folder: Path):
-        """Opens a checkpoint that was found valid; raises CheckpointError if it cannot be read."""
+        """Opens a valid checkpoint; raises CheckpointError if this rank cannot read it."""
         try:
             self._open(folder)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -29,7 +34,7 @@ class CheckpointReader:
 
     def _open(self, folder: Path) -> None:
         self.folder = folder
-        self.state: dict[str, Any] = json.loads((folder / STATE).read_text())
+        self.state = read_state(folder)
         self._shapes: dict[str, list[int]] = self.state["shapes"]
         self._files = {}
         self._pieces: dict[tuple[str, str], list[tuple[int, str, str]]] = {}
@@ -41,7 +46,7 @@ class CheckpointReader:
                 self._pieces.setdefault((kind, name), []).append((int(start), path.name, key))
 
     def kinds(self) -> list[str]:
-        """Returns what is stored of the weights: master, moments and averages."""
+        """Returns the kinds stored of the weights: master, moments and averages."""
         return sorted({kind for kind, _ in self._pieces})
 
     def names(self, kind: str) -> list[str]:
@@ -53,7 +58,7 @@ class CheckpointReader:
         return tuple(self._shapes[name])
 
     def run(self, kind: str, name: str, *, start: int, numel: int) -> Float[Tensor, " numel"]:
-        """Returns elements start .. start + numel of the flattened tensor.
+        """Returns `numel` elements of the flattened tensor, from `start` on.
 
         Raises CheckpointError unless the stored pieces cover every one of them.
         """
@@ -69,8 +74,8 @@ class CheckpointReader:
                 reached = last
         if reached != stop:
             raise CheckpointError(
-                f"{self.folder}: {kind} of '{name}' has no elements from {reached} on, but they "
-                f"are needed up to {stop}; the checkpoint is incomplete, resume from an earlier one"
+                f"{self.folder}: {kind} of '{name}' has no elements from {reached} on, but needs "
+                f"them up to {stop}; the checkpoint is incomplete, resume from an earlier one"
             )
         return result
 
@@ -80,5 +85,5 @@ class CheckpointReader:
         return self.run(kind, name, start=0, numel=torch.Size(shape).numel()).reshape(shape)
 
     def fingerprint(self) -> str:
-        """Returns a short hash that identifies the checkpoint: of its manifest."""
+        """Returns a short hash of the manifest, which identifies the checkpoint."""
         return sha256_of(self.folder / MANIFEST)[:16]

@@ -1,8 +1,8 @@
-"""When a run saves, which checkpoints stay, and which are good: those from which a step was taken.
+"""Retention: which checkpoints are kept, which are good, and which one a rollback returns to.
 
-What is saved right after the step that ruined the weights is whole and valid, yet no step from it
-is finite. So a checkpoint counts as good once a later step was applied; an empty file of that name
-in its folder says so to whoever resumes the run.
+A checkpoint saved right after the step that ruined the weights is whole and valid, but no step from
+it is finite. So a checkpoint is good only once a later step was applied. An empty file `good` in
+its folder records that for a run that resumes.
 """
 
 import shutil
@@ -29,67 +29,67 @@ _FAILED = "failed-"
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written and which are kept."""
+    """When checkpoints are written, and which of them are kept."""
 
     every_steps: int = Field(default=5_000, ge=1)
-    """Optimizer steps between checkpoints; one is also written at the end and when interrupted. One
-    that falls due at a skipped step is written after the next that is not."""
+    """Optimizer steps between checkpoints; one is also written at the end and on a signal. If one
+    is due at a skipped step, it is written after the next step that is not skipped."""
 
     keep_last: int = Field(default=2, ge=1)
-    """How many of the newest are kept, and beside them always the newest that is known to be good:
-    from which a step was taken."""
+    """Newest checkpoints to keep. The newest good one, from which a later step was applied, is
+    always kept too."""
 
     keep_every_steps: int = Field(default=50_000, ge=0)
-    """The first checkpoint at or after each multiple of this is kept for good; 0 keeps none."""
+    """The first checkpoint at or after each multiple of this is kept forever; 0 keeps none."""
 
     asynchronous: bool = False
-    """Write while training goes on. A save then stops it only while this rank's share of the state
-    is copied to host memory: 16 bytes per weight, shared by all ranks. Next to a GPU that memory is
-    page-locked, and kept for the next save."""
+    """Whether to write while training continues. A save then pauses training only while each rank
+    copies its share of the state to host memory: 16 bytes per weight, divided by the number of
+    ranks. With a GPU that memory is page-locked, and kept for the next save."""
 
 
-class ReturnPoint(NamedTuple):
-    """Where a run that fails goes on."""
+class RollbackPoint(NamedTuple):
+    """The checkpoint that a run rolls back to."""
 
     folder: Path
     is_good: bool
-    """False if no step was ever taken from it, and there is no other."""
+    """False if no checkpoint is known to be good; then this is the newest valid one."""
 
 
 def mark_good(root: Path, step: int) -> None:
-    """Says of the checkpoint of `step`, if there is one, that a later step was applied."""
+    """Marks the checkpoint of `step`, if it exists, as good: a later step was applied."""
     folder = step_folder(root, step)
     with despite_full_disk(f"{folder.name}/{_GOOD}"):
         if folder.is_dir():
             (folder / _GOOD).touch()
 
 
-def return_point(root: Path) -> ReturnPoint | None:
+def rollback_point(root: Path) -> RollbackPoint | None:
     """Returns the newest good checkpoint, else the newest valid one; None if there is none at all.
 
-    Those newer than the good one are set aside as `failed-step-...`, so that the run resumes from
-    it too. Raises OutputError, and what `newest_valid` does.
+    Renames checkpoints newer than the good one to `failed-step-...`, so that a restart resumes from
+    the good one too. Raises OutputError, and the errors of `newest_valid`.
     """
     folders = steps_in(root)
     marked = [folder for folder in folders if _is_marked(folder)]
     good = next((folder for folder in reversed(marked) if fault_of(folder) is None), None)
     if good is None:
         newest = newest_valid(root)
-        return None if newest is None else ReturnPoint(newest, is_good=False)
+        return None if newest is None else RollbackPoint(newest, is_good=False)
     with writing(root):
         for folder in folders[folders.index(good) + 1 :]:
             aside = root / f"{_FAILED}{step_folder(root, step_of(folder)).name}"
             if aside.is_dir():
                 shutil.rmtree(aside)
             folder.rename(aside)
-    return ReturnPoint(good, is_good=True)
+    return RollbackPoint(good, is_good=True)
 
 
 def prune(root: Path, config: CheckpointConfig, *, newest: int) -> None:
-    """Deletes the checkpoints the retention rule does not keep.
+    """Deletes the checkpoints that the retention rule does not keep.
 
-    The newest good one stays whatever the rule says. `newest` is the step of the newest one. Later
-    ones are damaged, for the run resumed before them; they neither count as kept nor are deleted.
+    The newest good one is always kept. `newest` is the step of the newest one. Checkpoints after it
+    are damaged (the run resumed before them): they are neither counted nor deleted.
     """
     folders = [folder for folder in steps_in(root) if step_of(folder) <= newest]
     kept = {*folders[-config.keep_last :], *_milestones(folders, config.keep_every_steps)}
@@ -100,7 +100,7 @@ def prune(root: Path, config: CheckpointConfig, *, newest: int) -> None:
 
 
 def _milestones(folders: Sequence[Path], every: int) -> Iterator[Path]:
-    """Yields the first of `folders` at or after each multiple of `every`; none if that is 0."""
+    """Yields the first of `folders` at or after each multiple of `every`; none if `every` is 0."""
     reached = 0
     for folder in folders:
         if every and step_of(folder) // every > reached:

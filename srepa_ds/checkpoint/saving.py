@@ -1,4 +1,4 @@
-"""Writes one checkpoint: aside first, then under its name."""
+"""Writes one checkpoint: under a temporary name first, then under its own."""
 
 import contextlib
 import copy
@@ -29,10 +29,10 @@ from srepa_ds.files import flush_to_disk, write_aside
 
 
 class UnfinishedCheckpoint:
-    """A checkpoint from its first byte to its name.
+    """A checkpoint between its first byte and its name.
 
-    To build it is collective, and it holds what the run was at that moment. Raises OutputError on
-    every rank if it cannot be begun, and RankError if one has no memory for the copy.
+    Construction is collective and takes a snapshot of the state. Raises OutputError on every rank
+    if the folder cannot be made, and RankError if a rank has no memory for the copy.
     """
 
     def __init__(
@@ -43,42 +43,41 @@ class UnfinishedCheckpoint:
         self._root, self._rank = root, rank
         self._file = f"fragments-{rank:05d}.safetensors"
         self._aside = root / f"{ASIDE}{self.folder.name}"
-        ranks.on_main(lambda: _make_aside(root, self._aside))
+        ranks.on_main(_make_aside, root, self._aside)
         with self._nothing_left():
-            self._snapshot = ranks.together(
-                lambda: snapshot_of(pieces, label=f"{FORMAT} {VERSION}")
-            )
-        # A copy, because the run goes on while this is written.
+            label = f"{FORMAT} {VERSION}"
+            self._snapshot = ranks.together(snapshot_of, pieces, label=label)
+        # A copy, because training may continue while this is written.
         self._document = copy.deepcopy(state)
 
     def write(self) -> FileEntry:
-        """Returns this rank's entry of the manifest once its fragments are on disk.
+        """Writes this rank's fragments to disk and returns their entry of the manifest.
 
-        No collective: may run in any thread. Raises OutputError.
+        Not collective, so it may run in any thread. Raises OutputError.
         """
         with writing(self._aside):
             return write_snapshot(self._aside / self._file, self._snapshot)
 
     def finish(self, written: Callable[[], FileEntry]) -> Path:
-        """Returns the finished checkpoint's folder. Collective.
+        """Gives the checkpoint its name and returns its folder. Collective.
 
-        `written` gives what `write` returned, or raises what it raised. Raises OutputError on every
-        rank if any could not write; then nothing is left of it.
+        `written` returns what `write` returned, or raises what it raised. Raises OutputError on
+        every rank if any could not write; then nothing of the checkpoint is left.
         """
         with self._nothing_left():
             entry = ranks.together(written)
             parts = ranks.gather((self._file, entry, self._snapshot.shapes))
             entries = {file: entry for file, entry, _ in parts}
-            # In the model's order, as far as any rank knows it.
+            # In the model's order, as each rank knows it for its own share.
             shapes = {name: shape for *_, part in parts for name, shape in part.items()}
             mark = {"format": FORMAT, "version": VERSION}
             document = self._document | mark | {"step": self.step, "shapes": shapes}
-            ranks.on_main(lambda: _finish(self._root, self._aside, self.folder, document, entries))
+            ranks.on_main(_finish, self._root, self._aside, self.folder, document, entries)
         return self.folder
 
     @contextlib.contextmanager
     def _nothing_left(self) -> Iterator[None]:
-        """Removes what was begun if the block fails."""
+        """Removes the temporary folder if the block fails."""
         try:
             yield
         except Exception:
@@ -92,8 +91,8 @@ def save(
 ) -> Path:
     """Writes one checkpoint and returns its folder. Collective: every rank gives its own pieces.
 
-    `state` is JSON, the same on all ranks. Raises OutputError on every rank if any cannot write;
-    then nothing of it is left.
+    `state` is JSON and the same on all ranks. Raises OutputError on every rank if any cannot write;
+    then nothing of the checkpoint is left.
     """
     unfinished = UnfinishedCheckpoint(root, step=step, pieces=pieces, state=state, rank=rank)
     return unfinished.finish(unfinished.write)
@@ -115,7 +114,7 @@ def _finish(
         files = {**entries, STATE: entry_of(aside / STATE)}
         write_manifest(aside, files, format=FORMAT, version=VERSION)
         flush_to_disk(aside)
-        # One of the same step is moved, not deleted, until this one has its name.
+        # An earlier one of the same step is moved first, and deleted once this one has its name.
         replaced = root / f"{REPLACED}{final.name}"
         if final.is_dir():
             shutil.rmtree(replaced, ignore_errors=True)

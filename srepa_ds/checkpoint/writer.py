@@ -1,7 +1,7 @@
-"""Saves a run's checkpoints, while training goes on if the configuration says so."""
+"""Saves a run's checkpoints, in the background if the configuration says so."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,120 +24,139 @@ _ASK_EVERY_POLLS = 5
 
 
 class CheckpointWriter:
-    """Writes checkpoints under one folder and deletes those the retention rule does not keep.
+    """Writes checkpoints under one folder, marks the good ones and deletes those not to keep.
 
     `save`, `poll` and `wait` are collective: all ranks call them at the same steps. At most one
-    checkpoint is under way; a kill or an error before it is whole leaves the one before the newest.
+    checkpoint is in progress. If a kill or an error interrupts it, the previous one stays the
+    newest.
     """
 
     # A rank's thread writes that rank's file and nothing else. Whether all files are on disk, so
-    # that the manifest may follow and the folder be renamed, the main threads ask each other, in
-    # `poll` and `wait`: collectives are matched by their order alone, which a thread's would not
-    # have among training's; and with a process group of the threads' own, ranks would learn of an
-    # error at different steps, and those who go on would wait for those who have left.
+    # that the manifest may follow and the folder be renamed, the main threads ask each other in
+    # `poll` and `wait`. A thread cannot ask: collectives are matched by their order alone, which
+    # its own would not have among those of training. With a process group for the threads, ranks
+    # would learn of an error at different steps, and some would wait for others that have left.
 
-    def __init__(self, root: Path, config: CheckpointConfig, *, rank: int):
+    last_applied: int
+    """The last step that was not skipped."""
+
+    last_saved: int
+    """The step of the last checkpoint, finished or in progress."""
+
+    def __init__(
+        self,
+        root: Path,
+        config: CheckpointConfig,
+        *,
+        rank: int,
+        step: int = 0,
+        extra: Mapping[str, Any] | None = None,
+    ):
+        """Starts at `step`, whose checkpoint, if there is one, counts as saved.
+
+        Every checkpoint's state gets the entries of `extra` as well.
+        """
         self._root, self._config, self._rank = root, config, rank
+        self._extra = dict(extra or {})
         self._thread: ThreadPoolExecutor | None = None
         if config.asynchronous:
             self._thread = ThreadPoolExecutor(
                 max_workers=1, thread_name_prefix="checkpoint", initializer=_same_device()
             )
-        self._under_way: tuple[UnfinishedCheckpoint, Future[FileEntry]] | None = None
+        self._in_progress: tuple[UnfinishedCheckpoint, Future[FileEntry]] | None = None
         self._polls = 0
-        self._whole: int | None = None
-        self._unproven: int | None = None
-        self._applied_at = 0
+        self.restart_at(step)
 
-    def goes_on_from(self, step: int) -> None:
-        """Takes note that training begins at `step`, or has gone back there."""
-        self._unproven = self._applied_at = step
+    def restart_at(self, step: int) -> None:
+        """Starts again at `step`, after a rollback: the steps after it no longer count."""
+        self.last_applied = self.last_saved = step
+        self._unproven: int | None = step
 
-    def applied(self, step: int) -> None:
-        """Takes note that `step` was applied, so that a checkpoint before it is good."""
-        self._applied_at = step
-        self._prove()
+    def note_applied(self, step: int) -> None:
+        """Records that `step` was applied, so a finished checkpoint of an earlier step is good."""
+        self.last_applied = step
+        self._mark_if_good()
 
-    def save(self, *, step: int, pieces: Iterable[Piece], state: dict[str, Any]) -> None:
-        """Returns once the checkpoint of `step` holds what `pieces` and `state` are now.
+    def is_due(self, step: int) -> bool:
+        """Returns whether a checkpoint was due at `step`, or at a step since the last one."""
+        every = self._config.every_steps
+        return step // every > self.last_saved // every
 
-        Without `asynchronous` it is whole then. Otherwise its predecessor is, and `poll` or `wait`
-        finish it. Raises OutputError on every rank if any could not write either of them.
+    def save(self, *, step: int, pieces: Iterable[Piece], state: Mapping[str, Any]) -> None:
+        """Saves what `pieces` and `state` hold now as the checkpoint of `step`.
+
+        Without `asynchronous` it is finished on return. Otherwise its predecessor is, and `poll` or
+        `wait` will finish it. Raises OutputError on every rank if any could not write either.
         """
         self._finish()
-        self._applied_at = step
         unfinished = UnfinishedCheckpoint(
-            self._root, step=step, pieces=pieces, state=state, rank=self._rank
+            self._root, step=step, pieces=pieces, state={**state, **self._extra}, rank=self._rank
         )
+        self.last_saved = step
         if self._thread is None:
             self._complete(unfinished, unfinished.write)
         else:
-            self._under_way = unfinished, self._thread.submit(unfinished.write)
+            self._in_progress = unfinished, self._thread.submit(unfinished.write)
             self._polls = 0
 
-    def poll(self) -> int | None:
-        """Returns the step of a checkpoint that has become whole since last asked, or None.
+    def poll(self) -> None:
+        """Finishes the checkpoint in progress if all ranks have written their files.
 
-        For every step of training: it asks the other ranks only while a checkpoint is under way,
-        and then every fifth time. Raises OutputError on every rank if any could not write.
+        Call it after every training step. It asks the other ranks only while a checkpoint is in
+        progress, and then every fifth time. Raises OutputError on every rank if any could not
+        write.
         """
-        if self._under_way is not None:
+        if self._in_progress is not None:
             self._polls += 1
-            written = self._under_way[1].done()
-            if self._polls % _ASK_EVERY_POLLS == 0 and not ranks.any_rank(not written):
+            is_written = self._in_progress[1].done()
+            if self._polls % _ASK_EVERY_POLLS == 0 and not ranks.any_rank(not is_written):
                 self._finish()
-        return self._news()
 
-    def wait(self) -> int | None:
-        """Returns what `poll` does, after waiting for the checkpoint that is under way.
+    def wait(self) -> None:
+        """Waits for the checkpoint in progress and finishes it.
 
         Raises OutputError on every rank if any could not write.
         """
         self._finish()
-        return self._news()
 
     def close(self) -> None:
-        """Ends the thread once its file is written; a checkpoint nobody waited for is given up.
+        """Ends the thread once its file is written, and abandons a checkpoint in progress.
 
         Not collective: a rank that met an error may call it alone.
         """
-        self._under_way = None
+        self._in_progress = None
         if self._thread is not None:
             self._thread.shutdown()
 
     def _finish(self) -> None:
-        if self._under_way is not None:
-            (unfinished, written), self._under_way = self._under_way, None
+        if self._in_progress is not None:
+            (unfinished, written), self._in_progress = self._in_progress, None
             self._complete(unfinished, written.result)
 
     def _complete(self, unfinished: UnfinishedCheckpoint, written: Callable[[], FileEntry]) -> None:
         folder = unfinished.finish(written)
-        self._whole = self._unproven = unfinished.step
+        self._unproven = unfinished.step
         if self._rank == 0:
             with despite_full_disk(f"in {self._root}"):
                 remove_leftovers(self._root)
                 prune(self._root, self._config, newest=unfinished.step)
             log.info("saved %s", folder)
-        self._prove()
+        self._mark_if_good()
 
-    def _prove(self) -> None:
+    def _mark_if_good(self) -> None:
         step = self._unproven
-        if step is None or step >= self._applied_at:
+        if step is None or step >= self.last_applied:
             return
         self._unproven = None
         if self._rank == 0:
             mark_good(self._root, step)
-            # Until now the one before it had to stay.
+            # Until now the good one before it had to stay.
             with despite_full_disk(f"in {self._root}"):
                 prune(self._root, self._config, newest=step)
 
-    def _news(self) -> int | None:
-        news, self._whole = self._whole, None
-        return news
-
 
 def _same_device() -> Callable[[], None] | None:
-    """Returns what makes a new thread use this one's GPU, which is not the first for every rank."""
+    """Returns a function that makes a new thread use this thread's GPU instead of the first."""
     if not torch.cuda.is_available():
         return None
     return partial(torch.cuda.set_device, torch.cuda.current_device())

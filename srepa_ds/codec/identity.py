@@ -1,4 +1,4 @@
-"""Pixels as latents."""
+"""The codec `identity`: pixels are the latents."""
 
 import torch
 from jaxtyping import Float, UInt8
@@ -9,7 +9,7 @@ from srepa_ds.errors import DataError
 
 
 class IdentityCodec:
-    """Pixels as latents: [-1, 1] instead of 0..255."""
+    """Maps pixels of 0..255 to latents in [-1, 1] and back."""
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Returns `image_shape` itself."""

@@ -1,4 +1,4 @@
-"""What a latent codec is: a frozen map between images and the space of the diffusion model."""
+"""The `LatentCodec` protocol: a frozen map between images and the diffusion model's space."""
 
 from typing import Protocol, runtime_checkable
 
@@ -25,13 +25,13 @@ class Encodable(Protocol):
 
 @runtime_checkable
 class LatentCodec(Protocol):
-    """A fixed, frozen map between images and the space the diffusion model works in."""
+    """A frozen map between images and the space the diffusion model works in."""
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Returns the (channels, height, width) of the latent of such an image."""
+        """Returns (channels, height, width) of the latent of an image of `image_shape`."""
 
     def encode(self, batch: Encodable, *, seed: int) -> Float[Tensor, "batch c h w"]:
-        """Returns clean latents, fp32; a posterior draw is keyed by `seed` and positions."""
+        """Returns clean latents, fp32; `seed` and positions key the draw from a posterior."""
 
     def decode(self, latents: Float[Tensor, "batch c h w"]) -> UInt8[Tensor, "batch H W 3"]:
         """Returns the images of `latents`."""

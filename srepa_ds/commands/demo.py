@@ -1,4 +1,4 @@
-"""`srepa-ds demo`: the whole road on handwritten digits, each step an ordinary command."""
+"""`srepa-ds demo`: the whole pipeline on handwritten digits, each step an ordinary command."""
 
 import json
 import os
@@ -13,30 +13,30 @@ from types import FrameType
 from srepa_ds.distributed.launcher import STOP_SIGNALS, start_child
 from srepa_ds.errors import ConfigError, Fault, nearest
 from srepa_ds.files import shipped, write_aside
+from srepa_ds.run_folder import RunFolder
 
 MODES = (
     *("sit", "repa", "srepa-mse", "srepa-kl"),
     *("irepa", "irepa-srepa-mse", "reg", "reg-srepa-mse"),
 )
-TIMINGS = "timings.json"
 
 
 def run_demo(
     *, mode: str, steps: int | None, ranks: int, seed: int, images: int | None = None
 ) -> int:
-    """Returns 0 after every step went well, else the exit code of the step that did not.
+    """Runs all steps and returns 0, or the exit code of the first one that fails.
 
-    Prints each command line before it runs it. Running the demo again goes on where it stopped:
-    finished steps find their work done. Raises ConfigError for an unknown mode.
+    Prints each command line before running it. The same demo run again continues where it stopped,
+    since finished steps find their work done. Raises ConfigError for an unknown mode.
     """
     if mode not in MODES:
         raise ConfigError("demo", [Fault("--mode", f"unknown '{mode}'; {nearest(mode, MODES)}")])
-    folder = Path("runs") / (f"digits-{mode}" + (f"-seed{seed}" if seed else ""))
-    changes = [f"run.folder={folder}"]
+    run = RunFolder(Path("runs") / (f"digits-{mode}" + (f"-seed{seed}" if seed else "")))
+    changes = [f"run.folder={run.path}"]
     changes += [f"train.steps={steps}"] if steps is not None else []
     changes += [f"run.seed={seed}", f"sample.seed={seed}"] if seed else []
     changes += [f"sample.num_samples={images}"] if images is not None else []
-    spent = _read_timings(folder)
+    spent = _read_timings(run.timings)
     timings: dict[str, float] = {}
     for arguments in commands(mode, changes, ranks=ranks):
         name = arguments[0]
@@ -45,20 +45,20 @@ def run_demo(
         code = _run(arguments)
         timings[name] = timings.get(name, 0) + time.perf_counter() - step_began
         _write_timings(
-            folder, {n: spent.get(n, 0) + timings.get(n, 0) for n in {**spent, **timings}}
+            run.timings, {n: spent.get(n, 0) + timings.get(n, 0) for n in {**spent, **timings}}
         )
         if code != 0:
-            print(f"\n{name} ended with code {code}; the same demo command goes on from here")
+            print(f"\n{name} ended with code {code}; the same demo command continues from here")
             return code
     print("\n" + "  ".join(f"{name} {seconds:.0f} s" for name, seconds in timings.items()))
-    print(f"all of it {sum(timings.values()):.0f} s; look at {folder / 'report.html'}")
+    print(f"total {sum(timings.values()):.0f} s; open {run.report}")
     return 0
 
 
 def commands(mode: str, changes: Sequence[str], *, ranks: int) -> list[list[str]]:
     """Returns the command lines of the demo, without the program's name.
 
-    `changes` are the overrides that every command of the experiment gets.
+    Every command of the experiment gets the overrides `changes`.
     """
     experiment = str(shipped(Path(f"configs/digits-{mode}.yaml")))
     on_ranks = ["--ranks", str(ranks)]
@@ -76,7 +76,7 @@ def commands(mode: str, changes: Sequence[str], *, ranks: int) -> list[list[str]
 
 
 def _run(arguments: Sequence[str]) -> int:
-    """Runs one command; stop signals are passed on once, and waited for."""
+    """Runs one command and returns its exit code; passes stop signals on, then waits for it."""
     command = [sys.executable, "-m", "srepa_ds", *arguments]
     child = start_child(command, {**os.environ, "PYTHONUNBUFFERED": "1"})
 
@@ -93,15 +93,15 @@ def _run(arguments: Sequence[str]) -> int:
     return 128 - code if code < 0 else code
 
 
-def _read_timings(folder: Path) -> dict[str, float]:
-    """Returns the seconds each step has taken so far, over all times the demo was run here."""
+def _read_timings(path: Path) -> dict[str, float]:
+    """Returns the seconds each step has taken so far, summed over earlier runs of the demo."""
     try:
-        return json.loads((folder / TIMINGS).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def _write_timings(folder: Path, timings: dict[str, float]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def _write_timings(path: Path, timings: dict[str, float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(timings, indent=2) + "\n"
-    write_aside(folder / TIMINGS, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""`srepa-ds evaluate`: scores of a sample set against real images, in an encoder's features."""
+"""`srepa-ds evaluate`: scores a sample set against real images by an encoder's features."""
 
 import json
 import logging
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from srepa_ds.config.experiment import Config
+from srepa_ds.config.experiment import Config, samples_folder
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import devices
 from srepa_ds.encoders.teacher import Teacher, load_teacher
-from srepa_ds.errors import ConfigError, DataError, Fault, OutputError
-from srepa_ds.files import sha256_of, write_aside
+from srepa_ds.errors import ConfigError, DataError, Fault
+from srepa_ds.files import sha256_of, write_aside, writing
 from srepa_ds.metrics.scores import Scores, score
 from srepa_ds.sampling.sample_set import read_provenance, read_samples
 from srepa_ds.schema import to_tree
@@ -24,13 +24,13 @@ log = logging.getLogger("srepa_ds")
 
 
 class Features(NamedTuple):
-    """What an extractor sees in a set of images."""
+    """The features of a set of images, and the share that the extractor recognises."""
 
     pooled: Tensor
-    """(images, width)"""
+    """(images, width), float32, on the CPU."""
 
     recognised: float | None
-    """Share of the images whose label it names; None without a classifier."""
+    """Share of the images whose label it predicts; None without labels or without a classifier."""
 
 
 def evaluate(config: Config) -> Scores:
@@ -41,15 +41,16 @@ def evaluate(config: Config) -> Scores:
     if config.evaluate is None:
         raise ConfigError("configuration", [Fault("evaluate", "is required to evaluate")])
     settings = config.evaluate
-    device = devices.local_device()
-    folder = settings.samples or config.samples_folder
+    devices.use_exact_float32()
+    device = devices.take_device()
+    folder = settings.samples or samples_folder(config)
     images, labels = read_samples(folder)
     provenance = read_provenance(folder)
     reference = ShardDataset(settings.reference)
     if images.shape[1:3] != reference.image_shape[1:]:
         raise DataError(
             f"{folder} holds images of {images.shape[1:3]} px, but {settings.reference} of "
-            f"{reference.image_shape[1:]}; evaluate.reference must be of the same size"
+            f"{reference.image_shape[1:]}; set evaluate.reference to images of the same size"
         )
     extractor = load_teacher(settings.extractor, resolution=images.shape[1:3], device=device)
     drawn = _features(extractor, _sample_batches(images, labels, settings.batch_size), device)
@@ -61,12 +62,12 @@ def evaluate(config: Config) -> Scores:
         "scores": measured,
         "reference_class_accuracy": real.recognised,
         "settings": to_tree(settings),
-        # Scores compare only within one feature space and against one reference.
+        # Scores are comparable only within one feature space and against one reference.
         "extractor_sha256": sha256_of(weights) if weights else None,
         "reference_id": reference.index.dataset_id,
         "samples": provenance,
     }
-    _write(config.results, document)
+    _write(config.run_folder.results, document)
     for name, value in measured.items():
         log.info("%-18s %.4f", name, value)
     return scores
@@ -105,11 +106,6 @@ def _features(
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:
     text = json.dumps(document, indent=2) + "\n"
-    try:
+    with writing(path, cure="choose another run.folder or mend its permissions"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}; choose another run.folder or mend its "
-            "permissions"
-        ) from error

@@ -14,31 +14,31 @@ from srepa_ds.errors import CheckpointError
 from srepa_ds.model.sit import fixed_position_embedding
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.objective import official_name
-from srepa_ds.optim.ema import MAIN, power_kind
+from srepa_ds.optim.ema import MAIN_EMA, power_kind
 from srepa_ds.optim.power_ema import PowerAverage, combination, gamma_of
-from srepa_ds.schema import validated
+from srepa_ds.schema import validated, with_current_names
 from srepa_ds.weights.exported import write_model
 
 log = logging.getLogger("srepa_ds")
 LARGEST_ERROR = 0.3
-"""Of a reconstructed average's profile, relative. Beyond it the length asked for means nothing."""
+"""Largest relative error of a reconstructed profile; above it the wanted length means nothing."""
 
 
 def export(config: Config) -> Path:
-    """Returns the folder with the exported model; needs neither GPU nor process group.
+    """Writes the exported model and returns its folder; needs neither GPU nor process group.
 
     The tensors have the official REPA names. Raises CheckpointError without a valid checkpoint and
     OutputError if the folder cannot be written.
     """
     reader = CheckpointReader(_chosen(config))
     sigma = config.export.power_sigma
-    mixture, error = {(reader, config.export.weights): 1.0}, 0.0
-    if sigma is not None:
-        mixture, error = _mixture(reader, sigma)
-    label = config.export.weights if sigma is None else power_kind(sigma)
+    if sigma is None:
+        label, mixture, error = config.export.weights, {(reader, config.export.weights): 1.0}, None
+    else:
+        label, (mixture, error) = power_kind(sigma), _mixture(reader, sigma)
     tensors = {official_name(name): value for name, value in _mixed(mixture)}
-    stored = reader.state["config"]
-    # No trained weight, so no checkpoint holds it.
+    stored = with_current_names(Config, reader.state["config"])
+    # Not trained, so no checkpoint holds it.
     model = validated(SiTConfig, stored["model"], source=f"{reader.folder}: model")
     tensors["pos_embed"] = fixed_position_embedding(model)
     provenance = {
@@ -46,7 +46,7 @@ def export(config: Config) -> Path:
         "step": reader.state["step"],
         "weights": label,
         "ema_decay": stored["ema"]["decay"],
-        **({} if sigma is None else {"profile_error": error}),
+        **({} if error is None else {"profile_error": error}),
     }
     write_model(config.export_folder, tensors, config=stored, provenance=provenance)
     log.info("exported %s of step %d to %s", label, reader.state["step"], config.export_folder)
@@ -54,26 +54,30 @@ def export(config: Config) -> Path:
 
 
 Mixture = dict[tuple[CheckpointReader, str], float]
-"""Factors of what is stored: checkpoint and kind of average."""
+"""(checkpoint, kind of average) -> its factor in the sum."""
 
 
 def _mixed(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
-    """Yields each weight's name and value, summed in float64; raises CheckpointError if absent."""
+    """Yields each weight's name and float32 value, summed in float64.
+
+    Raises CheckpointError if the checkpoint lacks the kind of weights.
+    """
     ((reader, kind), _), *_ = mixture.items()
-    exportable = [k for k in reader.kinds() if k == "master" or k.startswith(MAIN)]
+    exportable = [k for k in reader.kinds() if k == "master" or k.startswith(MAIN_EMA)]
     if kind not in exportable:
-        there = ", ".join(exportable)
-        raise CheckpointError(f"{reader.folder} holds no '{kind}'; export.weights may be: {there}")
+        known = ", ".join(exportable)
+        raise CheckpointError(f"{reader.folder} holds no '{kind}'; export.weights may be: {known}")
     for name in reader.names(kind):
         parts = [factor * r.tensor(k, name).double() for (r, k), factor in mixture.items()]
         yield name, torch.stack(parts).sum(0).float() if len(parts) > 1 else parts[0].float()
 
 
 def _mixture(reader: CheckpointReader, sigma: float) -> tuple[Mixture, float]:
-    """Returns how the run's power-function averages sum to the one of relative length `sigma`.
+    """Returns the mixture for relative length `sigma`, and the relative error of its profile.
 
-    At the step of `reader`, with the relative error of its profile; damaged checkpoints are passed
-    over. Raises CheckpointError where that error is above `LARGEST_ERROR`.
+    It approximates the power-function average at the step of `reader` by those the run has stored
+    up to there; damaged checkpoints are skipped. Raises CheckpointError if there are none, or if
+    the error is above `LARGEST_ERROR`.
     """
     stored: dict[tuple[CheckpointReader, str], PowerAverage] = {}
     lengths: set[float] = set()
@@ -96,21 +100,21 @@ def _mixture(reader: CheckpointReader, sigma: float) -> tuple[Mixture, float]:
     wanted = PowerAverage(reader.state["step"], gamma_of(sigma))
     factors, error = combination(list(stored.values()), wanted)
     steps = sorted({average.step for average in stored.values()})
-    told = f"{len(steps)} checkpoint(s) from step {steps[0]} to {steps[-1]}"
+    span = f"{len(steps)} checkpoint(s) from step {steps[0]} to {steps[-1]}"
     if error > LARGEST_ERROR:
         raise CheckpointError(
-            f"export.power_sigma {sigma:g} cannot be made of {told} with averages of the lengths "
+            f"export.power_sigma {sigma:g} cannot be made of {span} with averages of lengths "
             f"{', '.join(f'{length:g}' for length in sorted(lengths))}: its profile would be off "
-            f"by {error:.0%}, above {LARGEST_ERROR:.0%}; choose a length nearer to those, or keep "
+            f"by {error:.0%}, above {LARGEST_ERROR:.0%}; choose a length closer to these, or keep "
             "more checkpoints (checkpoint.keep_every_steps)"
         )
-    log.info("the average of length %g, of %s: its profile is off by %.2g", sigma, told, error)
+    log.info("made the average of length %g of %s; its profile is off by %.2g", sigma, span, error)
     return dict(zip(stored, factors, strict=True)), error
 
 
 def _chosen(config: Config) -> Path:
     """Returns the checkpoint to export; raises CheckpointError if it is absent or damaged."""
-    root = config.checkpoints
+    root = config.run_folder.checkpoints
     if config.export.step is None:
         folder = newest_valid(root)
         if folder is None:
@@ -119,6 +123,6 @@ def _chosen(config: Config) -> Path:
     folder = step_folder(root, config.export.step)
     fault = fault_of(folder)
     if fault is not None:
-        there = ", ".join(path.name for path in steps_in(root)) or "none"
-        raise CheckpointError(f"{folder} is not valid: {fault}; there are: {there}")
+        known = ", ".join(path.name for path in steps_in(root)) or "none"
+        raise CheckpointError(f"{folder} is not valid: {fault}; checkpoints: {known}")
     return folder

@@ -1,4 +1,4 @@
-"""The application `srepa-ds prepare`: source images become shards, train and held-out part."""
+"""`srepa-ds prepare CONFIG`: makes shards of source images, a training and a held-out part."""
 
 import io
 import logging
@@ -23,22 +23,22 @@ PREVIEW_NAME = "preview.png"
 _PREVIEW_COLUMNS = 20
 _PREVIEW_IMAGES = 200
 _PREVIEW_PIXELS = 1200
-_log = logging.getLogger("srepa_ds")
+log = logging.getLogger("srepa_ds")
 
 
 class PrepareConfig(Section):
-    """How source images become a data set of shards."""
+    """A source of images, and the data set of shards made of it."""
 
     kind: Literal["prepare"]
-    """Says what this file configures."""
+    """Tells this file from other configurations."""
     source: SourceConfig
-    """Where the images come from."""
+    """The source of the images."""
     image_size: int = Field(ge=1)
-    """Side of the square images: ADM's centre crop, which also enlarges smaller ones."""
+    """Side of the square images, cut by ADM's centre crop; smaller images are enlarged."""
     output: Path
     """Folder that receives `train/` and `heldout/`."""
     holdout_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Part of every class that is held out; 0 writes no `heldout/`."""
+    """Fraction of every class that is held out; 0 writes no `heldout/`."""
     samples_per_shard: int = Field(default=10_000, ge=1)
     """Images in one file; the last shard may hold fewer."""
     seed: int = Field(default=0, ge=0)
@@ -46,20 +46,20 @@ class PrepareConfig(Section):
 
 
 def prepare(config: PrepareConfig) -> dict[str, ShardDataset]:
-    """Returns the finished parts by name, written now or found as these settings make them.
+    """Returns the finished parts by name, written now or found prepared with these settings.
 
     Raises DataError for a source that cannot be read, OutputError for a folder that cannot be
-    written to or holds something else; nothing is left behind then.
+    written to or holds something else; leaves nothing behind then.
     """
     source = build_source(config.source)
     parts = _parts(config, source)
     descriptions = {part: _describe(config, source, part) for part in parts}
-    # All parts are asked first, so that a conflict in one leaves the others unwritten.
+    # All parts are checked first, so that a conflict in one leaves the others unwritten.
     finished = {part: is_prepared(config.output / part, descriptions[part]) for part in parts}
     for part, indices in parts.items():
         folder = config.output / part
         if finished[part]:
-            _log.info("%s: already prepared with these settings, nothing to do", folder)
+            log.info("%s: already prepared with these settings, nothing to do", folder)
         else:
             _write_part(config, source, folder, indices, descriptions[part])
     return {part: ShardDataset(config.output / part) for part in parts}
@@ -109,9 +109,9 @@ def _write_part(
             if len(preview) < _PREVIEW_IMAGES:
                 preview.append(torch.from_numpy(pixels).permute(2, 0, 1))
             if done % config.samples_per_shard == 0:
-                _log.info("%s: %d of %d images", folder, done, len(indices))
+                log.info("%s: %d of %d images", folder, done, len(indices))
         writer.attach(PREVIEW_NAME, _preview_png(torch.stack(preview)))
-    _log.info(
+    log.info(
         "%s: %d images in %d classes; look at %s",
         folder,
         len(indices),

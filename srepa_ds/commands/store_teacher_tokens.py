@@ -1,4 +1,4 @@
-"""`srepa-ds prepare EXPERIMENT --teacher`: teachers' tokens stored beside the shards.
+"""`srepa-ds prepare EXPERIMENT --teacher`: stores teachers' tokens beside the shards.
 
 A frozen teacher's tokens are a function of the image alone, so a small student need not wait for
 them in every epoch.
@@ -7,7 +7,7 @@ them in every epoch.
 import itertools
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,24 +20,12 @@ from srepa_ds.config.experiment import Config
 from srepa_ds.console import steps_shown
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.stored_tokens import StoredTokens, as_stored
-from srepa_ds.data.token_index import (
-    TokenDescription,
-    TokenFileEntry,
-    is_finished,
-    token_file_name,
-)
-from srepa_ds.data.token_writer import (
-    entry_of,
-    file_bytes,
-    is_written,
-    write_token_index,
-    write_tokens,
-)
+from srepa_ds.data.token_index import TokenDescription, TokenFileEntry, is_finished
+from srepa_ds.data.token_writer import TokenStoreWriter, claimed
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
 from srepa_ds.encoders.teacher import Teacher, load_teacher
 from srepa_ds.errors import ConfigError, DataError, Fault, OutputError
-from srepa_ds.files import locked, make_folder, remove_empty
 from srepa_ds.training.stored_teachers import open_store, store_folder, teacher_identity
 
 log = logging.getLogger("srepa_ds")
@@ -47,70 +35,42 @@ _GB = 1e9
 
 
 def store_tokens(config: Config, *, batch_size: int = 64) -> tuple[Path, ...]:
-    """Returns the folders with the tokens of every alignment that asks for stored ones.
+    """Returns the stores of all alignments with `stored_tokens`, written now or found finished.
 
-    Runs on every rank; shards are dealt out among them. Finished stores are left alone, and what
-    an interrupted run finished is kept. `batch_size` images pass through a teacher at a time. Says
-    first how much it will write. Raises SRepaError on all ranks alike: ConfigError without such an
-    alignment, OutputError for too little disk or another process that stores the same tokens,
-    DataError for tokens that are not finite.
+    Runs on every rank; the ranks share the shards. A store that an interrupted run began is
+    completed. `batch_size` images pass through a teacher at a time. The log says first how much
+    will be written. Raises SRepaError on all ranks: ConfigError if there is no such alignment,
+    OutputError for too little disk or another process that writes the same store, DataError for
+    tokens that are not finite.
     """
     rank = ranks.initialize()
-    dataset = ranks.together(lambda: ShardDataset(config.data.folder))
-    wanted = ranks.together(lambda: _wanted(config, dataset))
-    unfinished = ranks.on_main(lambda: _unfinished(wanted, dataset))
-    with ExitStack() as stack:
-        ranks.on_main(lambda: _claim(unfinished, stack))
-        jobs = ranks.together(
-            lambda: [_job(folder, wanted[folder], dataset, rank) for folder in unfinished]
-        )
-        missing = ranks.on_main(lambda: _announced(jobs, dataset))
+    dataset = ranks.together(ShardDataset, config.data.folder)
+    wanted = _stores_wanted(config, dataset)
+    unfinished = _unfinished(wanted, dataset)
+    with ExitStack() as claims:
+        _claim(unfinished, claims)
+        jobs = _jobs({folder: wanted[folder] for folder in unfinished}, dataset, rank)
+        missing = _announce(jobs, dataset)
         for job, numbers in zip(jobs, missing, strict=True):
-            _write_store(job, numbers, dataset, rank, batch_size)
+            entries = ranks.gather(_write_files(job, numbers, dataset, rank, batch_size))
+            ranks.on_main(job.writer.finish, itertools.chain(*entries))
+            log.info("%s: finished", job.writer.folder)
     return tuple(wanted)
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What one store is of."""
+    """A store that the experiment asks for."""
 
     alignment: AlignmentConfig
     identity: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One store to write."""
+class _Job(NamedTuple):
+    """A store to write, and the teacher whose tokens it takes."""
 
-    folder: Path
+    writer: TokenStoreWriter
     teacher: Teacher
-    described: TokenDescription
-
-    def path(self, number: int) -> Path:
-        """Returns the file that goes with shard `number`."""
-        return self.folder / token_file_name(number)
-
-    def tokens(self, dataset: ShardDataset, samples: range, device: torch.device) -> StoredTokens:
-        """Returns what is stored of some samples; raises DataError if it is not finite."""
-        batch = dataset.read(torch.arange(samples.start, samples.stop))
-        found = self.teacher.tokens(batch.pixels.to(device))
-        cls = found.cls if self.described.has_cls else None
-        stored = as_stored(found.patches, cls, storage=self.described.storage)
-        self._check_finite(stored, samples)
-        return stored.to("cpu")
-
-    def _check_finite(self, stored: StoredTokens, samples: range) -> None:
-        finite = stored.patches_float32().isfinite().flatten(1).all(1)
-        if stored.cls is not None:
-            finite = finite & stored.cls.isfinite().all(1)
-        bad = [samples.start + row for row in (~finite).nonzero()[:, 0].tolist()]
-        if bad:
-            more = f" and {len(bad) - _SHOWN_IDS} more" if len(bad) > _SHOWN_IDS else ""
-            raise DataError(
-                f"{self.folder.name}: the teacher's tokens of sample "
-                f"{', '.join(map(str, bad[:_SHOWN_IDS]))}{more} are not finite; look at these "
-                "images and at teacher.weights, or set teacher.dtype=fp32"
-            )
 
 
 class _Piece(NamedTuple):
@@ -120,8 +80,9 @@ class _Piece(NamedTuple):
     samples: range
 
 
-def _wanted(config: Config, dataset: ShardDataset) -> dict[Path, _Wanted]:
-    """Returns the stores that the experiment asks for, by folder, none twice."""
+@ranks.collective
+def _stores_wanted(config: Config, dataset: ShardDataset) -> dict[Path, _Wanted]:
+    """Returns the stores that the experiment asks for, by folder, each once."""
     height, width = dataset.image_shape[1:]
     wanted = {}
     for alignment in config.alignments:
@@ -140,31 +101,25 @@ def _wanted(config: Config, dataset: ShardDataset) -> dict[Path, _Wanted]:
     return wanted
 
 
+@ranks.main_rank_only
 def _unfinished(wanted: Mapping[Path, _Wanted], dataset: ShardDataset) -> list[Path]:
-    """Returns the folders that are still to be written; raises DataError for a damaged one."""
+    """Returns the folders still to be written; raises DataError for a damaged store."""
     for folder in filter(is_finished, wanted):
         open_store(folder, wanted[folder].identity, dataset)
         log.info("%s: already there, nothing to do", folder)
     return [folder for folder in wanted if not is_finished(folder)]
 
 
-def _claim(folders: Sequence[Path], stack: ExitStack) -> None:
-    """Makes the folders, and keeps other processes out of them until `stack` is left.
-
-    What is empty then is removed. Raises OutputError.
-    """
+@ranks.main_rank_only
+def _claim(folders: Sequence[Path], claims: ExitStack) -> None:
+    """Keeps other processes out of `folders` until `claims` is left."""
     for folder in folders:
-        try:
-            made = make_folder(folder)
-            stack.enter_context(locked(folder))
-        except BlockingIOError as error:
-            raise OutputError(
-                f"{folder}: another process is storing these tokens; wait for it or end it, then "
-                "run the same command again"
-            ) from error
-        except OSError as error:
-            raise _unwritable(folder, error) from error
-        stack.callback(remove_empty, made)
+        claims.enter_context(claimed(folder))
+
+
+@ranks.collective
+def _jobs(stores: Mapping[Path, _Wanted], dataset: ShardDataset, rank: Rank) -> list[_Job]:
+    return [_job(folder, wanted, dataset, rank) for folder, wanted in stores.items()]
 
 
 def _job(folder: Path, wanted: _Wanted, dataset: ShardDataset, rank: Rank) -> _Job:
@@ -172,7 +127,7 @@ def _job(folder: Path, wanted: _Wanted, dataset: ShardDataset, rank: Rank) -> _J
     teacher = load_teacher(wanted.alignment.teacher, resolution=(height, width), device=rank.device)
     storage = wanted.alignment.stored_tokens
     assert storage is not None
-    described = TokenDescription(
+    description = TokenDescription(
         dataset_id=dataset.index.dataset_id,
         teacher=wanted.identity,
         storage=storage,
@@ -180,41 +135,23 @@ def _job(folder: Path, wanted: _Wanted, dataset: ShardDataset, rank: Rank) -> _J
         width=teacher.width,
         has_cls=teacher.spec.has_cls,
     )
-    return _Job(folder, teacher, described)
+    return _Job(TokenStoreWriter(folder, description, dataset.index.shards), teacher)
 
 
-def _announced(jobs: Sequence[_Job], dataset: ShardDataset) -> list[tuple[int, ...]]:
-    """Returns the shards whose tokens are missing, for each job, having said how much that is.
+@ranks.main_rank_only
+def _announce(jobs: Sequence[_Job], dataset: ShardDataset) -> list[tuple[int, ...]]:
+    """Logs how much will be written; returns the shards that each job still has to do.
 
-    Raises OutputError if the disk has no room for it, DataError if some are of other images.
+    Raises OutputError if the disk has no room for it, DataError if a file holds the tokens of other
+    images.
     """
-    shards = dataset.index.shards
-    missing, needed = [], 0
-    for job in jobs:
-        numbers = tuple(
-            number
-            for number, shard in enumerate(shards)
-            if not is_written(job.path(number), job.described, shard)
-        )
-        sizes = [file_bytes(job.described, shard) for shard in shards]
-        size = sum(sizes[number] for number in numbers)
-        kept = len(shards) - len(numbers)
-        log.info(
-            "%s: %d images x %d tokens x %d channels x %s, %s GB in all; writing %s GB%s",
-            job.folder,
-            len(dataset),
-            job.described.num_tokens,
-            job.described.width,
-            "2 bytes" if job.described.storage == "bf16" else "1 byte",
-            _gigabytes(sum(sizes)),
-            _gigabytes(size),
-            f", {kept} of {len(shards)} files are there" if kept else "",
-        )
-        missing.append(numbers)
-        needed += size
+    missing = [job.writer.missing() for job in jobs]
+    for job, numbers in zip(jobs, missing, strict=True):
+        _log_size(job.writer, numbers, num_images=len(dataset))
+    needed = sum(_bytes_of(job.writer, numbers) for job, numbers in zip(jobs, missing, strict=True))
     free = shutil.disk_usage(dataset.folder).free
     if needed > free:
-        wide = any(job.described.storage == "bf16" for job in jobs)
+        wide = any(job.writer.description.storage == "bf16" for job in jobs)
         raise OutputError(
             f"{dataset.folder}: the tokens need {_gigabytes(needed)} GB and {_gigabytes(free)} GB "
             f"are free; make room, {'set stored_tokens=int8 instead of bf16, ' if wide else ''}"
@@ -223,44 +160,50 @@ def _announced(jobs: Sequence[_Job], dataset: ShardDataset) -> list[tuple[int, .
     return missing
 
 
+def _log_size(writer: TokenStoreWriter, missing: Sequence[int], *, num_images: int) -> None:
+    described, count = writer.description, len(writer.shards)
+    done = count - len(missing)
+    log.info(
+        "%s: %d images x %d tokens x %d channels x %s, %s GB in all; writing %s GB%s",
+        writer.folder,
+        num_images,
+        described.num_tokens,
+        described.width,
+        "2 bytes" if described.storage == "bf16" else "1 byte",
+        _gigabytes(_bytes_of(writer, range(count))),
+        _gigabytes(_bytes_of(writer, missing)),
+        f", {done} of {count} files are there" if done else "",
+    )
+
+
+def _bytes_of(writer: TokenStoreWriter, numbers: Iterable[int]) -> int:
+    return sum(map(writer.num_bytes, numbers))
+
+
 def _gigabytes(size: int) -> str:
     return f"{size / _GB:,.1f}" if size >= _GB else f"{size / _GB:.2g}"
 
 
-def _write_store(
-    job: _Job, missing: tuple[int, ...], dataset: ShardDataset, rank: Rank, batch_size: int
-) -> None:
-    """Writes what is missing of a store, and its index when every file is there."""
-    entries = ranks.together(lambda: _write_files(job, missing, dataset, rank, batch_size))
-    files = sorted(itertools.chain(*ranks.gather(entries)), key=lambda entry: entry.file)
-    ranks.on_main(lambda: _write_index(job, files))
-    log.info("%s: finished", job.folder)
-
-
+@ranks.collective
 def _write_files(
-    job: _Job, missing: tuple[int, ...], dataset: ShardDataset, rank: Rank, batch_size: int
+    job: _Job, missing: Sequence[int], dataset: ShardDataset, rank: Rank, batch_size: int
 ) -> list[TokenFileEntry]:
-    """Returns the entries of this rank's files, old and new."""
-    shards = dataset.index.shards
-    kept = [number for number in range(len(shards)) if number not in set(missing)]
-    mine = kept[rank.number :: rank.world_size]
-    entries = [entry_of(job.path(number), shards[number]) for number in mine]
+    """Writes this rank's part of the missing files; returns its entries, of old and new files."""
+    writer, left = job.writer, set(missing)
+    done = [number for number in range(len(writer.shards)) if number not in left]
+    entries = [writer.entry(number) for number in done[rank.number :: rank.world_size]]
     pieces = _pieces(dataset, missing[rank.number :: rank.world_size], batch_size)
     shown = steps_shown(pieces, total=len(pieces), what="batch", is_main=rank.is_main)
     for number, of_shard in itertools.groupby(shown, key=lambda piece: piece.shard):
-        path, shard = job.path(number), shards[number]
-        tokens = (job.tokens(dataset, piece.samples, rank.device) for piece in of_shard)
-        try:
-            write_tokens(path, job.described, shard, tokens)
-            # Now, while the system still has it in memory.
-            entries.append(entry_of(path, shard))
-        except OSError as error:
-            raise _unwritable(path, error) from error
+        tokens = (_tokens(job, dataset, piece.samples, rank.device) for piece in of_shard)
+        writer.write(number, tokens)
+        # Now, while the system still has the file in memory.
+        entries.append(writer.entry(number))
     return entries
 
 
 def _pieces(dataset: ShardDataset, numbers: Sequence[int], batch_size: int) -> list[_Piece]:
-    """Returns the batches of some shards; the same ones whichever rank a shard falls to."""
+    """Returns the batches of some shards, the same whichever rank a shard falls to."""
     counts = [entry.num_samples for entry in dataset.index.shards]
     ends = list(itertools.accumulate(counts))
     return [
@@ -270,15 +213,19 @@ def _pieces(dataset: ShardDataset, numbers: Sequence[int], batch_size: int) -> l
     ]
 
 
-def _write_index(job: _Job, files: Sequence[TokenFileEntry]) -> None:
-    try:
-        write_token_index(job.folder, job.described, files)
-    except OSError as error:
-        raise _unwritable(job.folder, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{path}: cannot be written ({error.strerror or error}); make room or correct its "
-        "permissions, then run the same command again"
-    )
+def _tokens(job: _Job, dataset: ShardDataset, samples: range, device: torch.device) -> StoredTokens:
+    """Returns the tokens to store for some samples; raises DataError if they are not finite."""
+    described = job.writer.description
+    batch = dataset.read(torch.arange(samples.start, samples.stop))
+    found = job.teacher.tokens(batch.pixels.to(device))
+    cls = found.cls if described.has_cls else None
+    stored = as_stored(found.patches, cls, storage=described.storage)
+    bad = [samples.start + row for row in (~stored.finite()).nonzero()[:, 0].tolist()]
+    if bad:
+        more = f" and {len(bad) - _SHOWN_IDS} more" if len(bad) > _SHOWN_IDS else ""
+        raise DataError(
+            f"{job.writer.folder.name}: the teacher's tokens of sample "
+            f"{', '.join(map(str, bad[:_SHOWN_IDS]))}{more} are not finite; look at these "
+            "images and at teacher.weights, or set teacher.dtype=fp32"
+        )
+    return stored.to("cpu")

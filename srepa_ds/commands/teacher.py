@@ -1,6 +1,6 @@
-"""The application `srepa-ds teacher`: a small ViT classifier learns to be a teacher.
+"""`srepa-ds teacher CONFIG`: trains a small ViT classifier to be a teacher.
 
-What it saves is loaded like any published encoder, by `alignment/teachers.py`.
+`encoders.teacher` loads its weights like those of any published encoder.
 """
 
 import logging
@@ -25,17 +25,17 @@ from srepa_ds.data.shards import ShardDataset
 from srepa_ds.encoders.teacher import TEACHERS, Teacher, TeacherSpec, build_encoder
 from srepa_ds.encoders.teacher_folder import claimed, finished_accuracy, save
 from srepa_ds.errors import ConfigError, DataError, Fault, SRepaError
-from srepa_ds.noise import Stream, normal, uniform
-from srepa_ds.schema import Section, known_in, to_tree
+from srepa_ds.noise import NoiseStream, normal, uniform
+from srepa_ds.schema import Section, one_of, to_tree
 
 _BETAS = (0.9, 0.98)
 _EVALUATION_BATCH = 256
 _LOG_EVERY_STEPS = 50
-_log = logging.getLogger("srepa_ds")
+log = logging.getLogger("srepa_ds")
 
 
 class AugmentationConfig(Section):
-    """How far training images are distorted, in both directions."""
+    """Bounds on the distortion of training images, in both directions."""
 
     rotation: float = Field(default=0.1, ge=0)
     """Radians."""
@@ -50,9 +50,9 @@ class AugmentationConfig(Section):
 
 
 class EncoderConfig(Section):
-    """Which timm ViT; what aligns with it later names the same."""
+    """The timm ViT to train; an alignment names its teacher in the same way."""
 
-    name: Annotated[str, known_in("teacher", TEACHERS)] | None = None
+    name: Annotated[str, one_of("teacher", TEACHERS)] | None = None
     """A known teacher, or null if `spec` describes one."""
     spec: TeacherSpec | None = None
     """Any other timm ViT with as many classes as the data has, or null."""
@@ -70,43 +70,43 @@ class EncoderConfig(Section):
 
 
 class TeacherTrainingConfig(Section):
-    """How a small ViT learns to classify a data set of shards."""
+    """A small ViT, and its training as a classifier of shards."""
 
     kind: Literal["teacher"]
-    """Says what this file configures."""
+    """Tells this file from other configurations."""
     train: Path
-    """Shards to learn from."""
+    """Shards to train on."""
     heldout: Path
-    """Shards to be judged on."""
+    """Shards to measure the accuracy on."""
     output: Path
     """Folder that receives `model.safetensors` and `teacher.json`."""
     encoder: EncoderConfig
-    """What is trained."""
+    """The ViT to train."""
     steps: int = Field(ge=1)
     """Optimizer steps."""
     batch_size: int = Field(default=64, ge=1)
     """Images per step."""
     learning_rate: float = Field(default=3e-3, gt=0)
-    """Highest learning rate: reached after warmup, falls to zero as a cosine."""
+    """Peak learning rate: reached after warmup, then decays to zero as a cosine."""
     warmup_steps: int = Field(default=30, ge=0)
-    """Steps over which the learning rate grows."""
+    """Steps over which the learning rate rises."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Decoupled weight decay."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Probability spread over all classes."""
     augmentation: AugmentationConfig = AugmentationConfig()
-    """Distortion of training images."""
+    """Distortion of the training images."""
     required_accuracy: float = Field(default=0.95, ge=0, le=1)
-    """A teacher that recognises less of the held-out part is not saved."""
+    """Held-out accuracy below which the teacher is not saved."""
     seed: int = Field(default=0, ge=0)
     """Decides initial weights, order and augmentation."""
 
 
 def train_teacher(config: TeacherTrainingConfig) -> float:
-    """Returns the accuracy on the held-out part, of the teacher trained now or found finished.
+    """Returns the held-out accuracy of the teacher, trained now or found finished.
 
     Raises DataError, ConfigError or OutputError before training if something does not fit, and
-    SRepaError if the teacher stays below the required accuracy; nothing is left behind then.
+    SRepaError if the teacher stays below the required accuracy; leaves nothing behind then.
     """
     train, heldout = ShardDataset(config.train), ShardDataset(config.heldout)
     _check_fit(config.encoder.resolved, train, heldout)
@@ -114,13 +114,13 @@ def train_teacher(config: TeacherTrainingConfig) -> float:
     found = finished_accuracy(config.output, identity)
     if found is not None:
         message = "%s: already trained with these settings, held-out accuracy %.1f %%"
-        _log.info(message, config.output, 100 * found)
+        log.info(message, config.output, 100 * found)
         return found
     with claimed(config.output), _all_cores():
         started = time.perf_counter()
         teacher = _trained(config, train)
         accuracy = _accuracy(teacher, heldout)
-        _log.info("%s: held-out accuracy %.1f %%", config.output, 100 * accuracy)
+        log.info("%s: held-out accuracy %.1f %%", config.output, 100 * accuracy)
         if accuracy < config.required_accuracy:
             raise SRepaError(
                 f"the teacher recognises {100 * accuracy:.1f} % of {config.heldout}, less than "
@@ -154,7 +154,7 @@ def _check_fit(spec: TeacherSpec, train: ShardDataset, heldout: ShardDataset) ->
 def _identity(
     config: TeacherTrainingConfig, train: ShardDataset, heldout: ShardDataset
 ) -> dict[str, Any]:
-    """Returns what decides the weights, and nothing of where things lie."""
+    """Returns everything that decides the weights, and no paths."""
     places = {"output", "train", "heldout", "encoder"}
     settings = {name: value for name, value in to_tree(config).items() if name not in places}
     ids = {"train_id": train.index.dataset_id, "heldout_id": heldout.index.dataset_id}
@@ -183,13 +183,13 @@ def _trained(config: TeacherTrainingConfig, train: ShardDataset) -> Teacher:
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % _LOG_EVERY_STEPS == 0 or step + 1 == config.steps:
-            _log.info("step %d/%d  loss %.3f", step + 1, config.steps, loss.item())
+            log.info("step %d/%d  loss %.3f", step + 1, config.steps, loss.item())
     encoder.requires_grad_(False).eval()
     return teacher
 
 
 def initialise(encoder: nn.Module, *, grid: tuple[int, int], seed: int) -> None:
-    """Fills the weights of a timm ViT: a function of `seed`, not of the process's random state.
+    """Initialises a timm ViT as a function of `seed`, not of the process's random state.
 
     The position embedding starts as sines and cosines: learned from noise, it costs a small
     training several times its steps. The classifier starts at zero.
@@ -210,7 +210,7 @@ def initialise(encoder: nn.Module, *, grid: tuple[int, int], seed: int) -> None:
 
 
 def _sincos(rows: int, columns: int, width: int) -> Float[Tensor, "tokens width"]:
-    """Returns amplitudes of one half, wavelengths from 2 pi to 20 pi tokens: grids are small."""
+    """Returns waves of amplitude 1/2, 2 pi to 20 pi tokens long, because grids are small."""
     omega = 10.0 ** -(torch.arange(width // 4) / (width // 4))
     y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     angles = torch.cat((x.flatten()[:, None] * omega, y.flatten()[:, None] * omega), dim=1)
@@ -231,8 +231,8 @@ def _augmented(
     positions: Int64[Tensor, " batch"],
 ) -> Float[Tensor, "batch 3 height width"]:
     amount = config.augmentation
-    choices = uniform(config.seed, Stream.AUGMENTATION, positions, (NUM_CHOICES,))
-    noise = normal(config.seed, Stream.AUGMENTATION, positions, (1, *images.shape[2:]), draw=1)
+    choices = uniform(config.seed, NoiseStream.AUGMENTATION, positions, (NUM_CHOICES,))
+    noise = normal(config.seed, NoiseStream.AUGMENTATION, positions, (1, *images.shape[2:]), draw=1)
     images = distorted(
         images,
         choices,
@@ -256,7 +256,7 @@ def _accuracy(teacher: Teacher, dataset: ShardDataset) -> float:
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """Uses every core this process may run on, unless the user has decided otherwise."""
+    """Uses every core this process may run on, unless the user has set OMP_NUM_THREADS."""
     before = torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -1,13 +1,16 @@
 """`srepa-ds train`: from shards to checkpoints; the same command resumes."""
 
+import json
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from srepa_ds.alignment.alignment import TeacherShape
-from srepa_ds.checkpoint.folder import put_back
+from srepa_ds.checkpoint.folder import restore_names
 from srepa_ds.checkpoint.reader import CheckpointReader
 from srepa_ds.checkpoint.writer import CheckpointWriter
 from srepa_ds.config.experiment import Config
@@ -18,13 +21,23 @@ from srepa_ds.distributed.launcher import stop_requested
 from srepa_ds.distributed.ranks import Rank
 from srepa_ds.encoders.teacher import Teacher
 from srepa_ds.engine import Engine, deepspeed_settings
+from srepa_ds.files import write_aside
+from srepa_ds.model.precision import PRECISIONS
 from srepa_ds.objective import Objective
+from srepa_ds.run_folder import RunFolder
+from srepa_ds.schema import to_tree, to_yaml
+from srepa_ds.telemetry.environment import environment
 from srepa_ds.telemetry.metrics_log import Telemetry
-from srepa_ds.training import rollbacks, run_folder
+from srepa_ds.training.claim import check_shared, claimed
 from srepa_ds.training.feed import Feed
-from srepa_ds.training.inputs import RunInputs, Target, open_inputs, products_dtype
+from srepa_ds.training.history import clear_history, rollbacks_after
+from srepa_ds.training.inputs import RunInputs, Target, open_inputs
 from srepa_ds.training.loop import TrainingLoop
+from srepa_ds.training.records import Records
+from srepa_ds.training.resume import checkpoint_to_resume
+from srepa_ds.training.rollbacks import Rollbacks
 from srepa_ds.training.side_stream import side_stream
+from srepa_ds.trees import leaves
 from srepa_ds.weights.initial import initialise_from
 from srepa_ds.zero.settings import micro_batch_size
 
@@ -37,67 +50,98 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
     Runs on every rank. Resumes from the newest valid checkpoint of the run's folder. Raises
     SRepaError, on all ranks alike, for whatever the user can mend.
     """
-    rank = ranks.initialize()
-    arrangement = ranks.together(lambda: deepspeed_settings(config, rank.world_size))
+    rank, run = ranks.initialize(), config.run_folder
+    deepspeed = ranks.together(deepspeed_settings, config, rank.world_size)
     inputs = open_inputs(config, rank)
-    monitor, identity = inputs.monitor, inputs.identity
-    ranks.check_same(
-        {**identity, **dict(run_folder.leaves(arrangement, "engine.deepspeed"))},
-        what="ranks see different files behind the same paths; give all of them the same",
-    )
+    _check_same_files(inputs, deepspeed)
     with ExitStack() as stack:
-        claim = run_folder.claimed(config.run.folder, is_main=rank.is_main)
-        ranks.together(lambda: stack.enter_context(claim))
-        run_folder.check_shared(config.run.folder)
-        source = ranks.on_main(
-            lambda: run_folder.checkpoint_to_resume(
-                config, identity, allow_change=allow_config_change
-            )
-        )
-        objective = _build_objective(config, inputs.targets, rank, begins=source is None)
+        ranks.together(stack.enter_context, claimed(run, is_main=rank.is_main))
+        check_shared(run)
+        source = checkpoint_to_resume(config, inputs.identity, allow_change=allow_config_change)
+        objective = _build_objective(config, inputs.targets, rank, is_new=source is None)
         engine = stack.enter_context(closing(Engine(objective, config, rank)))
-        _begin_or_resume(engine, source, config)
-        ranks.on_main(lambda: run_folder.describe(config, arrangement))
-        telemetry = ranks.together(lambda: _telemetry(config, engine, rank))
-        stack.enter_context(telemetry)
+        if source is None:
+            clear_history(run)
+        else:
+            _resume(engine, source, run)
+        _describe(config, deepspeed)
+        telemetry = stack.enter_context(_open_telemetry(config, engine, rank))
         stop = stack.enter_context(stop_requested())
-        feed = _feed(config, inputs, engine, rank, stack)
-        writer = CheckpointWriter(config.checkpoints, config.checkpoint, rank=rank.number)
-        stack.enter_context(closing(writer))
-        loop = TrainingLoop(config, rank, engine, feed, telemetry, monitor, writer, identity, stop)
+        loader = stack.enter_context(_loader(config, inputs.dataset, engine, rank))
+        feed = _feed(config, inputs, loader, engine, rank)
+        writer = stack.enter_context(closing(_writer(config, inputs.identity, engine, rank)))
+        loop = TrainingLoop(
+            config.train,
+            config.optimizer,
+            engine,
+            feed,
+            _records(config, telemetry, rank),
+            inputs.monitor,
+            writer,
+            Rollbacks(config, engine, feed, writer, is_main=rank.is_main),
+            stop,
+        )
         return loop.run()
 
 
-def _feed(config: Config, inputs: RunInputs, engine: Engine, rank: Rank, stack: ExitStack) -> Feed:
-    """Returns the micro batches from where the engine is; their reader is closed with `stack`."""
-    return Feed(
-        config,
-        stack.enter_context(_loader(config, inputs.dataset, engine, rank)),
-        inputs.codec,
-        tuple(target if isinstance(target, Teacher) else None for target in inputs.targets),
-        device=rank.device,
-        first_step=engine.step_count,
-        ahead_on=side_stream(rank.device, overlaps=config.engine.overlap_teachers),
+def _check_same_files(inputs: RunInputs, deepspeed: Mapping[str, Any]) -> None:
+    """Checks that all ranks see the same files behind equal paths; raises ConfigError."""
+    ranks.check_same(
+        {**inputs.identity, **dict(leaves(deepspeed, "engine.deepspeed"))},
+        what="ranks see different files behind the same paths; give all of them the same",
     )
 
 
-def _begin_or_resume(engine: Engine, source: Path | None, config: Config) -> None:
-    folder = config.run.folder
-    if source is None:
-        ranks.on_main(lambda: rollbacks.begin_anew(folder))
-        return
-    reader = ranks.together(lambda: CheckpointReader(source))
-    ranks.together(lambda: engine.check(reader))
+def _build_objective(
+    config: Config, targets: tuple[Target, ...], rank: Rank, *, is_new: bool
+) -> Objective:
+    """Returns the module to train; that of a new run with its initial weights."""
+    objective = Objective(
+        config.model,
+        config.objective,
+        config.alignments,
+        teachers=tuple(TeacherShape(target.width, target.grid) for target in targets),
+        generator=torch.Generator().manual_seed(config.run.seed),
+    )
+    if is_new and config.train.init_from is not None:
+        ranks.together(initialise_from, objective, config.train.init_from)
+    objective.sit.set_activation_checkpointing(config.engine.activation_checkpointing)
+    if config.engine.compile:
+        objective.sit.compile_blocks()
+    dtype = PRECISIONS[config.engine.precision].products
+    ranks.together(objective.sit.choose_attention, device=rank.device, dtype=dtype)
+    return objective
+
+
+def _resume(engine: Engine, source: Path, run: RunFolder) -> None:
+    """Restores the checkpoint `source`, and the position in the data after failed samples."""
+    reader = ranks.together(CheckpointReader, source)
+    ranks.together(engine.check, reader)
     engine.restore(reader)
     log.info("resuming from %s", source)
-    ranks.on_main(lambda: put_back(config.checkpoints))
-    failed = ranks.on_main(lambda: rollbacks.setbacks_after(folder, engine.step_count))
-    # Where a rollback to it, or past it, went on: the samples before would only fail again.
-    engine.samples_seen = max(engine.samples_seen, failed.samples_seen)
+    ranks.on_main(restore_names, run.checkpoints)
+    # A rollback to this checkpoint, or past it, continued after samples that would fail again.
+    past = rollbacks_after(run, engine.step_count)
+    engine.samples_seen = max(engine.samples_seen, past.samples_seen)
 
 
-def _telemetry(config: Config, engine: Engine, rank: Rank) -> Telemetry:
-    with run_folder.writing(config.run.folder):
+@ranks.main_rank_only
+def _describe(config: Config, deepspeed: Mapping[str, Any]) -> None:
+    """Writes the configuration, DeepSpeed's, and the environment; raises OutputError."""
+    run = config.run_folder
+    documents = {
+        run.config: to_yaml(config),
+        run.deepspeed_config: json.dumps(deepspeed, indent=2),
+        run.environment: json.dumps(environment(), indent=2),
+    }
+    with run.writing():
+        for path, text in documents.items():
+            write_aside(path, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))
+
+
+@ranks.collective
+def _open_telemetry(config: Config, engine: Engine, rank: Rank) -> Telemetry:
+    with config.run_folder.writing():
         return Telemetry(
             config.run.folder,
             first_step=engine.step_count,
@@ -120,24 +164,37 @@ def _loader(config: Config, dataset: ShardDataset, engine: Engine, rank: Rank) -
     )
 
 
-def _build_objective(
-    config: Config, targets: tuple[Target, ...], rank: Rank, *, begins: bool
-) -> Objective:
-    """Returns what is trained, with the weights that a run begins with if it `begins`."""
-    objective = Objective(
-        config.model,
-        config.objective,
-        config.alignments,
-        teachers=tuple(TeacherShape(target.width, target.grid) for target in targets),
-        generator=torch.Generator().manual_seed(config.run.seed),
+def _feed(
+    config: Config, inputs: RunInputs, loader: BatchLoader, engine: Engine, rank: Rank
+) -> Feed:
+    return Feed(
+        config,
+        loader,
+        inputs.codec,
+        tuple(target if isinstance(target, Teacher) else None for target in inputs.targets),
+        device=rank.device,
+        first_step=engine.step_count,
+        ahead_on=side_stream(rank.device, overlaps=config.engine.overlap_teachers),
     )
-    if begins and config.train.init_from is not None:
-        settings = config.train.init_from
-        ranks.together(lambda: initialise_from(objective, settings))
-    objective.sit.set_remat(config.engine.remat)
-    if config.engine.compile:
-        objective.sit.compile_blocks()
-    ranks.together(
-        lambda: objective.sit.choose_attention(device=rank.device, dtype=products_dtype(config))
+
+
+def _writer(
+    config: Config, identity: Mapping[str, Any], engine: Engine, rank: Rank
+) -> CheckpointWriter:
+    return CheckpointWriter(
+        config.run_folder.checkpoints,
+        config.checkpoint,
+        rank=rank.number,
+        step=engine.step_count,
+        extra={"identity": identity, "config": to_tree(config)},
     )
-    return objective
+
+
+def _records(config: Config, telemetry: Telemetry, rank: Rank) -> Records:
+    return Records(
+        telemetry,
+        model=config.model,
+        batch_size=config.train.batch_size,
+        is_aligned=any(alignment.pointwise for alignment in config.alignments),
+        rank=rank,
+    )

@@ -1,9 +1,9 @@
-"""Which packages are installed, beside those that this release was tested with."""
+"""`srepa-ds version`: the installed packages beside the versions this release was tested with."""
 
 import platform
 import re
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +13,11 @@ from srepa_ds.files import shipped_with_package
 
 TESTED = Path("constraints/tested.txt")
 _BROUGHT_ALONG = ("triton",)
-"""Packages that compute for us, whose version another package chooses."""
+"""Packages that compute for us in a version that another package chooses."""
 
 
 class Version(NamedTuple):
-    """A package that this one, or one of its extras, needs."""
+    """A package that srepa_ds or one of its extras requires."""
 
     package: str
     installed: str | None
@@ -25,7 +25,7 @@ class Version(NamedTuple):
 
     @property
     def note(self) -> str:
-        """What stands out: the empty string for the version that was tested."""
+        """A remark on the installed version; empty if it is the tested one."""
         if self.installed is None:
             return "not installed"
         if self.tested is None:
@@ -33,18 +33,23 @@ class Version(NamedTuple):
         return "" if self.installed.partition("+")[0] == self.tested else "differs"
 
 
-def versions() -> list[Version]:
-    """Returns a row for every package of setup.cfg, those of the extra `dev` left out, by name.
+def version() -> str:
+    """Returns the table that `srepa-ds version` prints.
 
-    Raises DataError where the package is not, or not wholly, installed.
+    Raises DataError if the package is not, or only partly, installed.
     """
+    return table(versions())
+
+
+def versions() -> list[Version]:
+    """Returns a row for every package in setup.cfg outside the extra `dev`, sorted by name."""
     tested = _tested()
     names = sorted({*_required(), *_BROUGHT_ALONG})
     return [Version(name, _installed(name), tested.get(_normal(name))) for name in names]
 
 
 def table(rows: list[Version]) -> str:
-    """Returns the rows as aligned lines, below a line with the versions of srepa_ds and Python."""
+    """Returns the rows as aligned lines, headed by the versions of srepa_ds and Python."""
     cells = [("package", "installed", "tested with", "")]
     cells += [(row.package, row.installed or "-", row.tested or "-", row.note) for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -57,8 +62,8 @@ def table(rows: list[Version]) -> str:
 
 def _required() -> Iterator[str]:
     try:
-        requirements = requires("srepa_ds") or ()
-    except PackageNotFoundError:
+        requirements = metadata.requires("srepa_ds") or ()
+    except metadata.PackageNotFoundError:
         raise DataError("srepa_ds is not installed; run `pip install --editable .`") from None
     for requirement in requirements:
         if not re.search(r"extra == ['\"]dev['\"]", requirement):
@@ -67,8 +72,8 @@ def _required() -> Iterator[str]:
 
 def _installed(package: str) -> str | None:
     try:
-        return version(package)
-    except PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
 
 

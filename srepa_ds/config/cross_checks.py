@@ -1,10 +1,11 @@
-"""What must hold between the sections of an experiment; nothing but the configuration is read."""
+"""Checks across the sections of an experiment, before any data is read."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
 from srepa_ds.alignment.alignment import AlignmentConfig
 from srepa_ds.config.sections import EngineConfig, EvaluateConfig, MonitorConfig, TrainConfig
 from srepa_ds.errors import ConfigError, Fault
+from srepa_ds.model.precision import PRECISIONS
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.schema import CrossCheck
 from srepa_ds.zero.json_file import load_deepspeed_json, stage_of
@@ -17,16 +18,16 @@ def _depth_within_model(
         if alignment.depth > model.shape.depth:
             yield Fault(
                 f"alignments.{number}.depth",
-                f"{alignment.depth} lies beyond the model's {model.shape.depth} blocks",
+                f"{alignment.depth} exceeds the model's {model.shape.depth} blocks",
             )
 
 
-def _remat_finds_a_block(model: SiTConfig, engine: EngineConfig) -> Iterator[Fault]:
-    remat, depth = engine.remat, model.shape.depth
-    if remat.policy == "every_k" and remat.k > depth:
+def _checkpointing_finds_a_block(model: SiTConfig, engine: EngineConfig) -> Iterator[Fault]:
+    checkpointing, depth = engine.activation_checkpointing, model.shape.depth
+    if checkpointing.policy == "every_k" and checkpointing.k > depth:
         yield Fault(
-            "engine.remat.k",
-            f"{remat.k} lies beyond the model's {depth} blocks, so none would be computed again; "
+            "engine.activation_checkpointing.k",
+            f"{checkpointing.k} exceeds the model's {depth} blocks, so none would be recomputed; "
             f"choose at most {depth}, or policy 'none'",
         )
 
@@ -34,12 +35,12 @@ def _remat_finds_a_block(model: SiTConfig, engine: EngineConfig) -> Iterator[Fau
 def _class_tokens_have_a_source(
     model: SiTConfig, alignments: tuple[AlignmentConfig, ...]
 ) -> Iterator[Fault]:
-    """REG: the class token is the first teacher's; whoever compares class tokens needs two."""
+    """REG: the class token is the first teacher's; `include_cls` needs one on both sides."""
     width = model.class_token_width
     if width is not None and not alignments:
         yield Fault(
             "model.class_token_width",
-            "the class token is that of the first alignment's teacher, but there is no alignment",
+            "the class token comes from the first alignment's teacher, but there is no alignment",
         )
     for number, alignment in enumerate(alignments):
         teacher, path = alignment.teacher.resolved, f"alignments.{number}"
@@ -47,7 +48,7 @@ def _class_tokens_have_a_source(
         if width is not None and number == 0 and not teacher.has_cls:
             yield Fault(
                 f"{path}.teacher",
-                f"'{named}' has no class token, which the model is to carry "
+                f"'{named}' has no class token, but the model carries one "
                 "(model.class_token_width); choose a teacher with one",
             )
         elif width is not None and number == 0 and teacher.width != width:
@@ -63,20 +64,22 @@ def _class_tokens_have_a_source(
             yield Fault(f"{path}", f"include_cls: the teacher '{named}' has no class token")
 
 
-def _weights_can_be_had(alignments: tuple[AlignmentConfig, ...]) -> Iterator[Fault]:
+def _weights_are_available(alignments: tuple[AlignmentConfig, ...]) -> Iterator[Fault]:
     for number, alignment in enumerate(alignments):
         fault = alignment.teacher.weights_fault()
         if fault is not None:
             yield Fault(f"alignments.{number}.teacher.{fault.path}", fault.message)
 
 
-def _extractor_can_be_had(evaluate: EvaluateConfig | None) -> Iterator[Fault]:
+def _extractor_is_available(evaluate: EvaluateConfig | None) -> Iterator[Fault]:
     fault = evaluate.extractor.weights_fault() if evaluate else None
     if fault is not None:
         yield Fault(f"evaluate.extractor.{fault.path}", fault.message)
 
 
-def _monitor_can_judge(monitor: MonitorConfig, evaluate: EvaluateConfig | None) -> Iterator[Fault]:
+def _monitor_has_a_reference(
+    monitor: MonitorConfig, evaluate: EvaluateConfig | None
+) -> Iterator[Fault]:
     if monitor.evaluate_every_steps and evaluate is None:
         yield Fault(
             "monitor.evaluate_every_steps", "needs a section `evaluate`: reference and extractor"
@@ -87,7 +90,8 @@ def _batch_divides(train: TrainConfig) -> Iterator[Fault]:
     if train.batch_size % train.accumulation_steps:
         yield Fault(
             "train.batch_size",
-            f"{train.batch_size} is no multiple of accumulation_steps {train.accumulation_steps}",
+            f"{train.batch_size} is not a multiple of accumulation_steps "
+            f"{train.accumulation_steps}",
         )
 
 
@@ -105,20 +109,20 @@ def _deepspeed_json_is_sound(engine: EngineConfig) -> Iterator[Fault]:
             f"torch.compile cannot trace the hooks of ZeRO stage 3 ({engine.deepspeed}); choose a "
             "stage of 0 to 2, or set it to false",
         )
-    if engine.precision == "bf16_autocast" and "communication_data_type" in document:
+    if PRECISIONS[engine.precision].is_autocast and "communication_data_type" in document:
         yield Fault(
             "engine.deepspeed",
-            f"{engine.deepspeed}: communication_data_type means nothing to precision "
-            "bf16_autocast, which reduces gradients in fp32; remove it",
+            f"{engine.deepspeed}: communication_data_type has no effect with precision "
+            f"{engine.precision}, which reduces gradients in fp32; remove it",
         )
 
 
 CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {
     ("model", "alignments"): (_depth_within_model, _class_tokens_have_a_source),
-    ("model", "engine"): (_remat_finds_a_block,),
-    ("alignments",): (_weights_can_be_had,),
-    ("evaluate",): (_extractor_can_be_had,),
-    ("monitor", "evaluate"): (_monitor_can_judge,),
+    ("model", "engine"): (_checkpointing_finds_a_block,),
+    ("alignments",): (_weights_are_available,),
+    ("evaluate",): (_extractor_is_available,),
+    ("monitor", "evaluate"): (_monitor_has_a_reference,),
     ("train",): (_batch_divides,),
     ("engine",): (_deepspeed_json_is_sound,),
 }

@@ -1,8 +1,8 @@
-"""The whole experiment in one tree: the sections of every module, and how it is read."""
+"""The whole experiment in one tree: the sections of all components, and how to read it."""
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from srepa_ds.alignment.alignment import AlignmentConfig
 from srepa_ds.checkpoint.retention import CheckpointConfig
@@ -22,9 +22,9 @@ from srepa_ds.model.variants import SiTConfig
 from srepa_ds.objective import ObjectiveConfig
 from srepa_ds.optim.adamw import OptimizerConfig
 from srepa_ds.optim.ema import EmaConfig
-from srepa_ds.schema import Section, validated
-from srepa_ds.telemetry.metrics_log import RECORD
-from srepa_ds.trees import Tree, apply_overrides, load_tree
+from srepa_ds.run_folder import RunFolder
+from srepa_ds.schema import MayChange, Section, load_section, validated
+from srepa_ds.trees import Tree
 from srepa_ds.weights.exported import exported_step
 
 
@@ -32,16 +32,16 @@ class Config(Section):
     """One experiment, from data to scores."""
 
     kind: Literal["experiment"] = "experiment"
-    """What this file configures."""
+    """The kind of this file."""
 
     run: RunConfig
     """The run's identity."""
 
     data: DataConfig
-    """Where training images come from."""
+    """The training images."""
 
     codec: CodecConfig = CodecConfig()
-    """The space the diffusion model works in."""
+    """The map from images to the latents that the model learns."""
 
     model: SiTConfig
     """The diffusion transformer."""
@@ -50,93 +50,64 @@ class Config(Section):
     """The flow-matching part of the loss."""
 
     alignments: tuple[AlignmentConfig, ...] = ()
-    """One entry per teacher: which, at which depth, and with which losses. Empty: plain SiT."""
+    """One entry per teacher, with its depth and losses. Empty: plain SiT."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW and its learning rate schedule."""
 
     ema: EmaConfig = EmaConfig()
-    """How the exponential moving average of the weights is kept."""
+    """The moving averages of the weights."""
 
     train: TrainConfig
-    """How long and in what portions to train."""
+    """The length of training, its batches, and what happens to steps that are not finite."""
 
-    engine: EngineConfig = EngineConfig()
+    engine: Annotated[EngineConfig, MayChange] = EngineConfig()
     """How DeepSpeed arranges memory and arithmetic."""
 
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    """When checkpoints are written and which are kept."""
+    checkpoint: Annotated[CheckpointConfig, MayChange] = CheckpointConfig()
+    """When checkpoints are written, and which of them are kept."""
 
-    monitor: MonitorConfig = MonitorConfig()
-    """What is looked at while training."""
+    monitor: Annotated[MonitorConfig, MayChange] = MonitorConfig()
+    """Images and distances during training."""
 
-    export: ExportConfig = ExportConfig()
-    """What `srepa-ds export` writes."""
+    export: Annotated[ExportConfig, MayChange] = ExportConfig()
+    """The weights that `srepa-ds export` writes."""
 
-    sample: SampleConfig = SampleConfig()
-    """What `srepa-ds sample` draws."""
+    sample: Annotated[SampleConfig, MayChange] = SampleConfig()
+    """The images that `srepa-ds sample` draws."""
 
-    evaluate: EvaluateConfig | None = None
-    """What `srepa-ds evaluate` compares."""
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where the run's checkpoints lie."""
-        return self.run.folder / "checkpoints"
+    evaluate: Annotated[EvaluateConfig | None, MayChange] = None
+    """The images that `srepa-ds evaluate` compares, and the feature space."""
 
     @property
-    def record(self) -> Path:
-        """Where training writes its losses, line by line."""
-        return self.run.folder / RECORD
-
-    @property
-    def resolved(self) -> Path:
-        """Where training keeps the configuration it ran with."""
-        return self.run.folder / "config.yaml"
-
-    @property
-    def environment(self) -> Path:
-        """Where training says what it ran on."""
-        return self.run.folder / "environment.json"
-
-    @property
-    def results(self) -> Path:
-        """Where the scores lie."""
-        return self.run.folder / "results.json"
-
-    @property
-    def timings(self) -> Path:
-        """Where the demo says how long each command took."""
-        return self.run.folder / "timings.json"
-
-    @property
-    def report(self) -> Path:
-        """Where the report lies."""
-        return self.run.folder / "report.html"
+    def run_folder(self) -> RunFolder:
+        """The files of the run."""
+        return RunFolder(self.run.folder)
 
     @property
     def export_folder(self) -> Path:
-        """Where the exported model lies."""
-        return self.export.folder or self.run.folder / "export"
+        """The folder that `export` writes the model to."""
+        return self.export.folder or self.run_folder.export
 
     @property
     def weights_folder(self) -> Path:
-        """Where `sample` finds the model."""
+        """The folder that `sample` reads the model from."""
         return self.sample.weights or self.export_folder
 
-    @property
-    def samples_folder(self) -> Path:
-        """Where `sample` writes: a folder for each exported step, so that no two sets collide."""
-        if self.sample.folder is not None:
-            return self.sample.folder
-        step = exported_step(self.weights_folder)
-        samples = self.run.folder / "samples"
-        return samples if step is None else samples / f"step-{step:07d}"
+
+def samples_folder(config: Config) -> Path:
+    """Returns the folder that `sample` writes to; by default it is named after the exported step.
+
+    Reads that step from the exported model.
+    """
+    if config.sample.folder is not None:
+        return config.sample.folder
+    return config.run_folder.samples(exported_step(config.weights_folder))
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     """Returns the experiment of a YAML file with overrides; raises ConfigError with all faults."""
-    return config_from(apply_overrides(load_tree(path), overrides), source=str(path))
+    return load_section(Config, path, overrides, cross_checks=CROSS_CHECKS)
 
 
 def config_from(tree: Tree, *, source: str) -> Config:

@@ -1,4 +1,4 @@
-"""Small distortions of small images, a pure function of the numbers that choose them."""
+"""Distorts small images slightly: a pure function of given random numbers."""
 
 import torch
 from jaxtyping import Float
@@ -20,8 +20,8 @@ def distorted(
 ) -> Float[Tensor, "batch channels height width"]:
     """Returns `images` rotated, resized, slanted and shifted; `choices` are uniform in (0, 1).
 
-    Bounds in both directions: `rotation` in radians, `resize` and `slant` relative, `shift` in
-    pixels. The border is continued outwards.
+    The amounts are bounds in both directions: `rotation` in radians, `resize` and `slant` relative,
+    `shift` in pixels. Border pixels are repeated outwards.
     """
     angle, size, lean, right, down = (2 * choices - 1).unbind(1)
     angle, size, lean = angle * rotation, 1 + size * resize, lean * slant

@@ -1,4 +1,4 @@
-"""What the loader hands to training: one micro batch."""
+"""`Batch`: one micro batch, as the loader delivers it to training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -13,19 +13,19 @@ from srepa_ds.errors import DataError
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch on one device; at least one of `images` and `moments` is there."""
+    """One micro batch on one device; at least one of `images` and `moments` is not None."""
 
     images: UInt8[Tensor, "batch channels height width"] | None
-    """Pixels; the teacher sees these, and the identity codec trains on them."""
+    """Pixels: the teacher's input, and the identity codec's."""
     moments: Float[Tensor, "batch moments latent_height latent_width"] | None
     """Mean and standard deviation of a VAE's posterior, concatenated over channels."""
     labels: Int64[Tensor, " batch"]
     sample_ids: Int64[Tensor, " batch"]
-    """Index in the data set: names a bad sample."""
+    """Index in the data set; messages name samples by it."""
     positions: Int64[Tensor, " batch"]
     """The global sample counter: the key of all training noise."""
-    teacher_tokens: tuple[StoredTokens, ...] = ()
-    """What was stored of each teacher, in the order in which the data set was given the stores."""
+    teacher_tokens: tuple[StoredTokens | None, ...] = ()
+    """One entry per token store given to the data set; None where the store is None."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,5 +50,5 @@ class Batch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         moved = {name: change(v) for name, v in own.items() if isinstance(v, Tensor)}
-        tokens = tuple(stored.map(change) for stored in self.teacher_tokens)
+        tokens = tuple(t if t is None else t.map(change) for t in self.teacher_tokens)
         return replace(self, **moved, teacher_tokens=tokens)

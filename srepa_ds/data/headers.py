@@ -1,4 +1,4 @@
-"""What a safetensors file says of itself, held against what an index says of it."""
+"""Headers of safetensors files: written, read, and checked against an index."""
 
 import json
 from collections.abc import Mapping
@@ -12,18 +12,18 @@ from srepa_ds.errors import DataError
 _KEY = "srepa_ds"
 
 Form = tuple[str, tuple[int, ...]]
-"""A tensor's dtype, in safetensors' letters, and its shape."""
+"""A tensor's dtype, in safetensors' spelling, and its shape."""
 
 
 class Kind(NamedTuple):
-    """A kind of file, for messages: what it is called, and what to do about a damaged one."""
+    """A kind of file, for messages: its name, and the cure for a damaged one."""
 
     name: str
     again: str
 
 
 class Header(NamedTuple):
-    """A file's facts, the forms of its tensors, and its size."""
+    """A file's facts, the forms of its tensors, and its size in bytes."""
 
     facts: dict[str, Any]
     tensors: dict[str, Form]
@@ -31,15 +31,15 @@ class Header(NamedTuple):
 
 
 def metadata_of(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the metadata of a safetensors header; `header_facts` reads it.
+    """Returns `facts` as metadata of a safetensors header; `header_facts` reads it back.
 
-    One key, because safetensors writes several in an order that changes from run to run.
+    A single key, because safetensors writes several in an order that changes from run to run.
     """
     return {_KEY: json.dumps(facts)}
 
 
 def header_facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """Returns the facts in the metadata of a header of ours, nothing if it is not ours."""
+    """Returns the facts in the metadata of a header, empty if `metadata_of` did not write it."""
     try:
         facts = json.loads((metadata or {}).get(_KEY, "{}"))
     except ValueError:
@@ -48,9 +48,9 @@ def header_facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
 
 
 def read_header(path: Path, kind: Kind, *, expected_bytes: int) -> Header:
-    """Returns what `path` says of itself; reads no tensor.
+    """Returns the header of `path`; reads no tensor.
 
-    Raises DataError if it is missing or no safetensors file.
+    Raises DataError if the file is missing or not a safetensors file.
     """
     if not path.is_file():
         raise DataError(f"{path}: missing, but the index names it; {kind.again}")
@@ -67,19 +67,19 @@ def read_header(path: Path, kind: Kind, *, expected_bytes: int) -> Header:
 
 
 def check_header(path: Path, kind: Kind, found: Header, expected: Header) -> None:
-    """Returns if a file is what the index says; raises DataError naming the first difference."""
+    """Checks a file against the index; raises DataError naming the first difference."""
     sizes = ({"bytes": found.num_bytes}, {"bytes": expected.num_bytes})
     pairs = {
         "header": (found.facts, expected.facts),
         "tensors": (found.tensors, expected.tensors),
         "size": sizes,
     }
-    for what, (there, wanted) in pairs.items():
+    for what, (actual, wanted) in pairs.items():
         for name, value in wanted.items():
-            if there.get(name) != value:
+            if actual.get(name) != value:
                 raise DataError(
                     f"{path}: the {what} of this {kind.name} and the index disagree about {name}: "
-                    f"found {there.get(name)}, the index says {value}; {kind.again}"
+                    f"found {actual.get(name)}, the index says {value}; {kind.again}"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Cropping of source images, and grids of images to look at."""
+"""Crops source images, and arranges images in a grid to look at."""
 
 import math
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def center_crop(image: Image.Image, size: int) -> UInt8[ndarray, "size size 3"]:
-    """Returns the RGB centre crop of `image` as ADM's evaluation and REPA's preparation cut it.
+    """Returns the RGB centre crop of `image`, as in ADM's evaluation and REPA's preparation.
 
-    Halved with a box filter while both sides are at least twice `size`, then brought to `size` on
-    the shorter side with PIL's antialiased bicubic filter (upwards too), then cropped.
+    The image is halved with a box filter while both sides are at least twice `size`, then resized
+    to `size` on the shorter side with PIL's antialiased bicubic filter (upwards too), then cropped.
     Source: guided-diffusion, "center-crop-dhariwal". It must stay PIL to be comparable.
     """
     image = image.convert("RGB")
@@ -31,7 +31,7 @@ def image_grid(
 ) -> Image.Image:
     """Returns `images` side by side in rows of `columns`, each pixel `scale` pixels wide.
 
-    Images are two pixels apart on white. Raises ValueError without an image.
+    Images are two pixels apart on white. Raises ValueError if there are none.
     """
     if len(images) == 0:
         raise ValueError("a grid needs at least one image")

@@ -1,4 +1,4 @@
-"""The JSON index of a folder: written last, so a folder without one is not finished."""
+"""Reads the JSON index of a folder; it is written last, so a folder without one is unfinished."""
 
 import json
 from pathlib import Path
@@ -14,9 +14,10 @@ INDEX_NAME = "index.json"
 def read_index_document(
     folder: Path, schema: type[Index], *, format_name: str, version: int, missing: str, again: str
 ) -> Index:
-    """Returns the index of `folder`; `missing` and `again` say what to do where it is none.
+    """Returns the index of `folder`.
 
-    Raises DataError if it is missing, unreadable, or none of this format and version.
+    Raises DataError if it is missing, unreadable, or not of this format and version; `missing` says
+    what a missing index means and how to get one, `again` is the cure for a faulty one.
     """
     path = folder / INDEX_NAME
     try:

@@ -1,12 +1,13 @@
 """The order of the data as a function of (seed, position), and the loader that delivers it.
 
-Where training stands in the data is one integer, the global sample counter. Neither the number of
-ranks nor of workers is part of it, so a run resumes with other numbers of both.
+The position of training in the data is one integer, the global sample counter. It depends neither
+on the number of ranks nor on that of workers, so a run can resume with other numbers of both.
 """
 
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from jaxtyping import Int64
@@ -16,26 +17,26 @@ from torch.utils.data import Dataset
 
 from srepa_ds.data.batch import Batch
 from srepa_ds.data.shards import ShardDataset
-from srepa_ds.noise import Stream, bits
-from srepa_ds.schema import Section
+from srepa_ds.noise import NoiseStream, bits
+from srepa_ds.schema import MayChange, Section
 
 _NEVER = 1 << 62
 
 
 class DataConfig(Section):
-    """Where training images come from."""
+    """The training images and how they are read."""
 
-    folder: Path
+    folder: Annotated[Path, MayChange]
     """A folder of shards, as `srepa-ds prepare` writes it."""
-    num_workers: int = Field(default=0, ge=0)
-    """Processes per rank that read ahead; 0 reads in the training process."""
-    prefetch_batches: int = Field(default=4, ge=1)
-    """Micro batches each worker keeps ready."""
+    num_workers: Annotated[int, MayChange] = Field(default=0, ge=0)
+    """Processes per rank that read ahead; with 0 the training process reads."""
+    prefetch_batches: Annotated[int, MayChange] = Field(default=4, ge=1)
+    """Micro batches that each worker keeps ready."""
 
 
 def epoch_permutation(seed: int, epoch: int, num_samples: int) -> Int64[Tensor, " samples"]:
     """Returns the order of the samples in one epoch, a pure function of its arguments."""
-    words = bits(seed, Stream.DATA_ORDER, torch.arange(num_samples), 2, draw=epoch)
+    words = bits(seed, NoiseStream.DATA_ORDER, torch.arange(num_samples), 2, draw=epoch)
     return torch.argsort((words[:, 0] << 30) | (words[:, 1] >> 2), stable=True)
 
 
@@ -48,7 +49,7 @@ class DataOrder:
         self._permutations: dict[int, Tensor] = {}
 
     def sample_at(self, positions: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
-        """Returns the index in the data set of each value of the global sample counter."""
+        """Returns the data set index for each value of the global sample counter."""
         epochs = positions // self._num_samples
         places = positions % self._num_samples
         samples = torch.empty_like(positions)
@@ -59,7 +60,7 @@ class DataOrder:
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch not in self._permutations:
-            # Two epochs are alive while a batch lies across their border; older ones never return.
+            # A batch may span two epochs; older ones never return.
             kept = {key: value for key, value in self._permutations.items() if key == epoch - 1}
             order = epoch_permutation(self._seed, epoch, self._num_samples)
             self._permutations = {**kept, epoch: order}
@@ -98,7 +99,7 @@ class BatchLoader:
 
     @property
     def position(self) -> int:
-        """The global sample counter after the last whole step delivered: where to resume."""
+        """The global sample counter after the last whole step delivered: resume from here."""
         steps = self._delivered // self._accumulation
         return self._start_position + steps * self._accumulation * self._samples_per_micro_step
 
@@ -119,7 +120,7 @@ class BatchLoader:
         self.close()
 
     def close(self) -> None:
-        """Returns when the workers have ended; the next batch would start them again."""
+        """Ends the workers; the next batch would start them again."""
         self._batches = None
 
     @property
@@ -127,7 +128,7 @@ class BatchLoader:
         return self._micro_batch_size * self._world_size
 
     def _transport(self) -> Iterator[Batch]:
-        # Imported here because it draws in torch's whole data loading.
+        # Imported here because it imports all of torch's data loading.
         from torchdata.stateful_dataloader import StatefulDataLoader
 
         workers = self._config.num_workers
@@ -169,7 +170,7 @@ class _Requests:
         start = self._first
         while True:
             positions = torch.arange(start, start + self._micro_batch_size)
-            # Lists, because a tensor would travel to a worker by way of a file descriptor.
+            # Lists, because a tensor would travel to a worker through a file descriptor.
             yield self._order.sample_at(positions).tolist(), positions.tolist()
             start += self._stride
 

@@ -1,4 +1,4 @@
-"""Many safetensors files of one form, addressed as one array of samples."""
+"""Memory-mapped safetensors files, addressed as one array of samples."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class MappedFiles:
-    """Files whose samples are numbered through; each is mapped when first needed, never read."""
+    """Files of one form whose samples are numbered consecutively; each is mapped on first use."""
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int]):
-        """`counts` are the samples in each file."""
+        """Takes the number of samples in each file as `counts`."""
         self._paths = tuple(paths)
         self._starts = (0, *torch.tensor(counts).cumsum(0).tolist())
         self._ends = torch.tensor(self._starts[1:])
@@ -31,7 +31,7 @@ class MappedFiles:
         return self._opened[number]
 
     def gather(self, indices: Int64[Tensor, " batch"]) -> dict[str, Tensor]:
-        """Returns copies of the samples of `indices` in their order; IndexError outside."""
+        """Returns copies of the samples `indices`, in their order; raises IndexError."""
         total = self._starts[-1]
         if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < total):
             raise IndexError(f"sample index outside [0, {total})")

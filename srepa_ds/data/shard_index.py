@@ -1,4 +1,4 @@
-"""The index of a folder of shards: what it must hold, written last and read first."""
+"""The index of a folder of shards: written last, read first."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ from srepa_ds.schema import Section
 
 FORMAT = "srepa-ds shards"
 VERSION = 1
-PREPARE_HINT = "prepare it with `srepa-ds prepare CONFIG`"
+_PREPARE = "`srepa-ds prepare CONFIG`"
 
 
 @dataclass(frozen=True)
 class DatasetDescription:
-    """What makes a prepared data set what it is; two equal descriptions have equal shards."""
+    """Everything that decides a prepared data set: equal descriptions, equal shards."""
 
     source: dict[str, Any]
     """The settings that chose and shaped the samples, as plain JSON values."""
@@ -37,7 +37,7 @@ class DatasetDescription:
 
 
 class ShardEntry(Section):
-    """One shard as the index knows it."""
+    """The index's entry for one shard."""
 
     file: str
     """Name inside the folder."""
@@ -55,38 +55,40 @@ class ShardIndex(Section):
     format: str
     """Always `srepa-ds shards`."""
     version: int
-    """Of the format."""
+    """Version of the format."""
     dataset_id: str
-    """Hash of source, image shape and class names."""
+    """Hash of `source`, `image_shape` and `class_names`."""
     num_samples: int = Field(ge=0)
     """Samples in all shards."""
     image_shape: tuple[int, int, int]
     """Channels, height, width."""
     num_classes: int = Field(gt=0)
-    """Labels are below it."""
+    """Every label is below it."""
     class_names: tuple[str, ...]
     """One per label."""
     source: dict[str, Any]
     """The settings that chose and shaped the samples."""
     shards: tuple[ShardEntry, ...]
-    """In order: sample indices run through them."""
+    """In the order of the sample indices."""
 
 
 def read_index(folder: Path) -> ShardIndex:
     """Returns the index of `folder`.
 
-    Raises DataError if the folder or its index is missing, or the index is not a valid one of
-    this version or contradicts itself.
+    Raises DataError if the folder or its index is missing, or if the index is invalid, of another
+    version, or contradicts itself.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such data folder; {PREPARE_HINT}, or correct the path")
+        raise DataError(
+            f"{folder}: no such data folder; prepare it with {_PREPARE}, or correct the path"
+        )
     index = read_index_document(
         folder,
         ShardIndex,
         format_name=FORMAT,
         version=VERSION,
-        missing=f"this is no finished data set; {PREPARE_HINT}",
-        again=_again(folder),
+        missing=f"this is not a finished data set; prepare it with {_PREPARE}",
+        again=again(folder),
     )
     _check_sums(folder / INDEX_NAME, index)
     return index
@@ -97,16 +99,17 @@ def _check_sums(path: Path, index: ShardIndex) -> None:
     if total != index.num_samples:
         raise DataError(
             f"{path}: says {index.num_samples} samples, but its shards hold {total}; "
-            f"{_again(path.parent)}"
+            f"{again(path.parent)}"
         )
     if len(index.class_names) != index.num_classes:
         raise DataError(
             f"{path}: says {index.num_classes} classes and names {len(index.class_names)}; "
-            f"{_again(path.parent)}"
+            f"{again(path.parent)}"
         )
     if index.num_samples == 0:
-        raise DataError(f"{path}: the data set holds no samples; {_again(path.parent)}")
+        raise DataError(f"{path}: the data set holds no samples; {again(path.parent)}")
 
 
-def _again(folder: Path) -> str:
-    return f"delete {folder} and {PREPARE_HINT.replace('it with', 'it again with')}"
+def again(folder: Path) -> str:
+    """Returns the cure for a damaged data set, for an error message."""
+    return f"delete {folder} and prepare it again with {_PREPARE}"

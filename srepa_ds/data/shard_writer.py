@@ -1,4 +1,4 @@
-"""Writing a folder of shards: streaming, resumable after a kill, and never half visible."""
+"""Writes a folder of shards: streaming, started over after a kill, never half visible."""
 
 import json
 from collections.abc import Callable
@@ -9,7 +9,6 @@ from types import TracebackType
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from srepa_ds.data.headers import metadata_of
@@ -24,16 +23,25 @@ from srepa_ds.data.shard_index import (
 )
 from srepa_ds.data.shards import shard_facts
 from srepa_ds.errors import OutputError
-from srepa_ds.files import PARTIAL, locked, make_folder, remove_empty, sha256_of, write_aside
+from srepa_ds.files import (
+    PARTIAL,
+    locked,
+    make_folder,
+    remove_empty,
+    sha256_of,
+    write_aside,
+    writing,
+)
 from srepa_ds.schema import to_tree
 
 MARKER_NAME = "preparing.json"
+_CURE = "choose a folder you may write to, with free space"
 
 
 def is_prepared(folder: Path, description: DatasetDescription) -> bool:
     """Returns whether `folder` already holds exactly this data set, finished.
 
-    Raises OutputError if it holds another one, and DataError if its index is damaged.
+    Raises OutputError if it holds another data set, DataError if its index is damaged.
     """
     if not (folder / INDEX_NAME).exists():
         return False
@@ -54,10 +62,10 @@ def is_prepared(folder: Path, description: DatasetDescription) -> bool:
 
 
 class ShardWriter:
-    """Collects samples and writes a shard whenever enough are there; a context manager.
+    """Collects samples and writes a shard whenever it is full; a context manager.
 
-    The index appears when the `with` block ends well. If it ends with an exception, everything
-    written is removed; after a kill, the next writer with the same description starts over.
+    The index is written when the `with` block ends without an exception. An exception removes
+    everything written; after a kill, the next writer with the same description starts over.
     """
 
     def __init__(self, folder: Path, *, description: DatasetDescription, samples_per_shard: int):
@@ -72,37 +80,38 @@ class ShardWriter:
         self._lock = ExitStack()
 
     def __enter__(self) -> "ShardWriter":
-        """Returns the writer of a folder that is now its own.
+        """Locks the folder and clears what a killed writer left in it.
 
-        Raises OutputError if the folder cannot be written to or holds something foreign, or if
-        another process writes into it.
+        Raises OutputError if the folder cannot be written to or holds anything else, or if another
+        process writes into it.
         """
-        try:
+        with writing(self._folder, cure=_CURE):
             self._made_folders = make_folder(self._folder)
-            self._lock.enter_context(locked(self._folder))
-            self._claim()
-        except BlockingIOError as error:
-            # Its files are another's, and look like what a killed process has left.
-            raise OutputError(
-                f"{self._folder}: another process is writing shards into it; wait for it or end it"
-            ) from error
-        except OSError as error:
-            self._remove_everything()
-            raise _unwritable(self._folder, error) from error
+            try:
+                self._lock.enter_context(locked(self._folder))
+            except BlockingIOError as error:
+                # Removes nothing: another process's files look like those of a killed one.
+                raise OutputError(
+                    f"{self._folder}: another process is writing shards into it; wait for it or "
+                    "end it"
+                ) from error
+        try:
+            with writing(self._folder, cure=_CURE):
+                self._claim()
         except OutputError:
             self._remove_everything()
             raise
         return self
 
     def add(self, image: UInt8[np.ndarray, "height width 3"], label: int) -> None:
-        """Returns when the sample is kept; raises OutputError if a full shard cannot be written."""
+        """Adds a sample; raises OutputError if a full shard cannot be written."""
         self._images.append(image.transpose(2, 0, 1).copy())
         self._labels.append(label)
         if len(self._labels) == self._samples_per_shard:
             self._write_shard()
 
     def attach(self, name: str, contents: bytes) -> None:
-        """Returns when a file beside the shards holds `contents`; raises OutputError."""
+        """Writes `contents` to a file beside the shards; raises OutputError."""
         self._write(self._folder / name, lambda aside: aside.write_bytes(contents))
 
     def __exit__(
@@ -111,7 +120,7 @@ class ShardWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Finishes the data set, or removes what was written if an exception passes through."""
+        """Finishes the data set; after an exception, removes everything written instead."""
         try:
             if kind is None:
                 self._finish()
@@ -182,10 +191,8 @@ class ShardWriter:
         (self._folder / MARKER_NAME).unlink()
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
-        try:
+        with writing(path, cure=_CURE):
             write_aside(path, write)
-        except (OSError, SafetensorError) as error:
-            raise _unwritable(path, error) from error
         self._written.append(path)
 
     def _remove_everything(self) -> None:
@@ -193,10 +200,3 @@ class ShardWriter:
             path.unlink(missing_ok=True)
         remove_empty(self._made_folders)
         self._lock.close()
-
-
-def _unwritable(path: Path, error: Exception) -> OutputError:
-    return OutputError(
-        f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
-        "choose a folder you may write to, with free space"
-    )

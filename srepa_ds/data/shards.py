@@ -1,7 +1,7 @@
-"""Shards: images and labels in safetensors files, read by memory map, written all or nothing.
+"""Reads shards: images and labels in safetensors files, memory-mapped.
 
 A folder holds `shard-00000.safetensors`, ... (images uint8 (n, 3, h, w), labels int64 (n,)) and
-`index.json`, which is written last: a folder without it is not a data set.
+`index.json`, which is written last: a folder without one is not a data set.
 """
 
 from collections.abc import Sequence
@@ -15,23 +15,20 @@ from torch import Tensor
 from srepa_ds.data.batch import Batch
 from srepa_ds.data.headers import Form, Header, Kind, check_header, read_header
 from srepa_ds.data.mapped_files import MappedFiles
-from srepa_ds.data.shard_index import FORMAT, VERSION, ShardEntry, ShardIndex, read_index
+from srepa_ds.data.shard_index import FORMAT, VERSION, ShardEntry, ShardIndex, again, read_index
 from srepa_ds.data.token_store import TokenStore
 from srepa_ds.errors import DataError
 from srepa_ds.files import sha256_of
 
-_AGAIN = "delete the folder and prepare it again with `srepa-ds prepare CONFIG`"
-_SHARD = Kind("shard", _AGAIN)
-
 
 class ShardDataset:
-    """A folder of shards, opened: every header was held against the index, no pixel was read."""
+    """An open folder of shards; opening it checks every header and reads no pixel."""
 
-    def __init__(self, folder: Path, token_stores: Sequence[TokenStore] = ()):
-        """Opens `folder`; `read` then gives the tokens of `token_stores` with the images.
+    def __init__(self, folder: Path, token_stores: Sequence[TokenStore | None] = ()):
+        """Opens `folder`; `read` returns the tokens of `token_stores` with the images.
 
-        Raises DataError naming the first file that does not fit the index, or the first store that
-        is of other images.
+        Raises DataError naming the first file that contradicts the index, or the first store that
+        belongs to other images.
         """
         self.folder = folder
         self.index: ShardIndex = read_index(folder)
@@ -43,7 +40,8 @@ class ShardDataset:
         )
         self._token_stores = tuple(token_stores)
         for store in self._token_stores:
-            store.check_fits(self.index, folder)
+            if store is not None:
+                store.check_fits(self.index, folder)
 
     def __len__(self) -> int:
         return self.index.num_samples
@@ -55,7 +53,7 @@ class ShardDataset:
 
     @property
     def num_classes(self) -> int:
-        """How many classes the labels tell apart."""
+        """Number of classes; every label is below it."""
         return self.index.num_classes
 
     @property
@@ -66,7 +64,7 @@ class ShardDataset:
     def read(
         self, indices: Int64[Tensor, " batch"], *, positions: Int64[Tensor, " batch"] | None = None
     ) -> Batch:
-        """Returns the samples of `indices` in their order; `positions` default to the indices.
+        """Returns the samples `indices`, in their order; `positions` default to the indices.
 
         Raises IndexError outside [0, len).
         """
@@ -77,13 +75,13 @@ class ShardDataset:
             labels=found["labels"],
             sample_ids=indices,
             positions=indices if positions is None else positions,
-            teacher_tokens=tuple(store.read(indices) for store in self._token_stores),
+            teacher_tokens=tuple(s if s is None else s.read(indices) for s in self._token_stores),
         )
 
     def verify(self) -> None:
-        """Returns if every byte is as it was written and every label names a class.
+        """Checks the hash and the labels of every shard; reads the whole data set.
 
-        Reads the whole data set. Raises DataError naming the first shard that differs.
+        Raises DataError naming the first shard that is damaged.
         """
         for number, entry in enumerate(self.index.shards):
             path = self.folder / entry.file
@@ -91,18 +89,18 @@ class ShardDataset:
             if found != entry.sha256:
                 raise DataError(
                     f"{path}: contents changed since it was written "
-                    f"(sha256 {found}, expected {entry.sha256}); {_AGAIN}"
+                    f"(sha256 {found}, expected {entry.sha256}); {again(self.folder)}"
                 )
             labels = self._files.file(number)["labels"]
             if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
                 raise DataError(
                     f"{path}: labels run from {int(labels.min())} to {int(labels.max())}, "
-                    f"expected 0 to {self.num_classes - 1}; {_AGAIN}"
+                    f"expected 0 to {self.num_classes - 1}; {again(self.folder)}"
                 )
 
 
 def shard_facts(num_samples: int, image_shape: tuple[int, ...], dataset_id: str) -> dict[str, Any]:
-    """Returns what a shard's header says of it."""
+    """Returns the facts in a shard's header."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -113,17 +111,18 @@ def shard_facts(num_samples: int, image_shape: tuple[int, ...], dataset_id: str)
 
 
 def _check_header(path: Path, entry: ShardEntry, index: ShardIndex) -> None:
-    """Returns if the file's header, shapes and size are what the index says; else DataError."""
-    found = read_header(path, _SHARD, expected_bytes=entry.bytes)
+    """Checks a file's header, shapes and size against the index; raises DataError."""
+    kind = Kind("shard", again(path.parent))
+    found = read_header(path, kind, expected_bytes=entry.bytes)
     count = found.tensors.get("labels", ("", (0,)))[1][0]
     if count == 0 or entry.num_samples == 0:
         raise DataError(
             f"{path}: an empty shard; the index says {entry.num_samples} samples, "
-            f"the file holds {count}; {_AGAIN}"
+            f"the file holds {count}; {kind.again}"
         )
     tensors: dict[str, Form] = {
         "images": ("U8", (entry.num_samples, *index.image_shape)),
         "labels": ("I64", (entry.num_samples,)),
     }
     facts = shard_facts(entry.num_samples, index.image_shape, index.dataset_id)
-    check_header(path, _SHARD, found, Header(facts, tensors, entry.bytes))
+    check_header(path, kind, found, Header(facts, tensors, entry.bytes))

@@ -1,4 +1,4 @@
-"""A stratified split into training and held-out samples."""
+"""Splits a source into training and held-out samples, class by class."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from srepa_ds.noise import Stream, bits
+from srepa_ds.noise import NoiseStream, bits
 
 # No epoch has this number, so the split shares no draw with the order of training.
 _SPLIT_DRAW = (1 << 24) - 1
@@ -14,7 +14,7 @@ _SPLIT_DRAW = (1 << 24) - 1
 
 @dataclass(frozen=True)
 class Split:
-    """Indices of a source, each in rising order, no index in both."""
+    """Indices of a source in two disjoint parts, each in rising order."""
 
     train: Int64[Tensor, " train"]
     heldout: Int64[Tensor, " heldout"]
@@ -25,10 +25,10 @@ def stratified_split(
 ) -> Split:
     """Returns a split that holds out the same fraction of every class.
 
-    Of a class with n samples, round(n x fraction) are held out, the first in an order that is a
+    Of a class with n samples, round(n x fraction) are held out: the first in an order that is a
     function of seed and sample index alone.
     """
-    keys = bits(seed, Stream.DATA_ORDER, torch.arange(len(labels)), 1, draw=_SPLIT_DRAW)[:, 0]
+    keys = bits(seed, NoiseStream.DATA_ORDER, torch.arange(len(labels)), 1, draw=_SPLIT_DRAW)[:, 0]
     is_heldout = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         members = (labels == label).nonzero()[:, 0]

@@ -1,11 +1,11 @@
-"""Teacher tokens as they are kept on disk: bf16, or int8 with a scale per token."""
+"""Teacher tokens in the form a store holds them: bf16, or int8 with a scale per token."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
-from jaxtyping import BFloat16, Float, Float32, Int8
+from jaxtyping import BFloat16, Bool, Float, Float32, Int8
 from torch import Tensor
 
 Storage = Literal["bf16", "int8"]
@@ -15,12 +15,12 @@ _INT8_MAX = 127
 
 @dataclass(frozen=True)
 class StoredTokens:
-    """One teacher's tokens of some images, still in the form they are stored in."""
+    """One teacher's tokens of some images, still in the form of the store."""
 
     patches: BFloat16[Tensor, "batch tokens width"] | Int8[Tensor, "batch tokens width"]
     """In row-major order of the grid."""
     patches_scale: Float32[Tensor, "batch tokens"] | None
-    """What int8 patches are multiplied by; None for bf16."""
+    """Factor of each int8 token; None for bf16."""
     cls: Float32[Tensor, "batch width"] | None
     """The class token, None for a teacher without one."""
 
@@ -28,13 +28,18 @@ class StoredTokens:
         return len(self.patches)
 
     def patches_float32(self) -> Float32[Tensor, "batch tokens width"]:
-        """Returns the patch tokens as numbers, on the device they are on."""
+        """Returns the patch tokens in float32, on their device."""
         if self.patches_scale is None:
             return self.patches.float()
         return self.patches.float() * self.patches_scale[..., None]
 
+    def finite(self) -> Bool[Tensor, " batch"]:
+        """Returns, for each image, whether all its tokens are finite."""
+        finite = self.patches_float32().isfinite().flatten(1).all(1)
+        return finite if self.cls is None else finite & self.cls.isfinite().all(1)
+
     def named_tensors(self) -> dict[str, Tensor]:
-        """Returns the tensors that are there, by field."""
+        """Returns the tensors that are present, by field."""
         present = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in present.items() if tensor is not None}
 
@@ -53,11 +58,11 @@ def as_stored(
     *,
     storage: Storage,
 ) -> StoredTokens:
-    """Returns tokens in the form they are stored in, on the device they are on.
+    """Returns tokens in the form a store holds them, on their device.
 
     int8 rounds to the nearest of 255 values between -max|x| and max|x| of the token, so it is off
-    by at most half a `patches_scale`. A token of zeros has scale 0. What is not finite stays so in
-    `patches_float32`.
+    by at most half a `patches_scale`. A token of zeros has scale 0. Values that are not finite stay
+    so in `patches_float32`.
     """
     kept_cls = None if cls is None else cls.float()
     if storage == "bf16":

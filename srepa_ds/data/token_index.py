@@ -1,4 +1,4 @@
-"""A folder of stored teacher tokens: what its files hold, and the index that is written last."""
+"""The index of a store of teacher tokens, and the exact layout of its files."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ _NUM_BYTES = {"BF16": 2, "F32": 4, "I8": 1}
 
 
 class TokenDescription(Section):
-    """What makes a folder of stored tokens what it is; two equal ones have equal files."""
+    """Everything that decides the files of a store: equal descriptions, equal files."""
 
     dataset_id: str
     """Of the data set whose images the teacher saw."""
@@ -39,7 +39,7 @@ class TokenDescription(Section):
     """Channels of a token."""
 
     has_cls: bool
-    """Whether the class token is kept as well."""
+    """Whether the class token is stored as well."""
 
     @property
     def num_tokens(self) -> int:
@@ -47,9 +47,9 @@ class TokenDescription(Section):
         return math.prod(self.grid)
 
     def facts(self, num_samples: int, *, shard_sha256: str) -> dict[str, Any]:
-        """Returns what the header of a file says of it.
+        """Returns the facts in the header of a file of `num_samples` images.
 
-        The shard's hash tells images apart that were prepared with the same settings.
+        The shard's hash distinguishes images that were prepared with the same settings.
         """
         return {
             "format": TOKEN_FORMAT,
@@ -61,21 +61,21 @@ class TokenDescription(Section):
         }
 
     def tensors(self, num_samples: int) -> dict[str, Form]:
-        """Returns the tensors of a file of `num_samples` images, in the order they lie in it.
+        """Returns the tensors of a file of `num_samples` images, in the order of the file.
 
-        The widest numbers come first, so that each tensor starts at a multiple of its own size.
+        The widest numbers come first, so that each tensor starts at a multiple of its item size.
         """
         forms: dict[str, Form] = {}
         if self.storage == "int8":
             forms["patches_scale"] = ("F32", (num_samples, self.num_tokens))
         if self.has_cls:
             forms["cls"] = ("F32", (num_samples, self.width))
-        kept_as = "BF16" if self.storage == "bf16" else "I8"
-        forms["patches"] = (kept_as, (num_samples, self.num_tokens, self.width))
+        dtype = "BF16" if self.storage == "bf16" else "I8"
+        forms["patches"] = (dtype, (num_samples, self.num_tokens, self.width))
         return forms
 
     def preamble(self, num_samples: int, *, shard_sha256: str) -> bytes:
-        """Returns what stands before the first tensor in a safetensors file of these tokens."""
+        """Returns the bytes before the first tensor: the safetensors header with its length."""
         facts = self.facts(num_samples, shard_sha256=shard_sha256)
         header: dict[str, Any] = {"__metadata__": metadata_of(facts)}
         end = 0
@@ -87,14 +87,14 @@ class TokenDescription(Section):
         return len(text).to_bytes(8, "little") + text
 
     def file_bytes(self, num_samples: int, *, shard_sha256: str) -> int:
-        """Returns the size of a file of the tokens of a shard."""
+        """Returns the size of the file with the tokens of a shard."""
         forms = self.tensors(num_samples).values()
         start = len(self.preamble(num_samples, shard_sha256=shard_sha256))
         return start + sum(map(form_bytes, forms))
 
 
 class TokenFileEntry(Section):
-    """One file of tokens as the index knows it."""
+    """The index's entry for one file of tokens."""
 
     file: str
     """Name inside the folder."""
@@ -103,7 +103,7 @@ class TokenFileEntry(Section):
     """Images whose tokens it holds."""
 
     shard_sha256: str
-    """Hash of the shard with these images."""
+    """Hash of the shard that holds these images."""
 
     bytes: int = Field(ge=0)
     """Size of the file."""
@@ -113,13 +113,13 @@ class TokenFileEntry(Section):
 
 
 class TokenIndex(TokenDescription):
-    """The contents of `index.json` in a folder of tokens."""
+    """The contents of a store's `index.json`."""
 
     format: str
     """Always `srepa-ds teacher tokens`."""
 
     version: int
-    """Of the format."""
+    """Version of the format."""
 
     files: tuple[TokenFileEntry, ...] = Field(min_length=1)
     """In the order of the shards."""
@@ -132,7 +132,7 @@ def form_bytes(form: Form) -> int:
 
 
 def teacher_hash(teacher: dict[str, Any]) -> str:
-    """Returns 8 hexadecimal digits that stand for a teacher."""
+    """Returns 8 hexadecimal digits that identify a teacher."""
     text = json.dumps([TOKEN_FORMAT, TOKEN_VERSION, teacher], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -148,20 +148,20 @@ def is_finished(folder: Path) -> bool:
 
 
 def read_token_index(folder: Path) -> TokenIndex:
-    """Returns the index of a folder of tokens.
+    """Returns the index of the store in `folder`.
 
-    Raises DataError if it is missing, unreadable, or none of this version.
+    Raises DataError if it is missing, unreadable, or not of this format and version.
     """
     return read_index_document(
         folder,
         TokenIndex,
         format_name=TOKEN_FORMAT,
         version=TOKEN_VERSION,
-        missing=f"these tokens are not finished; go on with {PREPARE_TEACHER}",
+        missing=f"these tokens are not finished; complete them with {PREPARE_TEACHER}",
         again=again(folder),
     )
 
 
 def again(folder: Path) -> str:
-    """Returns what to do about a damaged folder of tokens."""
+    """Returns the cure for a damaged store, for an error message."""
     return f"delete {folder} and run {PREPARE_TEACHER} again"

@@ -1,4 +1,4 @@
-"""Reading stored teacher tokens: files beside the shards, mapped, one per shard."""
+"""Reads a store of teacher tokens: memory-mapped files beside the shards, one per shard."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from srepa_ds.files import sha256_of
 
 
 class TokenStore:
-    """A finished folder of one teacher's tokens: every header was held against the index."""
+    """A finished store of one teacher's tokens; opening it checks every header."""
 
     def __init__(self, folder: Path):
-        """Opens `folder`; raises DataError naming the first file that does not fit the index."""
+        """Opens `folder`; raises DataError naming the first file that contradicts the index."""
         self.folder = folder
         self.index: TokenIndex = read_token_index(folder)
         kind = Kind("token file", again(folder))
@@ -44,7 +44,7 @@ class TokenStore:
         return self.index.width
 
     def check_fits(self, shards: ShardIndex, folder: Path) -> None:
-        """Returns if these are tokens of the images in `folder`; raises DataError naming a file."""
+        """Checks that these are tokens of the images in `folder`; raises DataError."""
         if self.index.dataset_id != shards.dataset_id:
             raise DataError(
                 f"{self.folder}: tokens of the data set {self.index.dataset_id}, but {folder} is "
@@ -56,23 +56,20 @@ class TokenStore:
                 f"{len(shards.shards)}; {again(self.folder)}"
             )
         for tokens, shard in zip(self.index.files, shards.shards, strict=True):
-            there = (tokens.num_samples, tokens.shard_sha256)
-            if there != (shard.num_samples, shard.sha256):
+            found = (tokens.num_samples, tokens.shard_sha256)
+            if found != (shard.num_samples, shard.sha256):
                 raise DataError(
                     f"{self.folder / tokens.file}: tokens of {tokens.num_samples} images that are "
                     f"not the {shard.num_samples} in {folder / shard.file}; {again(self.folder)}"
                 )
 
     def read(self, indices: Int64[Tensor, " batch"]) -> StoredTokens:
-        """Returns the tokens of the samples of `indices` in their order; IndexError outside."""
+        """Returns the tokens of the samples `indices`, in their order; raises IndexError."""
         found = self._files.gather(indices)
         return StoredTokens(found["patches"], found.get("patches_scale"), found.get("cls"))
 
     def verify(self) -> None:
-        """Returns if every byte is as it was written; reads everything.
-
-        Raises DataError naming the first file that differs.
-        """
+        """Checks the hash of every file; raises DataError naming the first that differs."""
         for entry in self.index.files:
             path = self.folder / entry.file
             found = sha256_of(path)

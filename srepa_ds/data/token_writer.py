@@ -1,7 +1,9 @@
-"""Writing a folder of stored teacher tokens: file by file, in any order, the index last."""
+"""Writes a store of teacher tokens: one file per shard, in any order, then the index."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,95 +19,134 @@ from srepa_ds.data.token_index import (
     TokenIndex,
     again,
     form_bytes,
+    token_file_name,
 )
-from srepa_ds.errors import DataError
-from srepa_ds.files import sha256_of, write_aside
+from srepa_ds.errors import DataError, OutputError
+from srepa_ds.files import locked, make_folder, remove_empty, sha256_of, write_aside, writing
 from srepa_ds.schema import to_tree
 
+_CURE = "make room or correct its permissions, then run the same command again"
+_FILE = Kind("token file", "it is written again")
 
-def is_written(path: Path, described: TokenDescription, shard: ShardEntry) -> bool:
-    """Returns whether an earlier run finished the tokens of `shard` at `path`.
 
-    The file appears only when it is whole, so its header and its size are enough to know it by.
-    Raises DataError if it holds the tokens of other images.
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Makes `folder` and keeps other processes out of it; removes it if it stays empty.
+
+    Raises OutputError if it cannot be written to or another process is writing the same store.
     """
-    count, size = shard.num_samples, file_bytes(described, shard)
-    kind = Kind("token file", "it is written again")
-    try:
-        found = read_header(path, kind, expected_bytes=size)
-    except DataError:
-        return False
-    if found.facts.get("shard_sha256", shard.sha256) != shard.sha256:
-        # Hours of a teacher's work lie in such a folder, so it is not overwritten unasked.
-        raise DataError(
-            f"{path}: tokens of other images than those that are in {shard.file} now; "
-            f"{again(path.parent)}, or bring back the images it was begun with"
+    with ExitStack() as lock:
+        with writing(folder, cure=_CURE):
+            made = make_folder(folder)
+            try:
+                lock.enter_context(locked(folder))
+            except BlockingIOError as error:
+                raise OutputError(
+                    f"{folder}: another process is storing these tokens; wait for it or end it, "
+                    "then run the same command again"
+                ) from error
+        try:
+            yield
+        finally:
+            remove_empty(made)
+
+
+@dataclass(frozen=True)
+class TokenStoreWriter:
+    """Writes one teacher's tokens of the images in `shards`; several ranks may share the files."""
+
+    folder: Path
+    description: TokenDescription
+    shards: tuple[ShardEntry, ...]
+
+    def path(self, number: int) -> Path:
+        """Returns the file that goes with shard `number`."""
+        return self.folder / token_file_name(number)
+
+    def num_bytes(self, number: int) -> int:
+        """Returns the size of the file that goes with shard `number`."""
+        shard = self.shards[number]
+        return self.description.file_bytes(shard.num_samples, shard_sha256=shard.sha256)
+
+    def missing(self) -> tuple[int, ...]:
+        """Returns the shards whose tokens are still to be written.
+
+        Raises DataError if a file holds the tokens of other images.
+        """
+        return tuple(n for n in range(len(self.shards)) if not self._is_written(n))
+
+    def _is_written(self, number: int) -> bool:
+        # A file gets its name only when it is whole, so header and size suffice.
+        path, shard, size = self.path(number), self.shards[number], self.num_bytes(number)
+        try:
+            found = read_header(path, _FILE, expected_bytes=size)
+        except DataError:
+            return False
+        if found.facts.get("shard_sha256", shard.sha256) != shard.sha256:
+            # Such a folder holds hours of a teacher's work: never overwrite it unasked.
+            raise DataError(
+                f"{path}: tokens of other images than those in {shard.file} now; "
+                f"{again(path.parent)}, or restore the images it was begun with"
+            )
+        facts = self.description.facts(shard.num_samples, shard_sha256=shard.sha256)
+        expected = Header(facts, self.description.tensors(shard.num_samples), size)
+        try:
+            check_header(path, _FILE, found, expected)
+        except DataError:
+            return False
+        return True
+
+    def write(self, number: int, pieces: Iterable[StoredTokens]) -> None:
+        """Writes the tokens of shard `number`, which `pieces` give in the order of its images.
+
+        Each piece is written to its place at once, so memory is bounded by one piece. Raises
+        OutputError, and what the iterator raises; then there is no file.
+        """
+        shard, tokens = self.shards[number], self.description
+        preamble = tokens.preamble(shard.num_samples, shard_sha256=shard.sha256)
+        starts = _starts(tokens, shard.num_samples, first=len(preamble))
+
+        def write(aside: Path) -> None:
+            done = 0
+            with aside.open("wb") as file:
+                file.write(preamble)
+                for piece in pieces:
+                    for name, tensor in piece.named_tensors().items():
+                        rows = tensor.contiguous().view(torch.uint8).numpy()
+                        file.seek(starts[name] + done * (rows.nbytes // len(piece)))
+                        file.write(rows.data)
+                    done += len(piece)
+            assert done == shard.num_samples, f"{done} samples for a file of {shard.num_samples}"
+
+        with writing(self.path(number), cure=_CURE):
+            write_aside(self.path(number), write)
+
+    def entry(self, number: int) -> TokenFileEntry:
+        """Returns the index's entry for a written file; reads all of it."""
+        path, shard = self.path(number), self.shards[number]
+        with writing(path, cure=_CURE):
+            return TokenFileEntry(
+                file=path.name,
+                num_samples=shard.num_samples,
+                shard_sha256=shard.sha256,
+                bytes=path.stat().st_size,
+                sha256=sha256_of(path),
+            )
+
+    def finish(self, entries: Iterable[TokenFileEntry]) -> None:
+        """Writes the index of all files, in any order; raises OutputError."""
+        files = tuple(sorted(entries, key=lambda entry: entry.file))
+        index = TokenIndex(
+            **dict(self.description), format=TOKEN_FORMAT, version=TOKEN_VERSION, files=files
         )
-    facts = described.facts(count, shard_sha256=shard.sha256)
-    try:
-        check_header(path, kind, found, Header(facts, described.tensors(count), size))
-    except DataError:
-        return False
-    return True
+        text = json.dumps(to_tree(index), indent=1) + "\n"
+        with writing(self.folder, cure=_CURE):
+            write_aside(self.folder / INDEX_NAME, lambda aside: aside.write_text(text))
 
 
-def file_bytes(described: TokenDescription, shard: ShardEntry) -> int:
-    """Returns the size of the file with the tokens of `shard`."""
-    return described.file_bytes(shard.num_samples, shard_sha256=shard.sha256)
-
-
-def write_tokens(
-    path: Path, described: TokenDescription, shard: ShardEntry, pieces: Iterable[StoredTokens]
-) -> None:
-    """Returns when `path` holds the tokens of `pieces`, in all those of the images of `shard`.
-
-    Each piece goes to its place at once, so memory is bounded by one piece. Raises OSError, and
-    what the iterator raises; then there is no file.
-    """
-
-    preamble = described.preamble(shard.num_samples, shard_sha256=shard.sha256)
-    starts = _starts(described, shard.num_samples, first=len(preamble))
-
-    def write(aside: Path) -> None:
-        done = 0
-        with aside.open("wb") as file:
-            file.write(preamble)
-            for piece in pieces:
-                for name, tensor in piece.named_tensors().items():
-                    rows = tensor.contiguous().view(torch.uint8).numpy()
-                    file.seek(starts[name] + done * (rows.nbytes // len(piece)))
-                    file.write(rows.data)
-                done += len(piece)
-        assert done == shard.num_samples, f"{done} samples for a file of {shard.num_samples}"
-
-    write_aside(path, write)
-
-
-def _starts(described: TokenDescription, num_samples: int, *, first: int) -> dict[str, int]:
+def _starts(description: TokenDescription, num_samples: int, *, first: int) -> dict[str, int]:
     place, starts = first, {}
-    for name, form in described.tensors(num_samples).items():
+    for name, form in description.tensors(num_samples).items():
         starts[name] = place
         place += form_bytes(form)
     return starts
-
-
-def entry_of(path: Path, shard: ShardEntry) -> TokenFileEntry:
-    """Returns what the index says of a written file; reads all of it."""
-    return TokenFileEntry(
-        file=path.name,
-        num_samples=shard.num_samples,
-        shard_sha256=shard.sha256,
-        bytes=path.stat().st_size,
-        sha256=sha256_of(path),
-    )
-
-
-def write_token_index(
-    folder: Path, described: TokenDescription, files: Sequence[TokenFileEntry]
-) -> None:
-    """Returns when `folder` is a finished store of `files`; raises OSError."""
-    index = TokenIndex(
-        **dict(described), format=TOKEN_FORMAT, version=TOKEN_VERSION, files=tuple(files)
-    )
-    text = json.dumps(to_tree(index), indent=1) + "\n"
-    write_aside(folder / INDEX_NAME, lambda aside: aside.write_text(text))

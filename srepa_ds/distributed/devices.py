@@ -1,4 +1,4 @@
-"""Which device a rank computes on, and that all ranks have one of the same kind."""
+"""Devices: the one each rank computes on, and the check that all ranks have the same kind."""
 
 import json
 import os
@@ -7,11 +7,11 @@ import platform
 import torch
 import torch.distributed as dist
 
-from srepa_ds.errors import TopologyError, met_by_all
+from srepa_ds.errors import TopologyError, raised_on_all_ranks
 
 
 def choose_accelerator() -> None:
-    """Tells DeepSpeed, before it is imported, that a machine without GPU means to use its CPU."""
+    """Tells DeepSpeed to use the CPU on a machine without GPU. Call it before importing it."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -19,10 +19,8 @@ def choose_accelerator() -> None:
 def local_device(local_rank: int = 0) -> torch.device:
     """Returns the device of a local rank: its GPU, or the CPU where there is none.
 
-    Raises TopologyError when the node has fewer GPUs than local ranks. From then on convolutions of
-    float32 are that, as products are: torch's default on GPUs is TF32.
+    Raises TopologyError if the node has fewer GPUs than local ranks.
     """
-    torch.backends.cudnn.allow_tf32 = False
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
@@ -30,27 +28,45 @@ def local_device(local_rank: int = 0) -> torch.device:
             f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
             "start as many ranks per node as it has GPUs"
         )
-    try:
-        torch.cuda.set_device(local_rank)
-    except RuntimeError as error:
-        raise TopologyError(f"local rank {local_rank}: its GPU is not usable: {error}") from error
     return torch.device("cuda", local_rank)
 
 
-def agreed_device(store: dist.Store, rank: int, world_size: int, local_rank: int) -> torch.device:
-    """Returns this rank's device; raises TopologyError on all ranks if one has none, or another's.
+def take_device(local_rank: int = 0) -> torch.device:
+    """Makes the device of a local rank this process's current one and returns it.
 
-    By way of the store, for a rank without its device cannot join the group and say so there.
+    Raises TopologyError if there is none, as `local_device` does, or if it cannot be used.
+    """
+    device = local_device(local_rank)
+    if device.type == "cuda":
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:
+            raise TopologyError(
+                f"local rank {local_rank}: its GPU is not usable: {error}"
+            ) from error
+    return device
+
+
+def use_exact_float32() -> None:
+    """Makes float32 convolutions exact, as products are: torch's default on GPUs is TF32."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def agreed_device(store: dist.Store, rank: int, world_size: int, local_rank: int) -> torch.device:
+    """Takes this rank's device and returns it.
+
+    Raises TopologyError on all ranks if one has no device, or if their devices differ in kind. The
+    ranks tell each other through the store: a rank without its device cannot join the group.
     """
     if store.check([f"device/{rank}"]):
         raise TopologyError(
-            f"{place_of(rank)}: torchrun restarts with the store of the attempt before, whose "
-            "ranks would be taken for today's; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where it "
-            "is started, or run it again instead of --max-restarts"
+            f"{place_of(rank)}: torchrun restarts with the store of the previous attempt, whose "
+            "ranks would be taken for the new ones; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where "
+            "torchrun is started, or run it again instead of using --max-restarts"
         )
     device, fault = None, ""
     try:
-        device = local_device(local_rank)
+        device = take_device(local_rank)
     except TopologyError as error:
         fault = str(error)
     said = {"where": place_of(rank), "kind": device.type if device else "", "fault": fault}
@@ -61,7 +77,7 @@ def agreed_device(store: dist.Store, rank: int, world_size: int, local_rank: int
     if device is not None and all(other["kind"] == device.type for other in told):
         return device
     _wait_until_all_know(store, rank, world_size)
-    raise met_by_all(TopologyError(_device_fault(told)))
+    raise raised_on_all_ranks(TopologyError(_device_fault(told)))
 
 
 def _device_fault(told: list[dict[str, str]]) -> str:
@@ -71,13 +87,13 @@ def _device_fault(told: list[dict[str, str]]) -> str:
     gpu = next(rank["where"] for rank in told if rank["kind"] == "cuda")
     none = next(rank["where"] for rank in told if rank["kind"] != "cuda")
     return (
-        f"{none} sees no GPU, {gpu} has one; mend its driver, or set CUDA_VISIBLE_DEVICES= "
+        f"{none} sees no GPU, {gpu} has one; repair its driver, or set CUDA_VISIBLE_DEVICES= "
         "(empty) on all nodes to train on their CPUs"
     )
 
 
 def _wait_until_all_know(store: dist.Store, rank: int, world_size: int) -> None:
-    """Returns on rank 0, which may be the store's host, when all the others have read from it."""
+    """Waits on rank 0, which may host the store, until all other ranks have read from it."""
     if store.add("know", 1) == world_size:
         store.set("all know", "")
     if rank == 0:
@@ -85,5 +101,5 @@ def _wait_until_all_know(store: dist.Store, rank: int, world_size: int) -> None:
 
 
 def place_of(number: int) -> str:
-    """Returns how messages name a rank: with the machine it is on."""
+    """Returns the name of a rank in messages, with its machine."""
     return f"rank {number} ({platform.node()})"

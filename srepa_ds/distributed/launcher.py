@@ -1,4 +1,4 @@
-"""Ranks on this machine: start them, pass signals on, and end together."""
+"""Ranks on this machine: starts them, passes signals on, and ends them together."""
 
 import ctypes
 import os
@@ -14,14 +14,12 @@ from types import FrameType
 
 from srepa_ds.errors import TopologyError
 
-_LEAVE_SECONDS = 3.0
-_KILL_SECONDS = 60.0
 _POLL_SECONDS = 0.1
 _SAME_SIGNAL_SECONDS = 3.0
 _PR_SET_PDEATHSIG = 1
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What asks a run to stop: Ctrl-C, a scheduler, a closed terminal."""
+"""The signals that ask a run to stop: from Ctrl-C, a scheduler, a closed terminal."""
 
 
 def launched() -> bool:
@@ -36,12 +34,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(arguments: Sequence[str], num_ranks: int, *, port: int) -> int:
-    """Returns the exit code of `srepa-ds ARGUMENTS` run as `num_ranks` local processes.
+def run_ranks(
+    arguments: Sequence[str],
+    num_ranks: int,
+    *,
+    port: int,
+    leave_seconds: float = 3.0,
+    kill_seconds: float = 60.0,
+) -> int:
+    """Runs `srepa-ds ARGUMENTS` as `num_ranks` local processes and returns the exit code.
 
-    Stop signals reach every rank once, so that they can save; a rank that fails ends the
-    others. The code is that of the first rank that failed, else 0. Raises TopologyError for fewer
-    than one rank.
+    Stop signals reach every rank once, so that all can save. When a rank has failed, the others are
+    asked to stop after `leave_seconds` and killed after `kill_seconds`. The code is that of the
+    first rank that failed, else 0. Raises TopologyError for fewer than one rank.
     """
     if num_ranks < 1:
         raise TopologyError(f"--ranks must be at least 1, got {num_ranks}")
@@ -56,7 +61,7 @@ def run_ranks(arguments: Sequence[str], num_ranks: int, *, port: int) -> int:
         for rank in range(num_ranks):
             environment = _environment(rank, num_ranks, port)
             ranks.append(start_child(command, environment))
-        return _wait(ranks)
+        return _wait(ranks, leave_seconds, kill_seconds)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -67,10 +72,10 @@ def run_ranks(arguments: Sequence[str], num_ranks: int, *, port: int) -> int:
 
 
 def start_child(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Returns a process that gets this one's signals only by way of this one.
+    """Starts a process that gets stop signals only from this one, and returns it.
 
-    It has a session of its own, so that a terminal's Ctrl-C does not reach it twice, and on Linux
-    it is asked to stop when this process dies, so that it is never left behind.
+    It has its own session, so that a terminal's Ctrl-C does not reach it twice. On Linux it is
+    asked to stop when this process dies, so that it is never left behind.
     """
     return subprocess.Popen(
         command, env=environment, start_new_session=True, preexec_fn=_stop_with_parent
@@ -99,11 +104,11 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 
 @contextmanager
 def stop_requested() -> Iterator[list[int]]:
-    """Yields a list that holds the signal once one of `STOP_SIGNALS` has come.
+    """Yields a list that holds the signal once one of `STOP_SIGNALS` has arrived.
 
     The first signal asks for a stop at the next good moment. Another one some seconds later ends
-    the process at once; sooner, it is taken for the same request: a scheduler that signals every
-    process reaches a rank twice, directly and by way of its launcher.
+    the process at once. A sooner one counts as the same request: a scheduler that signals every
+    process reaches a rank twice, directly and through its launcher.
     """
     received: list[int] = []
     first_came: list[float] = []
@@ -135,11 +140,12 @@ def _forwarding(
     return forward
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(
+    ranks: Sequence[subprocess.Popen[bytes]], leave_seconds: float, kill_seconds: float
+) -> int:
     """Waits for all ranks and returns the code of the first that failed, else 0.
 
-    After a failure the others may still say why and leave by themselves; then they are asked to,
-    and in the end made to.
+    After a failure the others have time to report and leave by themselves.
     """
     first_failure, failed_at, asked = 0, 0.0, False
     while any(process.poll() is None for process in ranks):
@@ -149,10 +155,10 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
             first_failure, failed_at = failed[0] or 0, time.monotonic()
         waited = time.monotonic() - failed_at if first_failure else 0.0
         alive = [process for process in ranks if process.poll() is None]
-        if waited > _KILL_SECONDS:
+        if waited > kill_seconds:
             for process in alive:
                 process.kill()
-        elif waited > _LEAVE_SECONDS and not asked:
+        elif waited > leave_seconds and not asked:
             asked = True
             for process in alive:
                 process.terminate()

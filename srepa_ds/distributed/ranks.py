@@ -1,4 +1,4 @@
-"""The process group: who this rank is, and decisions that all ranks take together."""
+"""The process group: this process's rank, collectives, and errors shared by all ranks."""
 
 import os
 import sys
@@ -6,14 +6,20 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from functools import wraps
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from srepa_ds.console import let_ranks_agree, show_waiting_warnings
-from srepa_ds.distributed.devices import agreed_device, local_device, place_of
+from srepa_ds.distributed.devices import (
+    agreed_device,
+    place_of,
+    take_device,
+    use_exact_float32,
+)
 from srepa_ds.distributed.launcher import free_port, launched
 from srepa_ds.errors import (
     ConfigError,
@@ -22,16 +28,17 @@ from srepa_ds.errors import (
     RankError,
     SRepaError,
     TopologyError,
-    met_by_all,
+    raised_on_all_ranks,
 )
 
+P = ParamSpec("P")
 T = TypeVar("T")
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Rank:
-    """This process's place among all: global rank, their number, and its device."""
+    """This process in the group: its global number, the size of the group, and its device."""
 
     number: int
     world_size: int
@@ -39,19 +46,19 @@ class Rank:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that prints and writes what concerns all."""
+        """True on the main rank, which prints and writes for all."""
         return self.number == 0
 
 
 def initialize(timeout: timedelta = timedelta(minutes=30)) -> Rank:
-    """Returns this process's `Ranks`, joining the process group (NCCL on GPUs, gloo elsewhere).
+    """Joins the process group (NCCL on GPUs, gloo elsewhere) and returns this process's `Rank`.
 
     Without a launcher the process is a group of one. Raises TopologyError when the launcher's
-    variables are incomplete; and on all ranks, when one finds no GPU for itself or others have
-    devices of another kind.
+    variables are incomplete, and on all ranks when one has no GPU or their devices differ in kind.
     """
     # DeepSpeed reads LOCAL_RANK on its own.
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    use_exact_float32()
     if not dist.is_initialized():
         try:
             place = _from_launcher(local_rank, timeout) if launched() else _alone(local_rank)
@@ -60,9 +67,9 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> Rank:
             device_id = device if device.type == "cuda" else None
             dist.init_process_group(backend, timeout=timeout, device_id=device_id, **place)
         finally:
-            # Also where this rank cannot join: they may say why.
+            # Also when this rank cannot join: a warning may say why.
             show_waiting_warnings()
-    return Rank(dist.get_rank(), dist.get_world_size(), local_device(local_rank))
+    return Rank(dist.get_rank(), dist.get_world_size(), take_device(local_rank))
 
 
 def _from_launcher(local_rank: int, timeout: timedelta) -> dict[str, Any]:
@@ -82,11 +89,11 @@ def _from_launcher(local_rank: int, timeout: timedelta) -> dict[str, Any]:
 def _alone(local_rank: int) -> dict[str, Any]:
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         raise TopologyError(
-            "srun starts several tasks, but none knows of the others; start one task per node and "
-            "torchrun inside it"
+            "srun started several tasks that do not know of each other; start one task per node "
+            "and torchrun inside it"
         )
     return {
-        "device": local_device(local_rank),
+        "device": take_device(local_rank),
         "init_method": f"tcp://127.0.0.1:{free_port()}",
         "rank": 0,
         "world_size": 1,
@@ -99,17 +106,17 @@ def joined() -> bool:
 
 
 def rank() -> int:
-    """Returns this process's global rank, from the launcher before the group is joined."""
+    """Returns this process's global number; before it joins the group, the launcher's."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Returns the number of ranks, 1 outside a process group."""
+    """Returns the number of ranks; 1 outside a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
-    """Waits until every rank has come this far."""
+    """Waits until every rank has arrived here."""
     if world_size() > 1:
         dist.barrier()
 
@@ -133,7 +140,7 @@ def gather(value: T) -> list[T]:
 
 
 def gather_on_main(value: T) -> list[T]:
-    """Returns every rank's value, in rank order, on the main rank, and nothing on the others."""
+    """Returns every rank's value, in rank order, on the main rank; an empty list elsewhere."""
     if world_size() == 1:
         return [value]
     box: list[Any] | None = [None] * world_size() if rank() == 0 else None
@@ -164,18 +171,19 @@ def any_rank(flag: bool) -> bool:
     return bool(tensor.item())
 
 
-def together(action: Callable[[], T]) -> T:
-    """Returns `action()`, or raises on *every* rank the user error (or OSError) that any rank met.
+def together(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Returns `action(*args, **kwargs)`; raises on *every* rank the error that any rank met.
 
-    So no rank waits in a collective for one that has already left. The first rank's error speaks;
-    on ranks that did not meet it a note says who did. An error nobody foresaw is a RankError, once
-    its traceback is printed where it was met; a process alone raises it as it is.
+    So no rank waits in a collective for one that has already left. User errors and OSErrors keep
+    their place and cure; on ranks that did not meet the error, a note names the one that did. An
+    unexpected error becomes a RankError after its traceback is printed on the rank that met it;
+    a single process raises it unchanged.
     """
     result: T | None = None
     error: SRepaError | None = None
     here = place_of(rank())
     try:
-        result = action()
+        result = action(*args, **kwargs)
     except SRepaError as caught:
         error = caught
     except OSError as caught:
@@ -184,7 +192,7 @@ def together(action: Callable[[], T]) -> T:
     except Exception as caught:
         if world_size() == 1:
             raise
-        # At once: the others may have long to do before they hear of it.
+        # At once: the others may take long to get here.
         traceback.print_exception(caught)
         error = RankError(f"{here} failed: {type(caught).__name__}: {caught}")
         error.__cause__ = caught
@@ -193,16 +201,51 @@ def together(action: Callable[[], T]) -> T:
         place, first = errors[0]
         if error is None:
             first.add_note(f"met by {place}")
-        # The same type everywhere: it tells callers what to clean up. A rank's own keeps its cause.
-        raise met_by_all(error if error is not None else first)
+        # The same type everywhere, so callers know what to clean up. A rank's own keeps its cause.
+        raise raised_on_all_ranks(error if error is not None else first)
     return result  # type: ignore[return-value]
 
 
-def check_same(facts: Mapping[str, Any], *, what: str) -> None:
-    """Returns if all ranks gave equal `facts`; else raises ConfigError on all. Collective.
+def on_main(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Returns on every rank what `action(*args, **kwargs)` returns on the main rank.
 
-    It names the differing keys and the first rank that differs from rank 0; `what` says what the
-    facts are of, and what to do.
+    Only the main rank runs it. Raises on every rank the error it met there.
+    """
+    result = together(lambda: action(*args, **kwargs) if rank() == 0 else None)
+    return broadcast(result)  # type: ignore[return-value]
+
+
+def collective(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a function that all ranks call: an error on one rank is raised on all.
+
+    See `together`.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return together(function, *args, **kwargs)
+
+    return call
+
+
+def main_rank_only(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a function that all ranks call and the main rank runs for all of them.
+
+    See `on_main`.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return on_main(function, *args, **kwargs)
+
+    return call
+
+
+def check_same(facts: Mapping[str, Any], *, what: str) -> None:
+    """Checks that all ranks give equal `facts`; raises ConfigError on all otherwise. Collective.
+
+    The error names the differing keys and the first rank that differs from rank 0; `what` is its
+    first line: the kind of facts, and what to do.
     """
     by_rank = gather((place_of(rank()), dict(facts)))
     first, expected = by_rank[0]
@@ -213,22 +256,13 @@ def check_same(facts: Mapping[str, Any], *, what: str) -> None:
                 values = f"{expected.get(key)!r} on {first}, {found.get(key)!r} on {where}"
                 faults.setdefault(key, Fault(key, values))
     if faults:
-        raise met_by_all(ConfigError(what, faults.values()))
-
-
-def on_main(action: Callable[[], T]) -> T:
-    """Returns on every rank what `action` returns on the main one, the only one that runs it.
-
-    Raises on every rank the user error it met there.
-    """
-    result = together(lambda: action() if rank() == 0 else None)
-    return broadcast(result)  # type: ignore[return-value]
+        raise raised_on_all_ranks(ConfigError(what, faults.values()))
 
 
 def another_group() -> Any:
-    """Returns a new group of all ranks that waits as long as the one they have joined. Collective.
+    """Returns a new group of all ranks with the timeout of the group they joined. Collective.
 
-    torch's default for a new one is ten minutes with NCCL; a rank may write or compile for longer.
+    torch's default for a new group is ten minutes with NCCL; writing or compiling may take longer.
     """
     own: Any = dist.group.WORLD
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -243,10 +277,10 @@ def close() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process with `code` at once, after its output is flushed.
+    """Ends this process with exit code `code` as soon as its output is flushed.
 
-    Interpreter shutdown with live communication threads now and then aborts a rank whose work is
-    done, and a launcher would report that as a failed run.
+    An ordinary interpreter shutdown with live communication threads sometimes aborts a rank that
+    has finished, which a launcher would report as a failed run.
     """
     close()
     sys.stdout.flush()

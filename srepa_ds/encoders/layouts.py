@@ -1,7 +1,7 @@
-"""Published checkpoints brought to the names timm's filters know: pure functions, a row each.
+"""The table of layouts: `LAYOUTS`, functions that rename published weights for timm's filters.
 
-timm itself reads its own files, DINOv2's, CLIP's and Perception Encoder's visual towers. The
-functions here come before it, and leave a file that already has timm's names as it is.
+timm itself reads its own files, DINOv2's, CLIP's and Perception Encoder's visual towers. These
+functions run before its filters, and leave a file that already has timm's names as it is.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,14 +22,14 @@ _MOCOV3_MISNAMED = {
 
 
 def from_timm(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the state_dict in a checkpoint, which may lie under `state_dict` or `model`."""
+    """Returns the state_dict of a checkpoint, which may be under `state_dict` or `model`."""
     return _state_dict_in(checkpoint)
 
 
 def from_mocov3(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns the base encoder of a MoCo v3 training, without its projection head.
 
-    The fixed sine and cosine table of positions stays the file's own.
+    The fixed sine-cosine table of positions is taken from the file.
     """
     state = _state_dict_in(checkpoint)
     prefixes = ("module.base_encoder.", "base_encoder.")
@@ -52,13 +52,13 @@ def _repaired(key: str) -> str:
 
 
 def from_ijepa(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the context encoder of an I-JEPA training: not its moving average, nor predictor."""
+    """Returns the context encoder of an I-JEPA training: neither its average nor the predictor."""
     state = _state_dict_in(checkpoint, "encoder")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def from_mae(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the encoder of an MAE training, its decoder and mask token left out."""
+    """Returns the encoder of an MAE training, without its decoder and mask token."""
     state = _state_dict_in(checkpoint)
     return {
         key: value for key, value in state.items() if not key.startswith(("decoder_", "mask_token"))
@@ -66,7 +66,7 @@ def from_mae(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def from_dinov1(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the teacher's backbone of a DINO training, its head left out; or a bare backbone."""
+    """Returns the teacher's backbone of a DINO training, without its head; or a bare backbone."""
     state = _state_dict_in(checkpoint, "teacher")
     bare = {
         key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()
@@ -75,10 +75,10 @@ def from_dinov1(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def from_dinov3(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns a DINOv3 backbone with query and value biases apart, or without if all are zero.
+    """Returns a DINOv3 backbone with separate query and value biases, or none if all are zero.
 
-    timm has models with and without these biases, and its own filter drops what has no place
-    without a word; here biases that matter keep a name that has to fit.
+    timm has models with and without these biases, and its own filter silently drops keys it has no
+    place for; here, biases that matter keep a name that must fit.
     """
     state = _state_dict_in(checkpoint)
     biases = {key: value.chunk(3) for key, value in state.items() if key.endswith(".attn.qkv.bias")}
@@ -105,7 +105,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def _state_dict_in(checkpoint: Checkpoint, *places: str) -> dict[str, Any]:
-    """Returns the first mapping of tensors alone, going down by `places`, state_dict or model."""
+    """Returns the first mapping of tensors only, below `places`, state_dict or model."""
     state = checkpoint
     while not all(isinstance(value, Tensor) for value in state.values()):
         below = (state.get(place) for place in (*places, "state_dict", "model"))

@@ -1,4 +1,4 @@
-"""What makes a timm ViT a teacher: how images reach it, and which of its tokens are taken."""
+"""`TeacherSpec`: a timm ViT, its preprocessing of images, and the tokens taken from it."""
 
 from typing import Annotated, Any, Literal
 
@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from srepa_ds.encoders.layouts import LAYOUTS
 from srepa_ds.encoders.timm_models import RESERVED_ARGUMENTS
 from srepa_ds.errors import ConfigError, Fault
-from srepa_ds.schema import Section, known_in
+from srepa_ds.schema import Section, one_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -17,16 +17,16 @@ Resolution = int | tuple[int, int]
 
 
 class TeacherSpec(Section):
-    """Everything that makes a timm ViT a teacher, but for its weights."""
+    """Everything that makes a timm ViT a teacher, except its weights."""
 
     architecture: str
-    """Name of the model in timm, with the tag of its pretrained weights if it has any."""
+    """Name of the model in timm, with the tag of its pretrained weights, if any."""
 
     arguments: dict[str, Any] = {}
     """Further arguments of the timm model, such as depth or embed_dim."""
 
-    layout: Annotated[str, known_in("layout", LAYOUTS)] = "timm"
-    """How the keys of a local file of weights are named; files with timm's own names always fit."""
+    layout: Annotated[str, one_of("layout", LAYOUTS)] = "timm"
+    """Naming of the keys in a local weights file; files with timm's own names always fit."""
 
     width: int = Field(ge=1)
     """Channels of a token."""
@@ -35,10 +35,10 @@ class TeacherSpec(Section):
     """Pixels of the teacher's input along one side of a token."""
 
     input_size: Pixels | tuple[Pixels, Pixels] | None = None
-    """Side of the teacher's input in pixels, or [height, width], for every resolution; or null."""
+    """Side of the teacher's input in pixels, or [height, width], at every resolution; or null."""
 
     input_size_per_256: int | None = Field(default=None, ge=1)
-    """Side of the teacher's input for every 256 px of the training image; or null."""
+    """Side of the teacher's input per 256 px of the training image; or null."""
 
     resize: Literal["bicubic", "bilinear"] = "bicubic"
     """Interpolation from the training image to the teacher's input."""
@@ -47,16 +47,16 @@ class TeacherSpec(Section):
     """Whether the interpolation of the image is antialiased (REPA: no)."""
 
     order: Literal["normalise_then_resize", "resize_then_normalise"] = "normalise_then_resize"
-    """Which comes first; equal but for rounding."""
+    """The order of the two; the results are equal up to rounding."""
 
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Subtracted from the channels of the image in [0, 1]."""
+    """Subtracted from the channels of an image in [0, 1]."""
 
     std: tuple[float, float, float] = IMAGENET_STD
-    """Divides the channels after the mean is subtracted."""
+    """Divides the channels after subtraction of the mean."""
 
     num_prefix_tokens: int = Field(default=1, ge=0)
-    """Tokens in front of the patches: class token and registers."""
+    """Tokens before the patches: class token and registers."""
 
     has_cls: bool = True
     """Whether the first prefix token is a class token."""
@@ -65,7 +65,7 @@ class TeacherSpec(Section):
     """Whether patch tokens pass the encoder's last normalisation."""
 
     num_classes: int = Field(default=0, ge=0)
-    """Classes of the encoder's own head, 0 to leave the head out."""
+    """Classes of the encoder's own head; 0 leaves the head out."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "TeacherSpec":
@@ -83,7 +83,7 @@ class TeacherSpec(Section):
         """Returns height and width of the teacher's input, in pixels, for images of `resolution`.
 
         An integer is the side of a square. Raises ConfigError unless whole patches fill the input,
-        and for images that are not square if `input_size` is one side.
+        or if images are not square but `input_size` is a single side.
         """
         height, width = both_sides(resolution)
         if isinstance(self.input_size, int) and height != width:
@@ -105,7 +105,7 @@ class TeacherSpec(Section):
 
 
 def both_sides(size: Resolution) -> tuple[int, int]:
-    """Returns height and width of a size that may be the side of a square."""
+    """Returns (height, width) of a size, which may be the side of a square."""
     return size if isinstance(size, tuple) else (size, size)
 
 

@@ -1,7 +1,7 @@
-"""The teachers: a row of a table each.
+"""The table of teachers: `TEACHERS`, a spec for each.
 
-Conventions of preprocessing are those of REPA, and of iREPA where REPA has none (DINOv1, DINOv3).
-Every row gives a grid of 16 x 16 tokens for each 256 px of the image's sides.
+Preprocessing follows REPA, and iREPA where REPA has no such teacher (DINOv1, DINOv3). Every row but
+the demo's gives a grid of 16 x 16 tokens at 256 px, and in proportion at other sizes.
 """
 
 from srepa_ds.encoders.spec import TeacherSpec
@@ -46,7 +46,7 @@ def _dinov3(size: str, width: int) -> TeacherSpec:
 
 def _mocov3(letter: str, *, num_heads: int) -> TeacherSpec:
     size, width = _SIZES[letter]
-    # No tag: the weights timm publishes for this architecture were trained otherwise.
+    # No tag: the weights timm publishes for this architecture were trained differently.
     return TeacherSpec(
         architecture=f"vit_{size}_patch16_224",
         arguments={"num_heads": num_heads},
@@ -58,7 +58,7 @@ def _mocov3(letter: str, *, num_heads: int) -> TeacherSpec:
 
 
 def _siglip2(size: str, width: int) -> TeacherSpec:
-    # `gap`: without the attention pooling head, which patch tokens do not pass.
+    # `gap`: without the attention pooling head, which patch tokens do not pass through.
     return TeacherSpec(
         architecture=f"vit_{size}_patch16_siglip_gap_256.v2_webli",
         width=width,
@@ -126,7 +126,7 @@ _DINOV1_B = TeacherSpec(
 )
 
 
-# The demo's own teachers: no pretrained weights exist, `srepa-ds teacher` trains them.
+# The demo's own teachers: there are no pretrained weights, `srepa-ds teacher` trains them.
 def _digits(*, has_cls: bool) -> TeacherSpec:
     return TeacherSpec(
         architecture="vit_tiny_patch16_224",

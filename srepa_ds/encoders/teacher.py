@@ -1,7 +1,7 @@
-"""Frozen teachers: a timm ViT, its preprocessing, and the tokens that are the target.
+"""Frozen teachers: a timm ViT with its preprocessing, its tokens, and its pooled features.
 
-Position embeddings are resampled once, when weights are loaded, by timm's antialiased bicubic
-interpolation.
+Alignment matches the tokens; the metrics use the pooled features and the logits. Position
+embeddings are resampled once, when weights are loaded, by timm's antialiased bicubic interpolation.
 """
 
 from dataclasses import dataclass
@@ -25,27 +25,27 @@ from srepa_ds.encoders.timm_models import (
     published_names,
 )
 from srepa_ds.errors import ConfigError, Fault, nearest
-from srepa_ds.schema import Section, known_in
+from srepa_ds.schema import MayChange, Section, one_of
 
 
 class TeacherConfig(Section):
-    """Which teacher, and where its weights are."""
+    """A teacher and its weights."""
 
-    name: Annotated[str, known_in("teacher", TEACHERS)] | None = None
+    name: Annotated[str, one_of("teacher", TEACHERS)] | None = None
     """A known teacher, or null if `spec` describes one."""
 
     spec: TeacherSpec | None = None
     """Any other timm ViT, or null."""
 
-    weights: Path | None = None
-    """Local weights, .safetensors or a file of torch (.pt, .pth, .pth.tar), of which only tensors
-    are opened; null takes timm's pretrained ones, downloaded once."""
+    weights: Annotated[Path | None, MayChange] = None
+    """Local weights: .safetensors, or a torch file (.pt, .pth, .pth.tar), from which only tensors
+    are loaded; null takes timm's pretrained weights, downloaded once."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the encoder's products; its weights stay float32."""
 
-    compile: bool = False
-    """Whether torch.compile makes the encoder faster, for a minute or so at the start."""
+    compile: Annotated[bool, MayChange] = False
+    """Whether to compile the encoder with torch.compile, about a minute at the start."""
 
     @model_validator(mode="after")
     def _one_teacher(self) -> "TeacherConfig":
@@ -61,7 +61,7 @@ class TeacherConfig(Section):
         return self.spec or TEACHERS[self.name or ""]
 
     def weights_fault(self) -> Fault | None:
-        """Returns what is wrong if there are neither local nor published weights; nothing is read.
+        """Returns the fault if there are neither local nor published weights; reads no file.
 
         The fault's path is relative to this section.
         """
@@ -79,7 +79,7 @@ class TeacherConfig(Section):
 
 @dataclass(frozen=True)
 class TeacherTokens:
-    """What a teacher says of a batch: patch tokens in row-major order, and its class token."""
+    """A teacher's tokens of a batch: patches in row-major order, and the class token if any."""
 
     patches: Float[Tensor, "batch tokens width"]
     cls: Float[Tensor, "batch width"] | None
@@ -93,7 +93,7 @@ class TeacherFeatures(NamedTuple):
 
 
 class Teacher(nn.Module):
-    """A frozen encoder with its preprocessing; it never trains and no gradient enters it."""
+    """A frozen encoder with its preprocessing; always in evaluation mode, without gradients."""
 
     mean: Tensor
     std: Tensor
@@ -149,7 +149,7 @@ class Teacher(nn.Module):
                 norm=self.spec.final_norm,
                 output_fmt="NLC",
                 intermediates_only=True,
-                # Without prefix tokens some of timm's classes fail if asked for them.
+                # Some of timm's classes fail here if they have no prefix tokens.
                 return_prefix_tokens=self.spec.num_prefix_tokens > 0,
             )
         patches, prefix = tokens if isinstance(tokens, tuple) else (tokens, None)
@@ -158,7 +158,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def classify(self, images: UInt8[Tensor, "batch 3 height width"]) -> TeacherFeatures:
-        """Returns the encoder's own pooled features, and its logits if it has a head (float32)."""
+        """Returns the encoder's pooled features, and its logits if it has a head (float32)."""
         with self._precision(images.device):
             features = self.encoder.forward_features(self.preprocess(images))
             pooled = self.encoder.forward_head(features, pre_logits=True)
@@ -170,7 +170,7 @@ class Teacher(nn.Module):
     ) -> Float[Tensor, "batch 3 input_height input_width"]:
         """Returns the encoder's input for images of 0..255.
 
-        Raises ValueError for images of another resolution or dtype than the teacher was built for.
+        Raises ValueError for images of another resolution or dtype than the teacher takes.
         """
         expected = (3, *self.resolution)
         if images.shape[1:] != expected or images.dtype != torch.uint8:
@@ -202,10 +202,10 @@ def build_encoder(
 ) -> Encoder:
     """Returns the timm model of `spec` for images of `resolution` pixels, on the CPU.
 
-    `resolution` is the side of a square, or height and width. What is trained from the model and
-    saved as a state_dict is loaded by `load_teacher`; a table of positions with a square number of
-    them is taken for a square there. Raises ConfigError if timm cannot build the model or if it is
-    not what `spec` says, DataError if pretrained weights cannot be fetched.
+    `resolution` is the side of a square, or height and width. `load_teacher` loads the model's
+    state_dict after training; it takes a table with a square number of positions to be a square.
+    Raises ConfigError if timm cannot build the model or if it contradicts `spec`, DataError if
+    pretrained weights cannot be fetched.
     """
     encoder = create_encoder(
         spec.architecture,
@@ -220,10 +220,10 @@ def build_encoder(
 
 
 def _contradictions(spec: TeacherSpec, encoder: Encoder) -> list[Fault]:
-    """Returns what `spec` says of the encoder that is not so."""
+    """Returns a fault for each field of `spec` that contradicts the encoder."""
     patches = getattr(encoder, "patch_embed", None)
     if patches is None or not hasattr(encoder, "num_prefix_tokens"):
-        reason = f"'{spec.architecture}' is no vision transformer with patch and prefix tokens"
+        reason = f"'{spec.architecture}' is not a vision transformer with patch and prefix tokens"
         return [Fault("teacher.spec.architecture", reason)]
     height, width = patches.patch_size
     found = {
@@ -248,16 +248,16 @@ def load_teacher(
 ) -> Teacher:
     """Returns the frozen teacher of `config` for images of `resolution` pixels.
 
-    `resolution` is the side of a square, or height and width. Raises ConfigError if there are no
-    weights to be had or timm cannot build the model as described, DataError for weights that are
-    missing, damaged or of another model.
+    `resolution` is the side of a square, or height and width. Raises ConfigError if no weights are
+    available or timm cannot build the model as described, DataError for weights that are missing,
+    damaged or of another model.
     """
     if fault := config.weights_fault():
         raise ConfigError("teacher", [Fault(f"teacher.{fault.path}", fault.message)])
     spec = config.resolved
     encoder = build_encoder(spec, resolution=resolution, pretrained=config.weights is None)
     if config.weights is not None:
-        # Published files may carry heads that a teacher without them has no place for.
+        # Published files may contain heads that this teacher does not have.
         heads = {"head.": spec.num_classes, "attn_pool.": getattr(encoder, "attn_pool", None)}
         ignored = tuple(prefix for prefix, own in heads.items() if not own)
         fill_from_file(encoder, config.weights, layout=spec.layout, ignored_prefixes=ignored)

@@ -1,4 +1,4 @@
-"""The folder of a trained teacher: its weights, and a report that is written last."""
+"""The folder of a teacher that `srepa-ds teacher` trained: weights, then a report."""
 
 import json
 from collections.abc import Iterator
@@ -8,23 +8,24 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from srepa_ds import __version__
 from srepa_ds.errors import OutputError
-from srepa_ds.files import PARTIAL, make_folder, remove_empty, sha256_of, write_aside
+from srepa_ds.files import PARTIAL, make_folder, remove_empty, sha256_of, write_aside, writing
 
 WEIGHTS_NAME = "model.safetensors"
 REPORT_NAME = "teacher.json"
+_CURE = "choose a folder you may write to, with free space"
 _OWN_NAMES = {WEIGHTS_NAME, REPORT_NAME, WEIGHTS_NAME + PARTIAL, REPORT_NAME + PARTIAL}
 
 
 def finished_accuracy(folder: Path, identity: dict[str, Any]) -> float | None:
     """Returns the held-out accuracy of the teacher in `folder`, or None if it must be trained.
 
-    Raises OutputError if the folder holds another teacher or anything foreign.
+    `identity` is everything that decides the weights. Raises OutputError if the folder holds
+    another teacher or an unreadable report.
     """
     path = folder / REPORT_NAME
     if not path.is_file():
@@ -34,7 +35,9 @@ def finished_accuracy(folder: Path, identity: dict[str, Any]) -> float | None:
         found, accuracy = dict(report["identity"]), float(report["heldout_accuracy"])
         expected_hash = str(report["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{path}: no report of a teacher ({error!r}); delete {folder}") from error
+        raise OutputError(
+            f"{path}: not the report of a teacher ({error!r}); delete {folder}"
+        ) from error
     names = sorted({*found, *identity})
     differing = [name for name in names if found.get(name) != identity.get(name)]
     if differing:
@@ -50,52 +53,48 @@ def finished_accuracy(folder: Path, identity: dict[str, Any]) -> float | None:
 def claimed(folder: Path) -> Iterator[None]:
     """Makes `folder` and checks that it can be written to; an exception leaves no new folder.
 
-    Raises OutputError if it cannot, or if it holds files that are not a teacher's.
+    Raises OutputError if it cannot be written to, or holds files that are not a teacher's.
     """
-    probe = folder / (REPORT_NAME + PARTIAL)
-    made: list[Path] = []
-    try:
+    with writing(folder, cure=_CURE):
         made = make_folder(folder)
-        foreign = sorted({path.name for path in folder.iterdir()} - _OWN_NAMES)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        remove_empty(made)
-        raise _unwritable(folder, error) from error
-    if foreign:
-        raise OutputError(f"{folder}: not empty (it holds {foreign[0]}); choose an empty folder")
     try:
+        with writing(folder, cure=_CURE):
+            _check_own(folder)
         yield
     except BaseException:
         remove_empty(made)
         raise
 
 
-def save(folder: Path, encoder: nn.Module, facts: dict[str, Any]) -> None:
-    """Writes the weights of `encoder` as timm names them, then `facts` with hash and versions.
+def _check_own(folder: Path) -> None:
+    """Raises OutputError if `folder` holds foreign files, OSError if it cannot be written to."""
+    foreign = sorted({path.name for path in folder.iterdir()} - _OWN_NAMES)
+    probe = folder / (REPORT_NAME + PARTIAL)
+    probe.touch()
+    probe.unlink()
+    if foreign:
+        raise OutputError(f"{folder}: not empty (it holds {foreign[0]}); choose an empty folder")
 
-    Raises OutputError, with the new files removed.
+
+def save(folder: Path, encoder: nn.Module, facts: dict[str, Any]) -> None:
+    """Writes the weights of `encoder` in timm's names, then `facts` with hash and versions.
+
+    Raises OutputError, and then removes the new files.
     """
     weights, report = folder / WEIGHTS_NAME, folder / REPORT_NAME
     state = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    versions = {
+        "srepa_ds": __version__,
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+    }
     try:
-        report.unlink(missing_ok=True)
-        write_aside(weights, lambda aside: save_file(state, aside))
-        versions = {
-            "srepa_ds": __version__,
-            "torch": str(torch.__version__),
-            "timm": timm.__version__,
-        }
-        told = {**facts, "sha256": sha256_of(weights), "versions": versions}
-        text = json.dumps(told, indent=1) + "\n"
-        write_aside(report, lambda aside: aside.write_text(text, encoding="utf-8"))
-    except (OSError, SafetensorError) as error:
+        with writing(folder, cure=_CURE):
+            report.unlink(missing_ok=True)
+            write_aside(weights, lambda aside: save_file(state, aside))
+            contents = {**facts, "sha256": sha256_of(weights), "versions": versions}
+            text = json.dumps(contents, indent=1) + "\n"
+            write_aside(report, lambda aside: aside.write_text(text, encoding="utf-8"))
+    except OutputError:
         weights.unlink(missing_ok=True)
-        raise _unwritable(folder, error) from error
-
-
-def _unwritable(folder: Path, error: Exception) -> OutputError:
-    reason = getattr(error, "strerror", None) or error
-    return OutputError(
-        f"{folder}: cannot be written ({reason}); choose a folder you may write to, with free space"
-    )
+        raise

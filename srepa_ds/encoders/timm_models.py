@@ -1,4 +1,4 @@
-"""timm models and their weights: built, filled from a file or a download, and checked to fit."""
+"""Builds timm models and fills them with weights from a file or a download."""
 
 import math
 import sys
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from srepa_ds.encoders.layouts import LAYOUTS
-from srepa_ds.errors import ConfigError, DataError, Fault, nearest
+from srepa_ds.errors import ConfigError, DataError, Fault, listed, nearest
 from srepa_ds.weight_file import read_weight_file
 
 RESERVED_ARGUMENTS = frozenset({"checkpoint_path", "img_size", "num_classes", "pretrained"})
@@ -18,13 +18,11 @@ RESERVED_ARGUMENTS = frozenset({"checkpoint_path", "img_size", "num_classes", "p
 # timm's vision transformers share methods and attributes, but no type that declares them.
 Encoder = Any
 
-_SHOWN_KEYS = 3
-
 
 def known_architecture(name: str) -> str:
-    """Returns `name` if timm has such a model and such a tag of pretrained weights, after a dot.
+    """Returns `name` if timm has such a model, and such a tag of pretrained weights after the dot.
 
-    Raises ValueError naming the nearest.
+    Raises ValueError naming the nearest otherwise.
     """
     import timm
 
@@ -40,9 +38,9 @@ def known_architecture(name: str) -> str:
 
 
 def has_published_weights(name: str) -> bool:
-    """Returns whether timm can fetch the weights that `name`, with its tag, stands for.
+    """Returns whether timm can fetch the weights that `name` and its tag identify.
 
-    A name without tag stands for none: timm would choose any that fit the architecture.
+    A name without a tag identifies none: timm would choose any that fit the architecture.
     """
     from timm.models import is_model_pretrained
 
@@ -50,7 +48,7 @@ def has_published_weights(name: str) -> bool:
 
 
 def published_names(base: str) -> list[str]:
-    """Returns the names, with tags, of all weights that timm publishes of the model `base`."""
+    """Returns the names, with tags, of all weights that timm publishes for the model `base`."""
     import timm
 
     return timm.list_models(f"{base}.*", pretrained=True)
@@ -66,10 +64,9 @@ def create_encoder(
 ) -> Encoder:
     """Returns a timm model with random or downloaded weights, on the CPU.
 
-    `input_size` is its height and width in pixels, to which position embeddings are resampled.
-
-    The process's random numbers are left where they were. Raises ConfigError for an architecture
-    or arguments that timm refuses, DataError for a download that fails.
+    `input_size` is its height and width in pixels; position embeddings are resampled to it. The
+    process's random state is left as it was. Raises ConfigError for an architecture or arguments
+    that timm refuses, DataError for a download that fails.
     """
     import timm
 
@@ -93,7 +90,7 @@ def _downloaded(encoder: Encoder, architecture: str, options: dict[str, Any]) ->
     try:
         with torch.random.fork_rng(devices=[]):
             return timm.create_model(architecture, pretrained=True, **options)
-    # What a failed download raises depends on the transport, and none of it is ours.
+    # The error of a failed download depends on the transport, and none of them is ours.
     except Exception as error:
         raise DataError(
             f"the pretrained weights of '{architecture}' could not be fetched: {error}\n"
@@ -106,8 +103,8 @@ def fill_from_file(
 ) -> None:
     """Fills a timm model from a local checkpoint, resampling its position embedding to the grid.
 
-    Published layouts are read by the row of `LAYOUTS`, then by timm's own filter of that model.
-    Keys with one of `ignored_prefixes` may be there. Raises DataError if the file is missing or
+    Published layouts are read by their row of `LAYOUTS`, then by timm's own filter for the model.
+    Keys with one of `ignored_prefixes` are dropped. Raises DataError if the file is missing or
     damaged, or naming the keys that are missing, unexpected or of another shape.
     """
     checkpoint = read_weight_file(
@@ -117,9 +114,9 @@ def fill_from_file(
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise DataError(
             f"teacher weights {path}: holds no state_dict where the layout '{layout}' has it, "
-            f"but {_some(sorted(map(str, checkpoint)))}"
+            f"but {listed(sorted(map(str, checkpoint)))}"
         )
-    # Half-precision files would have their positions resampled, and rounded, in half precision.
+    # Otherwise the positions of half-precision files would be resampled in half precision.
     state = {
         key: value.float() if value.is_floating_point() else value for key, value in state.items()
     }
@@ -137,7 +134,7 @@ def _named_as_timm(encoder: Encoder, state: dict[str, Tensor], path: Path) -> di
     try:
         return convert(dict(state), encoder) if convert else state
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        # A filter that trips over a foreign file says less than its keys do.
+        # The keys of a foreign file say more than the filter's error.
         _check_fit(encoder, state, path)
         raise DataError(
             f"teacher weights {path}: not a state_dict of a {type(encoder).__name__}: {error}"
@@ -148,8 +145,8 @@ def _on_grid(encoder: Encoder, table: Tensor, state: Mapping[str, Tensor]) -> Te
     """Returns the position embedding for the encoder's grid, resampled if timm has not done so.
 
     timm's filters leave Perception Encoder's table as it is, and, unless they know the published
-    size, any table with as many positions as the grid, though it be of another shape. A table with
-    a square number of positions is taken for a square.
+    size, any table with as many positions as the grid, even if the grid's shape differs. A table
+    with a square number of positions is taken to be a square.
     """
     from timm.layers import resample_abs_pos_embed
 
@@ -166,7 +163,7 @@ def _on_grid(encoder: Encoder, table: Tensor, state: Mapping[str, Tensor]) -> Te
 
 
 def _check_patch_size(encoder: Encoder, state: Mapping[str, Any], path: Path) -> None:
-    # timm would resample the patch embedding to another patch size, which is another teacher.
+    # timm would resample the patch embedding to another patch size: a different teacher.
     own = encoder.state_dict().get("patch_embed.proj.weight")
     patches = ("patch_embed.proj.weight", "visual.conv1.weight")
     for key, value in state.items():
@@ -191,11 +188,6 @@ def _check_fit(encoder: Encoder, state: Mapping[str, Any], path: Path) -> None:
         "unexpected": [key for key in state if key not in shared],
         "of another shape": reshaped,
     }
-    faults = [f"  {len(keys)} {kind}: {_some(keys)}" for kind, keys in groups.items() if keys]
+    faults = [f"  {len(keys)} {kind}: {listed(keys)}" for kind, keys in groups.items() if keys]
     if faults:
         raise DataError("\n".join([f"teacher weights {path} do not fit the teacher", *faults]))
-
-
-def _some(keys: list[str]) -> str:
-    shown = ", ".join(keys[:_SHOWN_KEYS])
-    return f"{shown}, ..." if len(keys) > _SHOWN_KEYS else shown

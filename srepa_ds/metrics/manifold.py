@@ -12,7 +12,7 @@ from srepa_ds.errors import DataError
 Arithmetic = Literal["fp32", "fp16"]
 
 ADM_BLOCK_SIZE = 10_000
-"""Rows of one distance block in ADM's evaluator: decides where fp16 falls back to fp32."""
+"""Rows of a distance block in ADM's evaluator; they decide where fp16 falls back to fp32."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ def precision_recall(
     block_size: int = 4096,
     arithmetic: Arithmetic = "fp32",
 ) -> PrecisionRecall:
-    """Returns how many samples lie inside the reference's balls, and the other way round.
+    """Returns the fractions of samples in the reference's balls, and of the reference in theirs.
 
-    A ball's radius is the distance to the k-th neighbour within its own set. Memory grows with
-    `block_size` squared. "fp16" rounds distances as ADM's evaluator does (use `ADM_BLOCK_SIZE`
-    for parity); "fp32" is reproducible. Source: Kynkaanniemi et al. (2019), as ADM computes it.
-    Raises DataError for sets too small or features that are not finite.
+    A ball's radius is the distance to its `num_neighbours`-th neighbour in its own set. Memory
+    grows with `block_size` squared. "fp16" rounds distances as ADM's evaluator does (use
+    `ADM_BLOCK_SIZE` for parity); "fp32" is reproducible. Source: Kynkaanniemi et al. (2019), as ADM
+    computes it. Raises DataError for sets too small or features that are not finite.
     """
     for name, features in (("samples", samples), ("reference", reference)):
         _check(name, features, num_neighbours)
@@ -66,7 +66,7 @@ def neighbour_radii(
     block_size: int = 4096,
     arithmetic: Arithmetic = "fp32",
 ) -> Float32[Tensor, " points"]:
-    """Returns each point's squared distance to its k-th nearest neighbour in its own set.
+    """Returns each point's squared distance to its `num_neighbours`-th neighbour in its own set.
 
     The point itself counts as neighbour 0, by its computed distance, as in ADM's evaluator.
     """
@@ -88,10 +88,10 @@ def squared_distances(
     *,
     arithmetic: Arithmetic = "fp32",
 ) -> Float32[Tensor, "rows columns"]:
-    """Returns |u|^2 - 2 u'v + |v|^2, not below 0, of every pair in the arithmetic asked for.
+    """Returns |u|^2 - 2 u'v + |v|^2, clamped at 0, for every pair of a row u and a column v.
 
-    fp16 keeps norms, products and sums in half precision, and falls back to fp32 for the whole
-    block if any of its distances overflows.
+    "fp16" computes norms, products and sums in half precision, and falls back to fp32 for the whole
+    block if any of its distances overflows. Source: ADM's evaluator.
     """
     if arithmetic == "fp16":
         distances = _expanded(rows.half(), columns.half())

@@ -1,4 +1,4 @@
-"""From features to scores: the table of metrics, and the numbers a run is judged by."""
+"""Scores of a sample set: the table of metrics over features, and the result."""
 
 import json
 import math
@@ -15,21 +15,21 @@ from srepa_ds.metrics.manifold import precision_recall
 from srepa_ds.metrics.statistics import FeatureStatistics
 
 Metric = Callable[[Tensor, Tensor], Mapping[str, float]]
-"""(features of the samples, features of the reference) -> fields of `Scores`."""
+"""(features of the samples (n, width), of the reference (m, width)) -> fields of `Scores`."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How good a set of samples is; None for what was not measured."""
+    """The quality of a sample set; None for a score that was not measured."""
 
     frechet_distance: float | None = None
-    """Between Gaussians fitted to the features; smaller is better."""
+    """Distance between Gaussians fitted to the features; smaller is better."""
     precision: float | None = None
-    """Fraction of samples inside the reference's manifold."""
+    """Fraction of the samples inside the reference's manifold."""
     recall: float | None = None
     """Fraction of the reference inside the samples' manifold."""
     class_accuracy: float | None = None
-    """How often a classifier recognises the class that was asked for."""
+    """Fraction of the samples that a classifier assigns to the class asked for."""
 
     def to_json(self) -> str:
         """Returns the measured scores as a JSON object."""
@@ -37,11 +37,11 @@ class Scores:
 
     @classmethod
     def from_json(cls, text: str) -> "Scores":
-        """Returns the scores of a JSON object; raises DataError if it is none of ours."""
+        """Returns the scores of a JSON object; raises DataError for any other text."""
         try:
             values = json.loads(text)
         except ValueError as error:
-            raise DataError(f"scores are no JSON: {error}") from error
+            raise DataError(f"scores are not JSON: {error}") from error
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or not known.issuperset(values):
             raise DataError(f"scores must be an object with keys among {', '.join(sorted(known))}")
@@ -85,8 +85,8 @@ def inception_score(
 ) -> Float[Tensor, ""]:
     """Returns the mean over consecutive splits of exp(mean KL(p(y|x) || p(y))), float32.
 
-    No shuffle; a shorter last split counts as one. Source: Salimans et al. (2016), as ADM computes
-    it.
+    Without shuffling; a shorter last split counts like the others. Source: Salimans et al. (2016),
+    as ADM computes it.
     """
     scores = []
     for split in logits.float().split(split_size):

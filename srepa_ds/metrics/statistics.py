@@ -15,7 +15,7 @@ from srepa_ds.errors import DataError
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """Count, mean and scatter (sum of outer products of deviations from the mean), float64."""
+    """Count, float64 mean, and float64 scatter: the sum of outer products of the deviations."""
 
     count: int
     mean: Float[Tensor, " width"]
@@ -28,7 +28,10 @@ class FeatureStatistics:
         return cls(0, mean, mean.new_zeros(width, width))
 
     def updated(self, features: Float[Tensor, "batch width"]) -> "FeatureStatistics":
-        """Returns the statistics with a batch of features added, by Chan's update."""
+        """Returns the statistics with a batch of features (any float dtype) added.
+
+        Source: Chan, Golub and LeVeque (1983).
+        """
         if len(features) == 0:
             return self
         features = features.to(self.mean)
@@ -54,16 +57,16 @@ class FeatureStatistics:
         return replace(self, count=count, mean=mean, scatter=self.scatter + other.scatter + between)
 
     def covariance(self) -> Float[Tensor, "width width"]:
-        """Returns the unbiased covariance (ddof 1); raises DataError below two features."""
+        """Returns the unbiased float64 covariance (ddof 1); raises DataError below two features."""
         if self.count < 2:
             raise DataError(f"a covariance needs at least 2 images, got {self.count}")
         return self.scatter / (self.count - 1)
 
     def tensors(self, origin: Float[Tensor, " width"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns float64 (count, sum, outer sum) about `origin`, which add up over ranks.
+        """Returns the count, sum and sum of outer products about `origin`, which add up over ranks.
 
-        All ranks give the same `origin`; the nearer to the mean, the less is lost to cancellation
-        (the reference's mean serves well).
+        Their shapes are (), (width,) and (width, width), all float64. All ranks give the same
+        `origin`; the closer to the mean, the less is lost to cancellation.
         """
         offset = self.mean - origin
         count = torch.tensor(float(self.count), dtype=torch.float64, device=self.mean.device)
@@ -78,7 +81,7 @@ class FeatureStatistics:
         *,
         origin: Float[Tensor, " width"],
     ) -> "FeatureStatistics":
-        """Returns the statistics whose `tensors(origin)` (or the sum of several) these are."""
+        """Returns the statistics that `tensors(origin)`, or a sum of several, was taken from."""
         number = round(count.item())
         if number == 0:
             return cls.empty(len(total), device=total.device)
@@ -97,14 +100,17 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: Path) -> "FeatureStatistics":
-        """Returns what `save` wrote; raises DataError if the file is missing or no statistics."""
+        """Returns the statistics of a file that `save` wrote.
+
+        Raises DataError if the file is missing or holds something else.
+        """
         try:
             return cls._load_npz(path) if path.suffix == ".npz" else cls._load_safetensors(path)
         except FileNotFoundError as error:
             raise DataError(f"{path}: no such file; give the path of feature statistics") from error
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise DataError(
-                f"{path}: holds no feature statistics ({error}); make them anew"
+                f"{path}: holds no feature statistics ({error}); compute them again"
             ) from error
 
     @classmethod

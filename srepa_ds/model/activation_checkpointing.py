@@ -1,4 +1,4 @@
-"""Which activations of a block are kept for the backward pass and which are computed again."""
+"""Activation checkpointing: runs blocks that keep little for the backward pass and recompute it."""
 
 import inspect
 from contextlib import AbstractContextManager
@@ -20,65 +20,67 @@ from srepa_ds.schema import Section
 Kept = Literal["everything", "nothing", "attention", "products"]
 
 
-Precision = Literal["fp32", "bf16_autocast", "bf16"]
-
-
-class RematConfig(Section):
+class ActivationCheckpointingConfig(Section):
     """Activation checkpointing: memory for a second forward pass of the blocks."""
 
     policy: Literal["none", "full", "every_k", "selective"] = "none"
-    """`full` computes every block again in the backward pass, `every_k` every k-th, `selective`
-    every block but for what `keep` names; `none` keeps everything."""
+    """`full` recomputes every block in the backward pass, `every_k` every k-th, `selective` every
+    block except the outputs that `keep` names; `none` keeps everything."""
 
     k: int = Field(default=2, ge=1)
-    """`every_k`: blocks k, 2k, 3k, ... are computed again, the others keep everything."""
+    """`every_k`: blocks k, 2k, 3k, ... are recomputed, the others keep everything."""
 
     keep: Literal["attention", "products"] = "attention"
-    """`selective`: keep the outputs of attention, or those of all linear maps too, so that only
-    norms, modulation and GELU are computed again."""
+    """`selective`: keep the outputs of attention, or of all linear maps too, so that only norms,
+    modulation and GELU are recomputed."""
 
     offload: bool = False
-    """Whether the input of each block that is computed again waits in the CPU's memory. What
-    `selective` keeps stays on the device."""
+    """Whether the inputs of recomputed blocks are moved to the CPU's memory until then. The outputs
+    that `selective` keeps stay on the device."""
 
     def kept_by(self, number: int) -> Kept:
-        """Returns what block `number` (from 1) keeps besides its input."""
+        """Returns what block `number` (from 1) keeps in addition to its input."""
         if self.policy == "none" or (self.policy == "every_k" and number % self.k):
             return "everything"
         return self.keep if self.policy == "selective" else "nothing"
 
     @model_validator(mode="after")
-    def _offload_has_a_use(self) -> "RematConfig":
+    def _offload_has_a_use(self) -> "ActivationCheckpointingConfig":
         if self.offload and self.policy == "none":
             raise ValueError(
-                "offload moves the inputs of blocks that are computed again, and policy 'none' "
-                "computes none again; choose another policy"
+                "offload moves the inputs of recomputed blocks, and policy 'none' recomputes none; "
+                "choose another policy"
             )
         return self
 
 
 def run_block(
     block: nn.Module,
-    stream: Float[Tensor, "batch tokens hidden"],
-    activated: Float[Tensor, "batch hidden"],
+    residual_stream: Float[Tensor, "batch tokens hidden"],
+    conditioning: Float[Tensor, "batch hidden"],
     *,
     kept: Kept,
 ) -> Float[Tensor, "batch tokens hidden"]:
-    """Returns block(stream, activated), which keeps for the backward pass its input and `kept`."""
+    """Returns block(residual_stream, conditioning); its graph keeps its input and `kept`."""
     if kept == "everything" or not torch.is_grad_enabled():
-        return block(stream, activated)
+        return block(residual_stream, conditioning)
     settings: dict[str, Any] = {}
     if kept == "attention":
         settings = {"context_fn": _keep_attention, **_BESIDE_HOOKS}
     elif kept == "products":
         settings = {"context_fn": _keep_products, **_BESIDE_HOOKS}
-    # Nothing in a block is drawn at random, so no generator's state is worth restoring.
+    # A block draws no random numbers, so there is no generator state to restore.
     return checkpoint(
-        block, stream, activated, use_reentrant=False, preserve_rng_state=False, **settings
+        block,
+        residual_stream,
+        conditioning,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        **settings,
     )
 
 
-# What is kept selectively stays on the device; newer versions of torch want that said.
+# Selectively kept outputs stay on the device; newer versions of torch must be told so.
 _BESIDE_HOOKS = {
     name: False
     for name in inspect.signature(checkpoint).parameters
@@ -114,18 +116,20 @@ class _OnTheCpu(NamedTuple):
     copy: Tensor
 
 
-def offloaded(stream: Float[Tensor, "batch tokens hidden"]) -> AbstractContextManager[Any]:
-    """Returns a context in which graphs keep `stream` in the CPU's memory, page-locked for GPUs.
+def offloaded(
+    residual_stream: Float[Tensor, "batch tokens hidden"],
+) -> AbstractContextManager[Any]:
+    """Returns a context in which graphs keep `residual_stream` in CPU memory, pinned for GPUs.
 
-    Copies are queued on the current CUDA stream, without waiting for them.
+    Copies are queued on the current CUDA stream and not waited for.
     """
-    storage = stream.untyped_storage().data_ptr()
-    pinned = stream.is_cuda
+    storage = residual_stream.untyped_storage().data_ptr()
+    pinned = residual_stream.is_cuda
 
     def pack(tensor: Tensor) -> Tensor | _OnTheCpu:
         if tensor.untyped_storage().data_ptr() != storage:
             return tensor
-        # In the layout of the stream, which is dense: compiled graphs insist on it.
+        # In the layout of the residual stream, which is dense: compiled graphs require it.
         copy = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
         return _OnTheCpu(tensor.device, copy.copy_(tensor, non_blocking=pinned))
 

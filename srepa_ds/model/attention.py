@@ -17,7 +17,7 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, *, num_heads: int, qk_norm: bool, backend: str):
         super().__init__()
         self.head_shape = (num_heads, hidden_size // num_heads)
-        # What cannot run everywhere waits for `use`, with torch's until then.
+        # A backend that does not run everywhere is bound later by `use`; until then, torch's.
         self.attend: Attend = sdpa_attention
         if runs_everywhere(backend):
             self.use(backend)
@@ -27,7 +27,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def use(self, backend: str) -> None:
-        """Takes a row of ATTENTION_BACKENDS from now on; its package is imported here."""
+        """Switches to a row of ATTENTION_BACKENDS; its package is imported here."""
         self.attend = ATTENTION_BACKENDS[backend].bind()
 
     def forward(
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         batch, num_tokens, _ = tokens.shape
         qkv = self.qkv(tokens).reshape(batch, num_tokens, 3, *self.head_shape)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        # Under autocast a LayerNorm answers in float32, which not every attention kernel takes.
+        # Under autocast LayerNorm returns float32, which not every attention kernel accepts.
         query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
         attended = self.attend(query, key, value)
         return self.proj(attended.transpose(1, 2).flatten(2))

@@ -1,4 +1,4 @@
-"""The kernels that can compute attention, a row each, and the choice among them."""
+"""The table of attention kernels, and how the one to use is chosen."""
 
 import logging
 from collections.abc import Callable
@@ -29,7 +29,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def sdpa_attention(query: HeadTokens, key: HeadTokens, value: HeadTokens) -> HeadTokens:
-    """Returns attention by the fastest kernel torch has for these inputs."""
+    """Returns attention, computed by the fastest kernel torch has for these inputs."""
     return scaled_dot_product_attention(query, key, value)
 
 
@@ -39,8 +39,8 @@ def math_attention(query: HeadTokens, key: HeadTokens, value: HeadTokens) -> Hea
     return scores.softmax(dim=-1) @ value
 
 
-class _Needs(NamedTuple):
-    """What a package of CUDA kernels asks for."""
+class _KernelPackage(NamedTuple):
+    """A package of CUDA attention kernels, and its requirements."""
 
     module: str
     function: str
@@ -49,15 +49,15 @@ class _Needs(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     head_dim_multiple: int
     max_head_dim: dict[int, int]
-    """By the major compute capability of the devices it has kernels for."""
+    """Per major compute capability that it has kernels for."""
 
     def bind(self) -> Attend:
-        """Returns attention by the package, imported here: torch.compile traces no import."""
+        """Returns the package's attention, imported here: torch.compile traces no import."""
         attend = getattr(import_module(self.module), self.function)
 
         def package_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             attended = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-            # Some versions also return the logarithms of the softmax's denominators.
+            # Some versions also return the log-sum-exp of the softmax.
             attended = attended[0] if isinstance(attended, tuple) else attended
             return attended.transpose(1, 2)
 
@@ -77,15 +77,16 @@ class _Needs(NamedTuple):
             multiples = f"multiples of {self.head_dim_multiple}"
             at_most = max(self.max_head_dim.values())
             faults.append(f"its head dims are {multiples} up to {at_most}, not {head_dim}")
-        return "; ".join(faults) or self._missing_there(device, head_dim)
+        return "; ".join(faults) or self._missing_on_device(device, head_dim)
 
-    def _missing_there(self, device: torch.device, head_dim: int) -> str | None:
+    def _missing_on_device(self, device: torch.device, head_dim: int) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         if major not in self.max_head_dim:
             known = ", ".join(f"{known}.x" for known in self.max_head_dim)
             return f"it has kernels for compute capability {known}, the device has {major}.{minor}"
         if head_dim > self.max_head_dim[major]:
-            return f"on this device its head dims end at {self.max_head_dim[major]}, not {head_dim}"
+            limit = self.max_head_dim[major]
+            return f"on this device its head dims go up to {limit}, not {head_dim}"
         try:
             import_module(self.module)
         except (ImportError, OSError, RuntimeError) as error:
@@ -93,25 +94,27 @@ class _Needs(NamedTuple):
         return None
 
 
-def _always(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+def _always_available(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
     return None
 
 
 class AttentionBackend(NamedTuple):
-    """A way to compute attention, and what keeps it from running somewhere."""
+    """A way to compute attention, and when it is unavailable."""
 
     bind: Callable[[], Attend]
-    """Imports what the row needs and returns the function that computes it."""
+    """Imports the package, if any, and returns the function that computes attention."""
     unavailable: Callable[[torch.device, int, torch.dtype], str | None]
-    """Of device, head dim and dtype: a sentence saying what is missing, or None."""
+    """For a device, head dim and dtype: a sentence that says what is missing, or None."""
     operators: tuple[str, ...]
-    """Patterns for the names of torch's operators that compute it, backward passes among them."""
+    """Patterns for the names of torch's operators that compute it, backward pass included."""
 
 
-_FLASH_4 = _Needs("flash_attn.cute", "flash_attn_func", "flash-attn-4", _HALF, 8, {9: 256, 10: 128})
+_FLASH_4 = _KernelPackage(
+    "flash_attn.cute", "flash_attn_func", "flash-attn-4", _HALF, 8, {9: 256, 10: 128}
+)
 
 
-_FLASH_2 = _Needs(
+_FLASH_2 = _KernelPackage(
     "flash_attn.flash_attn_interface",
     "flash_attn_func",
     "flash-attn",
@@ -121,7 +124,7 @@ _FLASH_2 = _Needs(
 )
 
 
-_XFORMERS = _Needs(
+_XFORMERS = _KernelPackage(
     "xformers.ops",
     "memory_efficient_attention",
     "xformers",
@@ -134,8 +137,8 @@ _XFORMERS = _Needs(
 _TORCH_OPERATORS = ("aten::*_attention*",)
 
 
-# Names differ among versions, and some call their kernels past torch's operators: see
-# `unseen_by_torch`.
+# Names differ between versions, and some bypass torch's operators: see
+# `bypasses_torch_operators`.
 _FLASH_OPERATORS = ("flash_attn*::*fwd*", "flash_attn*::*forward*")
 
 
@@ -143,17 +146,17 @@ _XFORMERS_OPERATORS = ("xformers*::*fwd*", "xformers*::*forward*", *_TORCH_OPERA
 
 
 # In order of preference. torch's own kernels come before flash-attn 2 and xformers because they are
-# the same ones, or newer, without a package to match to torch and CUDA.
+# the same or newer, with no package to match to torch and CUDA.
 ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
     "flash_attn_4": AttentionBackend(_FLASH_4.bind, _FLASH_4.missing, _FLASH_OPERATORS),
-    "sdpa": AttentionBackend(lambda: sdpa_attention, _always, _TORCH_OPERATORS),
+    "sdpa": AttentionBackend(lambda: sdpa_attention, _always_available, _TORCH_OPERATORS),
     "flash_attn_2": AttentionBackend(_FLASH_2.bind, _FLASH_2.missing, _FLASH_OPERATORS),
     "xformers": AttentionBackend(_XFORMERS.bind, _XFORMERS.missing, _XFORMERS_OPERATORS),
-    "math": AttentionBackend(lambda: math_attention, _always, ()),
+    "math": AttentionBackend(lambda: math_attention, _always_available, ()),
 }
 
 
-# What may be asked for: the first backend of the row that runs.
+# Accepted settings; the first backend of the row that runs is used.
 ATTENTION_REQUESTS: dict[str, tuple[str, ...]] = {
     "auto": tuple(ATTENTION_BACKENDS),
     "flash_attn": ("flash_attn_4", "flash_attn_2"),
@@ -162,18 +165,18 @@ ATTENTION_REQUESTS: dict[str, tuple[str, ...]] = {
 
 
 def runs_everywhere(request: str) -> bool:
-    """Returns whether `request` names one backend that any device, head dim and dtype suits."""
+    """Returns whether `request` is one backend that runs on any device, head dim and dtype."""
     names = ATTENTION_REQUESTS[request]
-    return len(names) == 1 and ATTENTION_BACKENDS[names[0]].unavailable is _always
+    return len(names) == 1 and ATTENTION_BACKENDS[names[0]].unavailable is _always_available
 
 
 @cache
 def choose_backend(request: str, *, device: torch.device, head_dim: int, dtype: torch.dtype) -> str:
     """Returns the name of the first backend of `request` that runs on `device`.
 
-    Optional packages are tried on a few tokens. A request of several backends logs which it takes
-    and why not the others. With `sdpa` on a GPU, see `activate_torch_flash`. Raises ConfigError
-    naming what is missing if none runs.
+    Optional packages are tried on a few tokens. For a request of several backends, the choice is
+    logged with the reasons against the others. `sdpa` on a GPU: see `activate_torch_flash`. Raises
+    ConfigError that says what is missing if none runs.
     """
     refused: dict[str, str] = {}
     names = ATTENTION_REQUESTS[request]
@@ -201,7 +204,7 @@ def _reason_against(
 ) -> str | None:
     backend = ATTENTION_BACKENDS[name]
     reason = backend.unavailable(device, head_dim, dtype)
-    if reason is None and backend.unavailable is not _always:
+    if reason is None and backend.unavailable is not _always_available:
         reason = _trial(backend, device, head_dim, dtype)
     return reason
 
@@ -209,10 +212,10 @@ def _reason_against(
 def _trial(
     backend: AttentionBackend, device: torch.device, head_dim: int, dtype: torch.dtype
 ) -> str | None:
-    """Returns why `backend` fails on a few tokens there and back, or None."""
+    """Returns why `backend` fails forward and backward on a few tokens, or None."""
     try:
         _few_tokens(backend, device, head_dim, dtype).float().sum().backward()
-    # Kernels compiled on the spot fail in ways of their own; each is a reason, none a fault.
+    # Kernels compiled at run time fail in many ways; each is a reason not to use them.
     except Exception as error:
         return f"it fails when tried: {type(error).__name__}: {error}"
     return None
@@ -221,7 +224,7 @@ def _trial(
 def _few_tokens(
     backend: AttentionBackend, device: torch.device, head_dim: int, dtype: torch.dtype
 ) -> Tensor:
-    """Returns the attention of a few tokens, as in training."""
+    """Returns the attention of a few tokens, with gradients as in training."""
     with torch.inference_mode(False), torch.enable_grad():
         query, key, value = torch.ones(3, 1, 1, 16, head_dim, device=device, dtype=dtype)
         return backend.bind()(query.requires_grad_(), key, value)
@@ -236,8 +239,8 @@ def is_attention(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-class _SeenAttention(TorchDispatchMode):
-    """A context that notes whether an operator of attention runs in it."""
+class _AttentionOperators(TorchDispatchMode):
+    """A context that records whether an attention operator runs in it."""
 
     found = False
 
@@ -246,22 +249,24 @@ class _SeenAttention(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def unseen_by_torch(name: str, *, device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
-    """Returns whether no operator of attention runs where the backend `name` computes it.
+def bypasses_torch_operators(
+    name: str, *, device: torch.device, head_dim: int, dtype: torch.dtype
+) -> bool:
+    """Returns whether the backend `name` computes attention without an operator of torch.
 
-    Selective checkpointing cannot keep the output then: it keeps what operators return.
+    Selective checkpointing keeps outputs of operators, so it cannot keep that attention.
     """
-    with _SeenAttention() as seen:
+    with _AttentionOperators() as operators:
         _few_tokens(ATTENTION_BACKENDS[name], device, head_dim, dtype)
-    return not seen.found
+    return not operators.found
 
 
 def activate_torch_flash(*, device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
-    """Returns the flash attention that torch's `sdpa` uses instead of its own, if any.
+    """Activates FA4 or FA3 for torch's `sdpa` if one works on `device`, and returns its name.
 
-    FA4 or FA3 from torch's registry (torch.nn.attention), the first whose package is installed and
-    that computes a few tokens on `device`. torch applies it to the whole process, teachers
-    included; one that is active already stays.
+    Takes the first in torch's registry (torch.nn.attention) whose package is installed and that
+    computes a few tokens. torch applies it to the whole process, teachers included; one that is
+    already active stays. Returns None if `sdpa` keeps torch's own kernels.
     """
     registry = torch.nn.attention
     listed = getattr(registry, "list_flash_attention_impls", None)

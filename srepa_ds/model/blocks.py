@@ -1,4 +1,4 @@
-"""The transformer block with adaptive layer norm, and the layers at both ends of the stream.
+"""The transformer block with adaptive layer norm, and the layers at the residual stream's ends.
 
 The residual stream is float32 (or wider) whatever the dtype of the weights: normalisation,
 modulation and the sum are done there, products in the dtype of the weights. So a bfloat16 model
@@ -22,7 +22,7 @@ def modulated_norm(
     shift: Float[Tensor, "batch 1 hidden"],
     scale: Float[Tensor, "batch 1 hidden"],
 ) -> Float[Tensor, "batch tokens hidden"]:
-    """Returns LayerNorm(tokens) * (1 + scale) + shift, the norm without weights of its own."""
+    """Returns LayerNorm(tokens) * (1 + scale) + shift, where the norm has no weights."""
     normalised = layer_norm(tokens, (tokens.shape[-1],), eps=_LAYER_NORM_EPS)
     return torch.addcmul(shift, normalised, 1 + scale)
 
@@ -31,19 +31,19 @@ class AdaLayerNormProjection(nn.Sequential):
     """The linear map from the conditioning to shifts, scales and gates."""
 
     def __init__(self, hidden_size: int, *, num_chunks: int):
-        # The official names count an activation at index 0; the model applies it once for all.
+        # Official names have the SiLU at index 0; the model applies it once for all blocks.
         super().__init__(nn.Identity(), nn.Linear(hidden_size, num_chunks * hidden_size))
         self.num_chunks = num_chunks
 
     def chunks(
-        self, activated: Float[Tensor, "batch hidden"], *, dtype: torch.dtype
+        self, conditioning: Float[Tensor, "batch hidden"], *, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "batch 1 hidden"], ...]:
         """Returns the shifts, scales and gates, in `dtype`."""
-        return self(activated).to(dtype).unsqueeze(1).chunk(self.num_chunks, dim=-1)
+        return self(conditioning).to(dtype).unsqueeze(1).chunk(self.num_chunks, dim=-1)
 
 
 class Mlp(nn.Module):
-    """Two linear maps with a tanh-approximated GELU between."""
+    """Two linear maps with a tanh-approximated GELU in between."""
 
     def __init__(self, hidden_size: int, *, mlp_ratio: int):
         super().__init__()
@@ -75,22 +75,22 @@ class SiTBlock(nn.Module):
 
     def forward(
         self,
-        stream: Float[Tensor, "batch tokens hidden"],
-        activated: Float[Tensor, "batch hidden"],
+        residual_stream: Float[Tensor, "batch tokens hidden"],
+        conditioning: Float[Tensor, "batch hidden"],
     ) -> Float[Tensor, "batch tokens hidden"]:
-        """Returns the residual stream after the block; `activated` conditions it."""
+        """Returns the residual stream after the block."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
-            self.adaLN_modulation.chunks(activated, dtype=stream.dtype)
+            self.adaLN_modulation.chunks(conditioning, dtype=residual_stream.dtype)
         )
-        weights = activated.dtype
-        tokens = modulated_norm(stream, shift=shift_msa, scale=scale_msa).to(weights)
-        stream = torch.addcmul(stream, gate_msa, self.attn(tokens))
-        tokens = modulated_norm(stream, shift=shift_mlp, scale=scale_mlp).to(weights)
-        return torch.addcmul(stream, gate_mlp, self.mlp(tokens))
+        weights = conditioning.dtype
+        tokens = modulated_norm(residual_stream, shift=shift_msa, scale=scale_msa).to(weights)
+        residual_stream = torch.addcmul(residual_stream, gate_msa, self.attn(tokens))
+        tokens = modulated_norm(residual_stream, shift=shift_mlp, scale=scale_mlp).to(weights)
+        return torch.addcmul(residual_stream, gate_mlp, self.mlp(tokens))
 
 
-class StreamLayerNorm(nn.LayerNorm):
-    """A LayerNorm whose result may enter the residual stream: not rounded to the weights' dtype."""
+class ResidualStreamLayerNorm(nn.LayerNorm):
+    """A LayerNorm into the residual stream: its result is not rounded to the weights' dtype."""
 
     def __init__(self, hidden_size: int):
         super().__init__(hidden_size, eps=_LAYER_NORM_EPS)
@@ -104,7 +104,7 @@ class StreamLayerNorm(nn.LayerNorm):
 class FinalLayer(nn.Module):
     """A modulated norm and the linear map from tokens to the pixels of their patches.
 
-    With a `class_token_width` the first token has a linear map of its own.
+    With a `class_token_width` the first token has its own linear map.
     """
 
     def __init__(
@@ -124,14 +124,14 @@ class FinalLayer(nn.Module):
 
     def forward(
         self,
-        stream: Float[Tensor, "batch tokens hidden"],
-        activated: Float[Tensor, "batch hidden"],
+        residual_stream: Float[Tensor, "batch tokens hidden"],
+        conditioning: Float[Tensor, "batch hidden"],
     ) -> tuple[
         Float[Tensor, "batch patches pixels"], Float[Tensor, "batch class_token_width"] | None
     ]:
-        """Returns each patch pixel by pixel, channels last, and the class token if there is one."""
-        shift, scale = self.adaLN_modulation.chunks(activated, dtype=stream.dtype)
-        tokens = modulated_norm(stream, shift=shift, scale=scale).to(activated.dtype)
+        """Returns the pixels of each patch, channels last, and the class token if there is one."""
+        shift, scale = self.adaLN_modulation.chunks(conditioning, dtype=residual_stream.dtype)
+        tokens = modulated_norm(residual_stream, shift=shift, scale=scale).to(conditioning.dtype)
         if self.linear_cls is None:
             return self.linear(tokens), None
         return self.linear(tokens[:, 1:]), self.linear_cls(tokens[:, 0])

@@ -1,4 +1,4 @@
-"""What becomes a vector before the first block: patches, positions, time and label."""
+"""Embeddings of patches, positions, time and label, and the conditioning made of them."""
 
 import math
 
@@ -16,11 +16,11 @@ def position_embedding(
 ) -> Float[Tensor, "1 tokens width"]:
     """Returns the fixed 2-D sine-cosine embedding of a (rows, columns) grid, in float32.
 
-    Prefix tokens have no position: zeros, in the first rows.
+    Prefix tokens have no position; their rows come first and are zero.
 
     The first half of the channels encodes the column, the second the row (the convention of MAE's
     code, which swaps what the names suggest); positions are whole numbers, whatever the grid.
-    `width` is a multiple of 4. Computed in float64, since rounded angles of large grids would show.
+    `width` is a multiple of 4. Computed in float64: rounded angles of large grids would show.
     """
     assert width % 4 == 0
     rows, columns = grid
@@ -40,7 +40,7 @@ def _axis_embedding(length: int, width: int) -> Tensor:
 def timestep_sinusoid(
     t: Float[Tensor, " batch"], width: int = SINUSOID_WIDTH
 ) -> Float[Tensor, "batch width"]:
-    """Returns cosines, then sines, of `t` in [0, 1] (never times 1000), in float32."""
+    """Returns the cosines, then the sines, of `t` in [0, 1] (not times 1000), in float32."""
     half = width // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
     angles = t.to(torch.float32)[:, None] * torch.exp(-math.log(_MAX_PERIOD) * exponents)
@@ -69,23 +69,23 @@ class PatchEmbedding(nn.Module):
     ) -> Float[Tensor, "batch tokens hidden"]:
         """Returns the patch tokens, in the dtype of the projection."""
         patches = self.proj(x_t.to(self.proj.weight.dtype))
-        # The residual stream takes this layout over: by tokens, or every block would copy it.
+        # The residual stream inherits this layout: by tokens, or every block would copy it.
         return patches.flatten(2).transpose(1, 2).contiguous()
 
 
 class WideLinear(nn.Linear):
-    """A linear map computed in float32 or wider, whatever autocast and its weights' dtype say."""
+    """A linear map computed in float32 or wider, whatever autocast and its weights' dtype are."""
 
     def forward(self, input: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch outputs"]:
         """Returns the mapped vectors in the weights' dtype, but at least float32."""
-        # Here and not around the perceptron: ZeRO-3 gathers weights for the module that owns them.
+        # Here, not around the perceptron: ZeRO-3 gathers weights for the module that owns them.
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(input.device.type, enabled=False):
             return linear(input.to(wide), self.weight.to(wide), self.bias.to(wide))
 
 
 class TimestepEmbedding(nn.Module):
-    """Embeds t by a sinusoid and a two-layer perceptron."""
+    """Embeds t with a sinusoid and a two-layer perceptron."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -107,8 +107,7 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, num_classes: int, hidden_size: int):
         super().__init__()
-        # The ordinary constructor draws at random, on "meta" by way of a module that takes seconds
-        # to import.
+        # The ordinary constructor draws at random; on "meta" that imports a module for seconds.
         unset = torch.empty(num_classes + 1, hidden_size)
         self.embedding_table = nn.Embedding.from_pretrained(unset, freeze=False)
 
@@ -117,9 +116,12 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(labels)
 
 
-def conditioning(
+def conditioning_vector(
     time_embedding: Float[Tensor, "batch hidden"], label_embedding: Float[Tensor, "batch hidden"]
 ) -> Float[Tensor, "batch hidden"]:
-    """Returns SiLU of the sum, in float32 or wider: the input of every adaLN projection."""
+    """Returns the conditioning, the input of every adaLN projection, in float32 or wider.
+
+    It is the SiLU of the sum of both embeddings.
+    """
     wide = torch.promote_types(time_embedding.dtype, torch.float32)
     return silu(time_embedding.to(wide) + label_embedding.to(wide))

@@ -1,4 +1,4 @@
-"""How much arithmetic a SiT does, in closed form: what throughput is measured against."""
+"""The FLOPs of a SiT in closed form, for its utilisation of a device."""
 
 from srepa_ds.model.embeddings import SINUSOID_WIDTH
 from srepa_ds.model.variants import MLP_RATIO, SiTConfig
@@ -7,19 +7,30 @@ from srepa_ds.model.variants import MLP_RATIO, SiTConfig
 def forward_flops(config: SiTConfig) -> int:
     """Returns the floating-point operations of one image's forward pass.
 
-    Matrix products alone, a multiplication and an addition each; what is done element by element is
+    Only matrix products count, a multiplication and its addition as two; elementwise operations are
     left out, as in every published utilisation. A backward pass takes twice as many.
     """
     depth, width, _, patch_size = config.shape
-    tokens = config.num_tokens + config.num_prefix_tokens
     pixels = patch_size * patch_size * config.in_channels
-    attention = 4 * tokens * width * width + 2 * tokens * tokens * width
-    block = attention + 2 * MLP_RATIO * tokens * width * width + 6 * width * width
+    block = linear_flops_of_block(config) + attention_flops_of_block(config)
     patches = 2 * config.num_tokens * pixels * width
     time = SINUSOID_WIDTH * width + width * width
     final = 2 * width * width
     cls = 2 * (config.class_token_width or 0) * width
-    return 2 * (depth * block + patches + time + final + cls)
+    return depth * block + 2 * (patches + time + final + cls)
+
+
+def linear_flops_of_block(config: SiTConfig) -> int:
+    """Returns the operations of the linear maps in one block's forward pass, for one image."""
+    width = config.shape.hidden_size
+    tokens = config.num_tokens + config.num_prefix_tokens
+    return 2 * ((4 + 2 * MLP_RATIO) * tokens + 6) * width * width
+
+
+def attention_flops_of_block(config: SiTConfig) -> int:
+    """Returns the operations of both attention products in one block's forward pass."""
+    tokens = config.num_tokens + config.num_prefix_tokens
+    return 4 * tokens * tokens * config.shape.hidden_size
 
 
 def training_flops(config: SiTConfig) -> int:

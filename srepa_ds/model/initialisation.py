@@ -1,4 +1,4 @@
-"""The weights a SiT starts from."""
+"""Initialises the weights of a SiT."""
 
 import math
 
@@ -14,7 +14,7 @@ def initialise(model: nn.Module, generator: torch.Generator | None) -> None:
     Xavier-uniform for linear maps (the fused qkv as one matrix, a patch as one row), N(0, 0.02) for
     the time and label embeddings, zero for biases, adaLN and the final layer, so that every block
     starts as the identity (Peebles and Xie, DiT). Draws are in float32 on the CPU, so the weights
-    depend on neither device nor rank. Without a generator they are zero.
+    do not depend on device or rank. Without a generator they are zero.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm):

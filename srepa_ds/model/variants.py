@@ -1,17 +1,17 @@
-"""The sizes of SiT, and the settings a model is built from."""
+"""The sizes of SiT, and the configuration of a model."""
 
 from typing import Annotated, NamedTuple
 
 from pydantic import Field, model_validator
 
 from srepa_ds.model.attention_backends import ATTENTION_REQUESTS
-from srepa_ds.schema import Section, known_in
+from srepa_ds.schema import MayChange, Section, one_of
 
 MLP_RATIO = 4
 
 
 class SiTShape(NamedTuple):
-    """The sizes of a transformer, whatever the images."""
+    """The sizes of a transformer, independent of the images."""
 
     depth: int
     hidden_size: int
@@ -34,8 +34,8 @@ SIT_VARIANTS = {
     "SiT-XL/2": SiTShape(depth=28, hidden_size=1152, num_heads=16, patch_size=2),
     "SiT-XL/4": SiTShape(depth=28, hidden_size=1152, num_heads=16, patch_size=4),
     "SiT-XL/8": SiTShape(depth=28, hidden_size=1152, num_heads=16, patch_size=8),
-    # Of no paper, to scale up to: 3.04 billion weights for ImageNet at 256 px; heads of 128, which
-    # every attention kernel has, and 16 of them, which 2, 4, 8 or 16 devices can share.
+    # Not from a paper, for scaling up: 3.04 billion weights for ImageNet at 256 px; 16 heads, which
+    # 2, 4, 8 or 16 devices can share, of width 128, which every attention kernel supports.
     "SiT-3B/2": SiTShape(depth=40, hidden_size=2048, num_heads=16, patch_size=2),
 }
 # fmt: on
@@ -46,14 +46,14 @@ Size = Annotated[int, Field(gt=0)]
 class SiTConfig(Section):
     """The diffusion transformer.
 
-    `shape` holds the sizes that apply: the variant's, or what overrides them.
+    `shape` holds the effective sizes: the variant's, with the overrides below.
     """
 
-    variant: Annotated[str, known_in("variant", SIT_VARIANTS)]
+    variant: Annotated[str, one_of("variant", SIT_VARIANTS)]
     """The size of the transformer and its patches, as in the SiT paper."""
 
     input_size: Size | tuple[Size, Size]
-    """The side of the latents (or of the images in pixel space), or [height, width]."""
+    """The side of the latents (of the images in pixel space), or [height, width]."""
 
     in_channels: Size
     """The channels of the latents: 4 for the Stable Diffusion VAE, 3 in pixel space."""
@@ -62,15 +62,15 @@ class SiTConfig(Section):
     """The number of classes; one more label stands for 'no class'."""
 
     class_token_width: Size | None = None
-    """REG: width of the teacher's class token that goes through the model beside the image; null
-    for none."""
+    """REG: width of the teacher's class token that goes through the model with the image; null for
+    none."""
 
     qk_norm: bool = False
     """Whether queries and keys are normalised per head."""
 
-    attention: Annotated[str, known_in("attention backend", ATTENTION_REQUESTS)] = "sdpa"
-    """How attention is computed; all backends give the same numbers up to rounding. `auto` takes
-    the best that runs, `flash_attn` version 4 or else 2."""
+    attention: Annotated[str, one_of("attention backend", ATTENTION_REQUESTS), MayChange] = "sdpa"
+    """The attention backend; all give the same numbers up to rounding. `auto` takes the best that
+    runs, `flash_attn` version 4, else 2."""
 
     depth: Size | None = None
     """The number of blocks, if not the variant's."""
@@ -135,7 +135,7 @@ class SiTConfig(Section):
             )
         if hidden_size % num_heads:
             raise ValueError(
-                f"hidden_size {hidden_size} cannot be shared among {num_heads} heads; "
+                f"hidden_size {hidden_size} cannot be divided among {num_heads} heads; "
                 "choose num_heads that divides it"
             )
         if hidden_size % 4:

@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate, by default as the paper trains (Appendix A)."""
+"""AdamW and its learning rate schedule; the defaults are the paper's (Appendix A)."""
 
 import math
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch.nn import Parameter
 from torch.optim import AdamW
 
-from srepa_ds.schema import Section
+from srepa_ds.schema import MayChange, Section
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -32,22 +32,22 @@ class OptimizerConfig(Section):
     """Largest global gradient norm; 0 turns clipping off."""
 
     schedule: Literal["constant", "cosine"] = "constant"
-    """What follows warmup: the same learning rate to the end, as in the paper, or half a cosine
-    down to `minimum_learning_rate` at step `decay_steps`."""
+    """The learning rate after warmup: constant, as in the paper, or half a cosine down to
+    `minimum_learning_rate` at step `decay_steps`."""
 
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate grows linearly from zero; the paper uses none."""
 
     decay_steps: int | None = Field(default=None, ge=1)
-    """For `cosine`: the step, warmup included, from which the learning rate is the smallest."""
+    """For `cosine`: the step, warmup included, at which the learning rate reaches its minimum."""
 
     minimum_learning_rate: float = Field(default=0.0, ge=0)
-    """For `cosine`: the learning rate at its end."""
+    """For `cosine`: the learning rate from `decay_steps` on."""
 
-    cpu_adam: Literal["torch", "deepspeed"] = "torch"
-    """Whose AdamW steps weights that are offloaded to the CPU. `torch`: its fused kernel; resumes
-    to the bit. `deepspeed`: DeepSpeedCPUAdam, which a C++ compiler builds at its first use; no
-    faster where both were measured, and after a resume it differs in the last bits."""
+    cpu_adam: Annotated[Literal["torch", "deepspeed"], MayChange] = "torch"
+    """The AdamW for weights offloaded to the CPU. `torch`: its fused kernel; resumes to the bit.
+    `deepspeed`: DeepSpeedCPUAdam, which a C++ compiler builds at its first use; no faster where
+    both were measured, and after a resume it differs in the last bits."""
 
     @model_validator(mode="after")
     def _schedule_is_whole(self) -> "OptimizerConfig":
@@ -70,7 +70,7 @@ class OptimizerConfig(Section):
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[Parameter]) -> AdamW:
-    """Returns torch's AdamW over `parameters` as one group, one kernel for a whole step.
+    """Returns torch's AdamW over `parameters` as one group, with one kernel for a whole step.
 
     One group, because DeepSpeed's ZeRO 1/2 links Adam's state correctly for the first group only.
     """
@@ -94,7 +94,7 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.decay_steps is None:
         return config.learning_rate
-    # decay_steps lies beyond warmup, where the constant's would have none.
+    # Only `cosine` has decay_steps, and they exceed the warmup.
     progress = (step - config.warmup_steps) / (config.decay_steps - config.warmup_steps)
     share = (1 + math.cos(math.pi * min(1.0, progress))) / 2
     lowest = config.minimum_learning_rate

@@ -13,38 +13,38 @@ from srepa_ds.schema import Section
 Decay = Annotated[float, Field(ge=0, lt=1)]
 RelativeLength = Annotated[float, Field(gt=0, le=LARGEST_SIGMA)]
 
-MAIN = "ema"
-"""The kind of the average that is exported and evaluated unless another is asked for."""
+MAIN_EMA = "ema"
+"""The kind of the average that is exported and evaluated by default."""
 
 
 class EmaConfig(Section):
-    """Which moving averages of the weights are kept."""
+    """The moving averages of the weights."""
 
     decay: Decay = 0.9999
     """Share of the average kept at each step (REPA: 0.9999)."""
 
     warmup: bool = False
-    """Start as a running mean: use min(decay, 1 - 1 / (step + 1)). For short runs; the paper has
+    """Start as a running mean: use min(decay, 1 - 1 / (step + 1)). For short runs; the paper uses
     none."""
 
     more_decays: tuple[Decay, ...] = ()
     """Further averages to keep, each stored as `ema-<decay>`."""
 
     power_sigmas: tuple[RelativeLength, ...] = ()
-    """Relative lengths of power-function averages to keep, each stored as `ema-power-<sigma>`; two
-    (EDM2: 0.05 and 0.1) let `srepa-ds export` make averages of other lengths afterwards."""
+    """Relative lengths of power-function averages to keep, each stored as `ema-power-<sigma>`; with
+    two (EDM2: 0.05 and 0.1) `srepa-ds export` can make averages of other lengths afterwards."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> "EmaConfig":
         for name in ("more_decays", "power_sigmas"):
             shown = [f"{value:g}" for value in getattr(self, name)]
             if len(set(shown)) < len(shown):
-                raise ValueError(f"{name} has the same value twice: {', '.join(shown)}")
+                raise ValueError(f"{name} contains a value twice: {', '.join(shown)}")
         return self
 
 
 def decays_of(config: EmaConfig) -> dict[str, Callable[[int], float]]:
-    """Returns each average's kind, and its decay as a function of the step (counted from 1)."""
+    """Returns each average's decay by its kind, as a function of the step (counted from 1)."""
 
     def exponential(decay: float) -> Callable[[int], float]:
         return lambda step: min(decay, 1 - 1 / (step + 1)) if config.warmup else decay
@@ -54,15 +54,15 @@ def decays_of(config: EmaConfig) -> dict[str, Callable[[int], float]]:
         return lambda step: power_decay(gamma, step)
 
     return {
-        MAIN: exponential(config.decay),
-        **{f"{MAIN}-{decay:g}": exponential(decay) for decay in config.more_decays},
+        MAIN_EMA: exponential(config.decay),
+        **{f"{MAIN_EMA}-{decay:g}": exponential(decay) for decay in config.more_decays},
         **{power_kind(sigma): power(sigma) for sigma in config.power_sigmas},
     }
 
 
 def power_kind(sigma: float) -> str:
-    """Returns the kind under which the power-function average of that length is stored."""
-    return f"{MAIN}-power-{sigma:g}"
+    """Returns the kind under which the power-function average of length `sigma` is stored."""
+    return f"{MAIN_EMA}-power-{sigma:g}"
 
 
 class ShardedEma:

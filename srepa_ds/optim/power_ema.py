@@ -1,8 +1,8 @@
 """Power-function averages of weights, and the post-hoc reconstruction of other lengths.
 
-An average whose weight on the past grows as a power of time has a length that is a constant share
-of the training, `sigma_rel`. Two of them, stored in checkpoints on the way, span the averages of
-other lengths. Source: Karras et al., "Analyzing and improving the training dynamics of diffusion
+If an average weights the past by a power of time, its length `sigma_rel` is a constant share of the
+training so far. Two of them, stored in checkpoints during training, span the averages of other
+lengths. Source: Karras et al., "Analyzing and improving the training dynamics of diffusion
 models" (EDM2), section 3 and appendix C.
 """
 
@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 LARGEST_SIGMA = 0.25
-"""Above about 0.28 no power function has that length."""
+"""No power function has a length above about 0.28."""
 
 
 class PowerAverage(NamedTuple):
-    """One power-function average at one time of the training."""
+    """A power-function average at one step of the training."""
 
     step: int
     """Optimizer steps taken."""
@@ -32,23 +32,23 @@ def gamma_of(sigma_rel: float) -> float:
 
 
 def sigma_of(gamma: float) -> float:
-    """Returns the standard deviation of the weights' profile over time, as a share of it."""
+    """Returns the relative length: the standard deviation of the profile, as a share of time."""
     return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
 
 
 def power_decay(gamma: float, step: int) -> float:
-    """Returns the decay after optimizer step `step` (from 1); the first takes the weights whole."""
+    """Returns the decay after optimizer step `step` (from 1); at step 1 it is 0."""
     return (1 - 1 / step) ** (gamma + 1)
 
 
 class Combination(NamedTuple):
-    """How stored averages sum to another one."""
+    """Factors by which stored averages sum to another one."""
 
     factors: list[float]
-    """One for each stored average. They sum to 1, as the weights of an average do."""
+    """One per stored average; they sum to 1."""
 
     error: float
-    """L2 distance of the combined profile from the wanted one, relative to the wanted one's norm.
+    """L2 distance between the combined and the wanted profile, relative to the latter's norm.
 
     Profile: the weight that an average gives to each time of the training.
     """
@@ -57,12 +57,12 @@ class Combination(NamedTuple):
 def combination(stored: Sequence[PowerAverage], wanted: PowerAverage) -> Combination:
     """Returns the combination of `stored` that is closest to `wanted`.
 
-    The least-squares solution for the profiles over time (EDM2, Algorithm 3), divided by its sum as
-    in EDM2's own code: otherwise all weights of the model would be scaled by that sum. Float64.
+    It is the least-squares solution for the profiles over time (EDM2, Algorithm 3), in float64,
+    divided by its sum as in EDM2's own code: else it would scale all weights of the model.
     """
     products = np.array([[_product(a, b) for b in stored] for a in stored])
     targets = np.array([_product(a, wanted) for a in stored])
-    # Checkpoints close in time make the system nearly singular; the pseudo-inverse does not care.
+    # Checkpoints close in time make the system nearly singular; a pseudo-inverse can handle that.
     factors = np.linalg.pinv(products, rcond=1e-12) @ targets
     if not factors.sum() > 0:
         # The profiles do not overlap.

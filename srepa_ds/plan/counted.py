@@ -1,6 +1,6 @@
-"""Counts what a forward pass keeps alive for the backward pass, and what that repeats.
+"""Counts the bytes a forward pass keeps for the backward pass, and the FLOPs of the latter.
 
-Everything runs on fake tensors: shapes without numbers, so any size in no memory and no GPU.
+Everything runs on fake tensors, shapes without numbers: any size, without memory or a GPU.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,30 +14,31 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from srepa_ds.model.activation_checkpointing import Precision, RematConfig
+from srepa_ds.model.activation_checkpointing import ActivationCheckpointingConfig
 from srepa_ds.model.attention import Attention
+from srepa_ds.model.precision import PRECISIONS, Precision
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.plan.product_flops import ProductFlops
 
 
 class KeptTensors(TorchDispatchMode):
-    """A context that watches every tensor made in it; storages count once, and while they live.
+    """A context that tracks every tensor made in it; each storage counts once, while it lives.
 
-    That is what the graph keeps of them, whether it saved them as a tensor or as a checkpoint, once
-    the code that made them has let go of the rest. `weights` and casts of them are not counted.
+    Once the code that made them has dropped its references, those still alive are the ones the
+    graph keeps, as saved tensors or for checkpointing. `weights` and casts of them are not counted.
     Works on meta and fake tensors too.
     """
 
     def __init__(self, weights: Iterable[Tensor]):
         super().__init__()
-        # Held, so that no other storage takes over their addresses.
+        # Referenced, so that no other storage gets their addresses.
         self._weights = {weight.untyped_storage()._cdata: weight for weight in weights}
         self._made: dict[int, StorageWeakRef] = {}
         self._num_bytes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Returns func(*args, **kwargs), having noted the storages it made."""
+        """Returns func(*args, **kwargs) and records the storages it made."""
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = func(*args, **(kwargs or {}))
         known = {tensor.untyped_storage()._cdata for tensor in given}
@@ -53,19 +54,24 @@ class KeptTensors(TorchDispatchMode):
         return made
 
     def num_bytes(self) -> int:
-        """Returns the bytes of the storages that were made and still live."""
+        """Returns the bytes of the storages that are still alive."""
         alive = [key for key, reference in self._made.items() if not reference.expired()]
         return sum(self._num_bytes[key] for key in alive)
 
 
 def counted_bytes(
-    config: SiTConfig, *, batch: int, precision: Precision, remat: RematConfig, device_type: str
+    config: SiTConfig,
+    *,
+    batch: int,
+    precision: Precision,
+    checkpointing: ActivationCheckpointingConfig,
+    device_type: str,
 ) -> int:
     """Returns the bytes that a forward pass keeps, on a fake "cpu" or "cuda" device.
 
     Offloaded tensors are counted like the others. Attention is the flash kernel of that device.
     """
-    model = _meta_model(config, remat)
+    model = _meta_model(config, checkpointing)
     with FakeTensorMode(), _autocast(device_type, precision):
         _make_fake(model, precision, device_type)
         with KeptTensors([*model.parameters(), model.pos_embed]) as kept:
@@ -76,10 +82,14 @@ def counted_bytes(
 
 
 def counted_flops(
-    config: SiTConfig, *, batch: int, precision: Precision, remat: RematConfig
+    config: SiTConfig,
+    *,
+    batch: int,
+    precision: Precision,
+    checkpointing: ActivationCheckpointingConfig,
 ) -> int:
     """Returns the FLOPs of matrix products in a backward pass, on a fake CPU."""
-    model = _meta_model(config, remat)
+    model = _meta_model(config, checkpointing)
     with FakeTensorMode(), _autocast("cpu", precision):
         _make_fake(model, precision, "cpu")
         velocity = _velocity(model, batch)
@@ -88,21 +98,21 @@ def counted_flops(
     return counter.total
 
 
-def _meta_model(config: SiTConfig, remat: RematConfig) -> SiT:
+def _meta_model(config: SiTConfig, checkpointing: ActivationCheckpointingConfig) -> SiT:
     with torch.device("meta"):
         model = SiT(config)
-    model.set_remat(remat)
+    model.set_activation_checkpointing(checkpointing)
     return model
 
 
 def _make_fake(model: SiT, precision: Precision, device_type: str) -> None:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = PRECISIONS[precision].weights
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             fake = torch.empty(weight.shape, dtype=dtype, device=device_type)
             setattr(module, name, nn.Parameter(fake))
         if device_type == "cuda" and isinstance(module, Attention):
-            # torch's choice among kernels asks the device, which is not there.
+            # torch would ask the device, which does not exist, which kernel to use.
             module.attend = _cuda_flash_attention
     model.pos_embed = torch.empty(model.pos_embed.shape, device=device_type)
 
@@ -122,9 +132,9 @@ def _velocity(model: SiT, batch: int) -> Tensor:
 
 @contextmanager
 def _autocast(device_type: str, precision: Precision) -> Iterator[None]:
-    # torch.autocast turns itself off where there is no GPU.
+    # torch.autocast disables itself without a GPU.
     before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    torch.set_autocast_enabled(device_type, precision == "bf16_autocast")
+    torch.set_autocast_enabled(device_type, PRECISIONS[precision].is_autocast)
     torch.set_autocast_dtype(device_type, torch.bfloat16)
     torch.autocast_increment_nesting()
     try:

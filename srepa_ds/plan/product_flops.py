@@ -1,6 +1,6 @@
 """Counts the FLOPs of matrix products, operator by operator.
 
-torch's own counter would do, but which operators it knows changes from version to version.
+torch's own counter would do, but the operators it knows change from version to version.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
 
 
 def _attention_backward(_: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> int:
-    """Returns the FLOPs of the scores again and of two products for each of the forward pass's."""
+    """Returns the FLOPs of the recomputed scores and of two products per forward product."""
     return _scores(query, key) + 2 * _attention(query, key, value)
 
 
@@ -52,14 +52,14 @@ _SUSPECTS = {
     *("addbmm", "addmv", "attention", "attn", "baddbmm", "bmm", "conv", "conv1d", "conv2d"),
     *("conv3d", "convolution", "dot", "einsum", "linear", "matmul", "mm", "mv", "vdot"),
 }
-"""Words of the names of operators that are products."""
+"""Words in names of operators that are probably products."""
 
 
 class ProductFlops(TorchDispatchMode):
     """A context that sums the FLOPs of matrix products in it; a multiply-add counts as two.
 
-    Works on meta and fake tensors too. An operator that looks like a product and has no formula
-    here raises LookupError: a silent zero would be a wrong count.
+    Works on meta and fake tensors too. An operator that looks like a product but has no formula
+    here raises LookupError: a silent zero would make the sum wrong.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class ProductFlops(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Returns func(*args, **kwargs), having counted it."""
+        """Returns func(*args, **kwargs) and adds its FLOPs to `total`."""
         made = func(*args, **(kwargs or {}))
         self.total += _flops(func.overloadpacket.__name__, args, made)
         return made

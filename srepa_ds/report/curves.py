@@ -1,4 +1,4 @@
-"""Curves of a run's record, one small picture each, for light and for dark screens."""
+"""Curves of a run's metrics: one small picture each, for light and dark screens."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ TITLES = {
     "loss_flow": "flow matching",
     "loss_pointwise": "point-wise (negative cosine)",
     "loss_structural": "structural",
-    "loss_cls": "class token's flow matching",
-    "frechet_distance": "Fréchet distance while training",
-    "ema_distance": "distance of the average from the weights",
+    "loss_cls": "flow matching of the class token",
+    "frechet_distance": "Fréchet distance during training",
+    "ema_distance": "distance between EMA and weights",
     "gradient_norm": "gradient norm before clipping",
     "images_per_second": "images per second",
     "learning_rate": "learning rate",
-    "skipped": "steps skipped",
+    "skipped": "skipped steps",
     "data_wait_share": "share of the time spent waiting for data",
 }
 # A range this wide is easier to read on a logarithmic axis.
@@ -45,7 +45,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one kind of screen."""
+    """The colours for one kind of screen."""
 
     ink: str
     grid: str
@@ -59,7 +59,7 @@ THEMES: Mapping[str, Theme] = {
 
 
 def curves_of(lines: Sequence[Line]) -> tuple[Curve, ...]:
-    """Returns the curves worth drawing: what a run does not have is zero all along."""
+    """Returns the curves worth drawing; a quantity that the run does not have is always zero."""
     names = dict.fromkeys(name for line in lines for name in line if name.startswith("loss_"))
     found = {}
     for name in {**{known: None for known in TITLES}, **names}:
@@ -69,7 +69,7 @@ def curves_of(lines: Sequence[Line]) -> tuple[Curve, ...]:
             title = TITLES.get(name, name.removeprefix("loss_").replace("_", " "))
             found[name] = Curve(title, steps, values)
     if sum(name in found for name in names) == 2:
-        # One term: the total is that term once more.
+        # With a single term the total equals it.
         found.pop("loss_total", None)
     return tuple(found.values())
 
@@ -84,7 +84,7 @@ def panel(curve: Curve) -> Markup:
 
 
 def draw(curve: Curve, theme: Theme) -> bytes:
-    """Returns a PNG with a transparent ground; draws without pyplot, so nothing is left behind."""
+    """Returns a PNG with a transparent background; does without pyplot, which keeps figures."""
     figure = Figure(figsize=_INCHES)
     # Fixed margins keep the panels alike, and a layout engine would draw everything twice.
     axes = figure.add_axes(_MARGINS)

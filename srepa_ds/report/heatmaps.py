@@ -17,13 +17,14 @@ _SIDE = 144
 
 
 def similarity_section(comparisons: tuple[Comparison, ...], seen: Probe, *, weights: str) -> Markup:
-    """Returns the maps of all comparisons; `weights` says which weights the student has."""
+    """Returns the maps of all comparisons; `weights` names the student's weights."""
     count = len(seen.batch)
     intro = (
         "Each map shows the cosine similarity of one token, outlined in red, to all tokens of "
         "the image: in the teacher, which sees the real image, and in the student "
         f"({weights} weights), which sees it noised at t = {seen.t:g}. The first query is the "
-        "token in the middle, the others are tokens the teacher finds unlike those before."
+        "token in the middle; each next one is the token that resembles the earlier ones least "
+        "in the teacher."
     )
     legend = element(
         "p", "low", image(_legend(), alt="colour scale from low to high"), "high", class_="scale"
@@ -35,7 +36,7 @@ def similarity_section(comparisons: tuple[Comparison, ...], seen: Probe, *, weig
 def _block(comparison: Comparison, seen: Probe, count: int) -> Markup:
     title = f"Teacher: {comparison.teacher}"
     if not comparison.is_aligned:
-        title += " (the student was not trained towards it)"
+        title += " (the student was not aligned with it)"
     cards = [_card(comparison, seen, row) for row in range(len(seen.shown))]
     measured = [
         (space.name, _mean(space.correlations))
@@ -44,8 +45,8 @@ def _block(comparison: Comparison, seen: Probe, count: int) -> Markup:
     ]
     text = (
         "Correlation of the off-diagonal similarities with the teacher's, mean and standard "
-        f"deviation over {count} images. The scale of colours is that of each image and space, "
-        "given above its maps."
+        f"deviation over {count} images. Each image and space has its own colour scale, given "
+        "above its maps."
     )
     if any(name == "projected" for name, _ in measured):
         text += " The alignment losses see the projected tokens."
@@ -68,14 +69,14 @@ def _card(comparison: Comparison, seen: Probe, row: int) -> Markup:
         "div",
         image(png_of(real), alt=f"real image {sample}"),
         image(png_of(noised), alt=f"the same, noised at t = {seen.t:g}"),
-        element("figcaption", f"Image {sample}, class {label}, and what the student sees of it"),
+        element("figcaption", f"Image {sample}, class {label}, and as the student sees it"),
         class_="before",
     )
     return element("figure", before, _maps(comparison, row, real), class_="card")
 
 
 def _maps(comparison: Comparison, row: int, real: Image.Image) -> Markup:
-    """Returns one row per query: the query on the image, and its map in every space."""
+    """Returns a row per query: the query on the image, and its map in every space."""
     scaled = [_scaled(space, row) for space in comparison.spaces]
     cells = [element("span", "query")]
     for space, (low, high, _) in zip(comparison.spaces, scaled, strict=True):
@@ -91,9 +92,9 @@ def _maps(comparison: Comparison, row: int, real: Image.Image) -> Markup:
 
 
 def _scaled(space: Space, row: int) -> tuple[float, float, Tensor]:
-    """Returns the range of one image's similarities, and these as shares of the range.
+    """Returns the range of one image's similarities (low, high), and these as shares of it.
 
-    Queries are as similar to themselves as can be, and are left out of the range.
+    The range leaves out the queries themselves, whose similarity is 1.
     """
     maps = space.similarities[row].cpu()
     others = maps[maps < 1 - 1e-5]
@@ -110,7 +111,7 @@ def coloured(
 
 
 def _resized(pixels: np.ndarray) -> Image.Image:
-    """Returns a picture about as large as all others: whole pixels if it grows, else smoothed."""
+    """Returns a picture of about the common size, enlarged by whole pixels or reduced smoothly."""
     picture = Image.fromarray(pixels)
     longest = max(picture.size)
     zoom = max(1, round(_SIDE / longest))

@@ -1,16 +1,18 @@
-"""HTML that is escaped by construction: text is escaped unless it is markup already."""
+"""HTML built of elements: text is escaped unless it is markup already."""
 
 import base64
 import html
 import io
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from typing import ParamSpec
 
 from PIL import Image
 
 from srepa_ds.errors import SRepaError
 
 log = logging.getLogger("srepa_ds")
+P = ParamSpec("P")
 
 _VOID = frozenset({"img", "meta", "source"})
 
@@ -41,31 +43,31 @@ def joined(*children: str) -> Markup:
 
 
 def section(name: str, title: str, *children: str) -> Markup:
-    """Returns a section with a heading, to be linked to by its name."""
+    """Returns a section with a heading and the id `name`."""
     return element("section", element("h2", title), *children, id=name)
 
 
 def note(text: str) -> Markup:
-    """Returns one line that says what is missing or deserves doubt."""
+    """Returns a one-line note about something missing or doubtful."""
     return element("p", " ".join(text.split()), class_="note")
 
 
-def or_note(name: str, build: Callable[[], Markup]) -> Markup:
-    """Returns the markup that `build` makes, or the line that says why it cannot."""
+def or_note(name: str, build: Callable[P, Markup], *args: P.args, **kwargs: P.kwargs) -> Markup:
+    """Returns `build(*args, **kwargs)`, or a note with the SRepaError that it raises."""
     try:
-        return build()
+        return build(*args, **kwargs)
     except SRepaError as error:
         log.warning("the report has no %s: %s", name, error)
         return note(f"No {name}: {error}")
 
 
 def details(summary: str, text: str) -> Markup:
-    """Returns `text` as it is, hidden until asked for."""
+    """Returns preformatted `text`, folded under `summary`."""
     return element("details", element("summary", summary), element("pre", text))
 
 
 def table(rows: Iterable[Sequence[str]], *, header: Sequence[str] = ()) -> Markup:
-    """Returns a table whose first column holds the rows' names; wider than a page it scrolls."""
+    """Returns a table whose first column names the rows; it scrolls if wider than the page."""
     head = [element("tr", *(element("th", cell, scope="col") for cell in header))] if header else []
     body = [
         element("tr", element("th", first, scope="row"), *(element("td", cell) for cell in rest))
@@ -75,7 +77,7 @@ def table(rows: Iterable[Sequence[str]], *, header: Sequence[str] = ()) -> Marku
 
 
 def image(png: bytes, *, alt: str, class_: str | None = None, dark: bytes | None = None) -> Markup:
-    """Returns a picture that is part of the page; `dark` replaces it on a dark screen."""
+    """Returns a picture embedded in the page; `dark` replaces it on a dark screen."""
     light = element("img", src=_data(png), alt=alt, class_=class_)
     if dark is None:
         return light
@@ -84,7 +86,7 @@ def image(png: bytes, *, alt: str, class_: str | None = None, dark: bytes | None
 
 
 def png_of(picture: Image.Image) -> bytes:
-    """Returns the bytes of a PNG file."""
+    """Returns `picture` as the bytes of a PNG file."""
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from srepa_ds.report.markup import Markup, element, joined
 
-# Nothing may be fetched, whatever text of a run finds its way into the page.
+# The page fetches nothing, whatever text of a run ends up in it.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 _STYLE = """
@@ -98,7 +98,7 @@ def page(title: str, *, header: Markup, sections: Iterable[Markup]) -> str:
         element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("title", title),
-        # A style sheet is no text of the document: escaping would change it.
+        # A style sheet is not text of the document: escaping would change it.
         element("style", Markup(_STYLE)),
     )
     body = element("body", element("header", header), element("main", *sections))

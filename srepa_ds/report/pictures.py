@@ -20,24 +20,26 @@ _READ_AT_ONCE = 256
 
 
 def samples_section(samples: Path, open_real: Callable[[], ShardDataset]) -> Markup:
-    """Returns the sheet of the samples, and one of real images with the same rows beside it.
+    """Returns the contact sheet of the samples beside one of real images with the same rows.
 
-    A note stands in for real images that cannot be shown. Raises DataError without a finished
-    sample set.
+    A note replaces real images that cannot be shown. Raises DataError without a finished sample
+    set.
     """
     labels = read_labels(samples)
     drawn = read_contact_sheet(samples)
     count = "images" if labels is None else f"{len(labels):,} images"
-    real = or_note("real images", lambda: _real(open_real(), samples, labels))
+    real = or_note("real images", _real, open_real, samples, labels)
     sheets = element("div", _sheet(drawn, f"The first of {count} drawn."), real, class_="sheets")
     return section("samples", "Samples", sheets)
 
 
-def _real(real: ShardDataset, samples: Path, drawn_labels: ndarray | None) -> Markup:
+def _real(
+    open_real: Callable[[], ShardDataset], samples: Path, drawn_labels: ndarray | None
+) -> Markup:
+    real = open_real()
     if drawn_labels is None:
         raise DataError(
-            f"{samples} does not say of which classes its samples are; draw them with "
-            "`srepa-ds sample CONFIG`"
+            f"{samples} holds samples without labels; draw them with `srepa-ds sample CONFIG`"
         )
     sheet = real_sheet(real, torch.from_numpy(drawn_labels))
     return _sheet(sheet, f"Real images, from {real.folder}.")
@@ -55,13 +57,13 @@ def real_sheet(real: ShardDataset, drawn_labels: Int64[Tensor, " samples"]) -> I
     if len(chosen) == 0:
         raise DataError(
             f"{real.folder} holds no image of the classes that were drawn; set evaluate.reference "
-            "to data that do"
+            "to data with these classes"
         )
     for indices in chosen.split(_READ_AT_ONCE):
         batch = real.read(indices)
         if batch.images is None:
             raise DataError(
-                f"{real.folder} holds no pixels to show; set evaluate.reference to data that do"
+                f"{real.folder} holds no pixels to show; set evaluate.reference to data with pixels"
             )
         sheet.add(batch.images.permute(0, 2, 3, 1).contiguous(), batch.labels)
     return sheet.image()

@@ -1,4 +1,4 @@
-"""What a run's folder says about the run, read back."""
+"""Reads the documents in a run's folder, and names the training objective."""
 
 import json
 import math
@@ -16,18 +16,20 @@ Line = Mapping[str, float]
 
 
 def read_metrics(path: Path) -> tuple[Line, ...]:
-    """Returns the lines of a run's record, in order; torn ones are left out.
+    """Returns the lines of a run's metrics in order, without torn ones.
 
-    Raises DataError if there is none.
+    Raises DataError if there are none.
     """
     hint = "train first: `srepa-ds train CONFIG`"
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}, so there is no run; {hint}") from error
+        raise DataError(
+            f"{path}: {error.strerror}, so there is no run to report; {hint}"
+        ) from error
     lines = tuple(line for line in map(_parsed, text.splitlines()) if line)
     if not lines:
-        raise DataError(f"{path}: holds no line of a record; {hint}")
+        raise DataError(f"{path}: holds no metrics; {hint}")
     return lines
 
 
@@ -43,7 +45,7 @@ def _parsed(text: str) -> Line:
 
 
 def read_document(path: Path, *, hint: str = "") -> dict[str, Any]:
-    """Returns a JSON object of the run's; raises DataError, with `hint`, if it is not there."""
+    """Returns the JSON object in a file; raises DataError, with `hint`, if it holds none."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -51,7 +53,7 @@ def read_document(path: Path, *, hint: str = "") -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path.name}: is not JSON ({error}); {hint}") from error
     if not isinstance(document, dict):
-        raise DataError(f"{path.name}: is no JSON object; {hint}")
+        raise DataError(f"{path.name}: is not a JSON object; {hint}")
     return document
 
 
@@ -62,9 +64,9 @@ def part(document: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def trained_config(config: Config) -> Config:
-    """Returns the configuration the run was trained with, or `config` if none was kept."""
-    path = config.resolved
-    # Without what must hold across sections: other files it names may be absent by now, or here.
+    """Returns the configuration the run was trained with, or `config` if there is none."""
+    path = config.run_folder.config
+    # Without cross-checks: the files it names may have gone since, or be on another machine.
     return validated(Config, load_tree(path), source=str(path)) if path.is_file() else config
 
 
@@ -72,7 +74,7 @@ def training_seconds(lines: Sequence[Line]) -> float:
     """Returns the time the recorded steps took."""
     before, total = 0.0, 0.0
     for line in lines:
-        # Distances measured on the way have lines of their own, and no steps.
+        # Distances measured during training have lines of their own, without a step time.
         if "step_seconds" in line:
             total += line["step_seconds"] * (line["step"] - before)
             before = line["step"]

@@ -16,9 +16,9 @@ def similarity_to(
 def spread_queries(
     tokens: Float[Tensor, "batch tokens width"], *, first: int, count: int
 ) -> Int64[Tensor, "batch count"]:
-    """Returns `count` tokens of each image that differ much in what they are.
+    """Returns the indices of `count` dissimilar tokens of each image.
 
-    The token `first`, and then again and again the one whose largest similarity to those already
+    They start with `first`; each next token is the one whose largest similarity to those already
     chosen is smallest.
     """
     chosen = torch.full((len(tokens), 1), first, device=tokens.device)

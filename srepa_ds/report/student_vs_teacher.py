@@ -1,6 +1,6 @@
-"""A run's teachers held against its student: both look at real images, the student at noised ones.
+"""Compares a run's student, which sees noised real images, with its teachers, which see clean ones.
 
-As in the paper's Figure 2, what is compared are the similarities between the tokens of an image.
+As in the paper's Figure 2, it compares the similarities between the tokens of an image.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from srepa_ds import noise
-from srepa_ds.alignment.alignment import AlignmentConfig, student_patches, target_tokens
+from srepa_ds.alignment.alignment import Alignment, AlignmentConfig, TeacherShape
 from srepa_ds.alignment.projector import build_projector
 from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.codec.table import build_codec
@@ -22,7 +22,7 @@ from srepa_ds.data.shards import ShardDataset
 from srepa_ds.encoders.teacher import TeacherConfig, TeacherTokens, load_teacher
 from srepa_ds.errors import CheckpointError, DataError
 from srepa_ds.interpolant import INTERPOLANTS
-from srepa_ds.noise import Stream
+from srepa_ds.noise import NoiseStream
 from srepa_ds.report.similarity import gram_correlation, similarity_to, spread_queries
 from srepa_ds.schema import validated
 from srepa_ds.weights.exported import WEIGHTS, ExportedModel
@@ -36,33 +36,33 @@ _NOISE_DRAW = 1
 
 @dataclass(frozen=True)
 class Space:
-    """What one kind of token says about the images."""
+    """The similarities between tokens of one kind: the teacher's, a block's, or projected ones."""
 
     name: str
     similarities: Float[Tensor, "shown queries tokens"]
     correlations: Float[Tensor, " images"] | None
-    """With the teacher's Gram matrices, of all images measured; None for the teacher itself."""
+    """Of each image's Gram matrix with the teacher's; None for the teacher itself."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Real images, the same noised at time `t`, and which of them are shown."""
+    """Real images, the same noised at time `t`, and the places of those shown."""
 
     batch: Batch
     x_t: Float[Tensor, "images channels height width"]
     t: float
     noised: UInt8[Tensor, "images height width 3"]
-    """`x_t` as pictures."""
+    """`x_t` decoded to pictures."""
     shown: Int64[Tensor, " shown"]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One teacher and the block of the student held against it."""
+    """One teacher compared with one block of the student."""
 
     teacher: str
     is_aligned: bool
-    """Whether the student was trained towards this teacher."""
+    """Whether the student was aligned with this teacher."""
     grid: tuple[int, int]
     queries: Int64[Tensor, "shown queries"]
     spaces: tuple[Space, ...]
@@ -85,9 +85,9 @@ def probe(
     t: float,
     device: torch.device,
 ) -> Probe:
-    """Returns images spread over the classes of `real`, their noise keyed by their index there.
+    """Returns images spread over the classes of `real`, with noise keyed by their index there.
 
-    Raises DataError if they are none of those the model was made for.
+    Raises DataError if they do not fit the model.
     """
     experiment = _experiment(config, exported)
     codec = build_codec(experiment.codec)
@@ -96,7 +96,7 @@ def probe(
     clean = codec.encode(batch, seed=experiment.run.seed)
     gaussian = noise.normal(
         experiment.run.seed,
-        Stream.NOISE,
+        NoiseStream.NOISE,
         batch.sample_ids,
         tuple(clean.shape[1:]),
         draw=_NOISE_DRAW,
@@ -108,7 +108,7 @@ def probe(
 
 
 def _experiment(config: Config, exported: ExportedModel) -> Config:
-    # Without what must hold across sections: training may have named files that are not here.
+    # Without cross-checks: the files that training used may not be here.
     return validated(Config, exported.config, source=str(config.weights_folder))
 
 
@@ -117,8 +117,8 @@ def _check_fit(experiment: Config, codec: LatentCodec, real: ShardDataset) -> No
     expected = (experiment.model.latent_shape, experiment.model.num_classes)
     if found != expected:
         raise DataError(
-            f"{real.folder} gives latents of shape {found[0]} in {found[1]} classes, the exported "
-            f"model takes {expected[0]} in {expected[1]}; set evaluate.reference to data that fit"
+            f"{real.folder} gives latents of shape {found[0]} in {found[1]} classes, but the model "
+            f"takes {expected[0]} in {expected[1]}; set evaluate.reference to data that fits it"
         )
 
 
@@ -136,8 +136,8 @@ def _spread(length: int, count: int) -> Tensor:
 def compare(config: Config, exported: ExportedModel, seen: Probe) -> tuple[Comparison, ...]:
     """Returns a comparison for each teacher the model was aligned with.
 
-    A model that had none is held, at its middle block, against the extractor of `evaluate`. Raises
-    ConfigError or DataError for a teacher that cannot be loaded or has another grid of tokens.
+    A model without teachers is compared, at its middle block, with the extractor of `evaluate`.
+    Raises ConfigError or DataError for a teacher that cannot be loaded or has another token grid.
     """
     experiment = _experiment(config, exported)
     pairings = _pairings(experiment, config)
@@ -159,7 +159,7 @@ def compare(config: Config, exported: ExportedModel, seen: Probe) -> tuple[Compa
 
 @dataclass(frozen=True)
 class _Target:
-    """What a teacher says of the images, and on which grid student and teacher are compared."""
+    """A teacher's tokens, and the grid on which student and teacher are compared."""
 
     tokens: TeacherTokens
     teacher_grid: tuple[int, int]
@@ -170,7 +170,7 @@ class _Target:
 def _target(pairing: _Pairing, experiment: Config, seen: Probe) -> _Target:
     images = seen.batch.images
     if images is None:
-        raise DataError("teachers look at pixels, and the real images are stored without any")
+        raise DataError("teachers need pixels, but the real images are stored without any")
     resolution = (images.shape[-2], images.shape[-1])
     teacher = load_teacher(pairing.teacher, resolution=resolution, device=images.device)
     grid = experiment.model.grid
@@ -179,21 +179,22 @@ def _target(pairing: _Pairing, experiment: Config, seen: Probe) -> _Target:
         grid = teacher.grid
     elif resampling is None and teacher.grid != grid:
         raise DataError(
-            f"the teacher gives a grid of {teacher.grid} tokens, the model has {grid}; "
+            f"the teacher gives a grid of {teacher.grid} tokens, but the model has {grid}; "
             "there is nothing to compare"
         )
     return _Target(teacher.tokens(images), teacher.grid, teacher.width, grid)
 
 
 def _noised_cls(experiment: Config, target: _Target, seen: Probe, times: Tensor) -> Tensor | None:
-    """Returns the class token that a model with one sees beside the noised images."""
+    """Returns the noised class token for the model; None if it has none."""
     width = experiment.model.class_token_width
     if width is None:
         return None
     if target.tokens.cls is None:
-        raise DataError("the model carries a class token, and its first teacher has none")
+        raise DataError("the model has a class token, but its first teacher has none")
+    ids = seen.batch.sample_ids
     gaussian = noise.normal(
-        experiment.run.seed, Stream.CLS_NOISE, seen.batch.sample_ids, (width,), draw=_NOISE_DRAW
+        experiment.run.seed, NoiseStream.CLS_NOISE, ids, (width,), draw=_NOISE_DRAW
     )
     path = INTERPOLANTS[experiment.objective.interpolant.path]
     return path.noised(target.tokens.cls, gaussian, times).x_t
@@ -208,7 +209,7 @@ def _pairings(experiment: Config, config: Config) -> tuple[_Pairing, ...]:
     if config.evaluate is None:
         raise DataError(
             "the model was trained without a teacher, and there is no section `evaluate` whose "
-            "extractor could stand in for one"
+            "extractor could replace it"
         )
     middle = (experiment.model.shape.depth + 1) // 2
     return (_Pairing(config.evaluate.extractor, middle, None, 0),)
@@ -227,16 +228,16 @@ def _compared(
     student = {f"block {pairing.depth}": hidden.float()}
     projected = _projected(pairing, hidden.float(), config, target, own)
     student |= {} if projected is None else {"projected": projected}
-    # The class token, where there is one, stands before the patches.
+    # A class token comes before the patches.
     student = {name: tokens[:, -own[0] * own[1] :] for name, tokens in student.items()}
     if alignment is not None:
-        grids = {"grid": own, "teacher_grid": target.teacher_grid}
-        teacher = target_tokens(alignment, teacher, **grids)
-        student = {n: student_patches(alignment, t, **grids) for n, t in student.items()}
-    return _held_against(pairing, teacher.patches, student, target.grid, seen)
+        common = Alignment(alignment, own, TeacherShape(target.width, target.teacher_grid))
+        teacher = common.target(teacher)
+        student = {name: common.student_patches(tokens) for name, tokens in student.items()}
+    return _comparison(pairing, teacher.patches, student, target.grid, seen)
 
 
-def _held_against(
+def _comparison(
     pairing: _Pairing,
     target: Tensor,
     student: Mapping[str, Tensor],
@@ -259,7 +260,7 @@ def _held_against(
 def _projected(
     pairing: _Pairing, hidden: Tensor, config: Config, target: _Target, grid: tuple[int, int]
 ) -> Tensor | None:
-    """Returns the tokens the loss matches, or None if there is no projector or it was not kept."""
+    """Returns the tokens the loss matches, or None without a stored projector."""
     path, alignment = config.weights_folder / WEIGHTS, pairing.alignment
     state = _tensors_below(f"projectors.{pairing.number}.", config)
     if not state or alignment is None:

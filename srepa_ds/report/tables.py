@@ -1,4 +1,4 @@
-"""The sections of words and numbers: scores, settings, versions, timings, files."""
+"""The sections of text and numbers: scores, settings, versions, timings, files."""
 
 import json
 import shlex
@@ -10,7 +10,7 @@ from srepa_ds.config.experiment import Config
 from srepa_ds.report.markup import Markup, details, element, joined, note, section, table
 from srepa_ds.report.record import Line, part, training_seconds
 from srepa_ds.schema import to_tree, to_yaml
-from srepa_ds.training.run_folder import unsafe_changes
+from srepa_ds.training.resume import unsafe_changes
 
 SCORES = {
     "frechet_distance": ("Fréchet distance", "smaller is better"),
@@ -20,7 +20,7 @@ SCORES = {
 }
 _MOST_FILES = 300
 _DIGEST = 12
-"""Digits of a hash that tell one file from another."""
+"""Digits shown of a hash, enough to tell files apart."""
 
 
 def score_table(results: Mapping[str, Any]) -> Markup:
@@ -30,13 +30,13 @@ def score_table(results: Mapping[str, Any]) -> Markup:
     for name, value in part(results, "scores").items():
         title, meaning = SCORES.get(name, (name.replace("_", " "), ""))
         if name == "class_accuracy" and real is not None:
-            meaning += f"; of the real images it is {number(real)}"
+            meaning += f"; for the real images it is {number(real)}"
         rows.append((title, number(value), meaning))
     return element("div", table(rows), class_="scores")
 
 
 def scores_section(results: Mapping[str, Any]) -> Markup:
-    """Returns what the scores of the headline were measured on, and how."""
+    """Returns a table of how and on what the scores were measured."""
     settings, samples = part(results, "settings"), part(results, "samples")
     extractor = part(settings, "extractor")
     architecture = part(extractor, "spec").get("architecture")
@@ -62,7 +62,7 @@ def _sampler(samples: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def facts(trained: Config, lines: Sequence[Line], *, parameters: int | None) -> Markup:
-    """Returns the run in a few rows: model, teachers, length, speed."""
+    """Returns the main facts about a run: model, teachers, length, speed, data, seed."""
     teachers = [alignment.teacher for alignment in trained.alignments]
     names = [teacher.name or teacher.resolved.architecture for teacher in teachers]
     steps = int(lines[-1]["step"])
@@ -83,18 +83,18 @@ def facts(trained: Config, lines: Sequence[Line], *, parameters: int | None) -> 
 
 
 def config_section(trained: Config, given: Config) -> Markup:
-    """Returns the configuration the run was trained with, and where `given` departs from it."""
+    """Returns the configuration the run was trained with, and where `given` differs from it."""
     faults = unsafe_changes(to_tree(trained), given)
     changes = [f"{fault.path}: {fault.message}" for fault in faults]
     notes = [
-        note(f"The report was asked for with other settings than the run's: {'; '.join(changes)}")
+        note(f"The settings given differ from those the run was trained with: {'; '.join(changes)}")
     ]
-    body = details(given.resolved.name, to_yaml(trained))
+    body = details(given.run_folder.config.name, to_yaml(trained))
     return section("config", "Configuration", *(notes if changes else ()), body)
 
 
 def environment_section(environment: Mapping[str, Any]) -> Markup:
-    """Returns versions and machine."""
+    """Returns the versions and the machine of the training."""
     rows = []
     for name, value in environment.items():
         text = shlex.join(map(str, value)) if isinstance(value, list) else number(value)
@@ -103,14 +103,16 @@ def environment_section(environment: Mapping[str, Any]) -> Markup:
 
 
 def timings_section(timings: Mapping[str, Any]) -> Markup:
-    """Returns how long each command took, and all of them."""
+    """Returns the time of each command, and the total."""
     measured = {name: s for name, s in timings.items() if isinstance(s, int | float)}
     rows = [(name, duration(seconds)) for name, seconds in measured.items()]
-    return section("timings", "Timings", table([*rows, ("all", duration(sum(measured.values())))]))
+    return section(
+        "timings", "Timings", table([*rows, ("total", duration(sum(measured.values())))])
+    )
 
 
 def files_section(folder: Path, *, without: Path) -> Markup:
-    """Returns the files of the run's folder with their sizes, but for the page itself."""
+    """Returns the files in the run's folder with their sizes, except the page itself."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != without)
     rows = [(str(path.relative_to(folder)), size(path.stat().st_size)) for path in files]
     more = len(rows) - _MOST_FILES
@@ -121,7 +123,7 @@ def files_section(folder: Path, *, without: Path) -> Markup:
 
 
 def number(value: Any) -> str:
-    """Returns a value of a document as a person reads it."""
+    """Returns a value of a document formatted for reading."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
@@ -130,7 +132,7 @@ def number(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time in the two largest units that fit."""
+    """Returns a time in its two largest units."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -141,7 +143,7 @@ def duration(seconds: float) -> str:
 
 
 def size(num_bytes: int) -> str:
-    """Returns a number of bytes in the unit that suits it."""
+    """Returns a number of bytes in a unit of its size."""
     value = float(num_bytes)
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:

@@ -11,14 +11,14 @@ from srepa_ds import noise
 from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.errors import TopologyError
 from srepa_ds.interpolant import Interpolant
-from srepa_ds.noise import Stream
+from srepa_ds.noise import NoiseStream
 from srepa_ds.sampling.guidance import GuidedModel
 from srepa_ds.sampling.solvers import Dynamics, SamplerConfig, integrate
 from srepa_ds.sampling.state import SamplingModel, StateLayout, state_velocity
 
 # Of the latents, and of the class token if the model has one.
-_START_STREAMS = (Stream.SAMPLE_START, Stream.SAMPLE_CLS_START)
-_STEP_STREAMS = (Stream.SAMPLE_STEP, Stream.SAMPLE_CLS_STEP)
+_START_STREAMS = (NoiseStream.SAMPLE_START, NoiseStream.SAMPLE_CLS_START)
+_STEP_STREAMS = (NoiseStream.SAMPLE_STEP, NoiseStream.SAMPLE_CLS_STEP)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Generated images with what was asked for, on the CPU, and the chunk they are."""
+    """The generated images of one chunk, with their labels and indices; on the CPU."""
 
     images: UInt8[Tensor, "batch height width 3"]
     labels: Int64[Tensor, " batch"]
@@ -44,30 +44,34 @@ class ImageBatch:
     chunk: Chunk
 
 
-def plan_chunks(config: SamplerConfig, *, rank: int, world_size: int) -> tuple[Chunk, ...]:
-    """Returns the chunks rank `rank` draws: cut by index alone and dealt round robin.
+def plan_chunks(config: SamplerConfig) -> tuple[Chunk, ...]:
+    """Returns the chunks of the whole set, cut by index alone.
 
-    The cut does not depend on the ranks, so every image is computed in the same batch for any
-    number of them, and is the same to the bit. Raises TopologyError for more ranks than images.
+    The cut does not depend on the number of ranks, so every image is computed in the same batch
+    for any number of them, and is the same to the bit.
     """
+    starts = range(0, config.num_samples, config.batch_size)
+    return tuple(
+        Chunk(index, start, min(start + config.batch_size, config.num_samples))
+        for index, start in enumerate(starts)
+    )
+
+
+def check_rank_count(config: SamplerConfig, world_size: int) -> None:
+    """Checks that there are no more ranks than images; raises TopologyError."""
     if world_size > config.num_samples:
         raise TopologyError(
             f"{world_size} ranks cannot share {config.num_samples} image(s); "
             f"start at most {config.num_samples} rank(s) or raise num_samples"
         )
-    starts = range(0, config.num_samples, config.batch_size)
-    chunks = [
-        Chunk(index, start, min(start + config.batch_size, config.num_samples))
-        for index, start in enumerate(starts)
-    ]
-    return tuple(chunks[rank::world_size])
 
 
 def even_chunks(
     num_samples: int, *, batch_size: int, rank: int, world_size: int
 ) -> tuple[Chunk, ...]:
-    """Returns equal chunks for rank `rank`, as many for every rank, that hold `num_samples` at
-    least: for models that all ranks must call equally often.
+    """Returns rank `rank`'s chunks of at least `num_samples` images, equal in number and size.
+
+    For models that all ranks must call equally often.
     """
     rounds = -(-num_samples // (batch_size * world_size))
     indices = (number * world_size + rank for number in range(rounds))
@@ -80,7 +84,7 @@ def draw_labels(
     """Returns the label of each image, by `config.label_mode`."""
     if config.label_mode == "balanced":
         return sample_ids % num_classes
-    return noise.integers(config.seed, Stream.SAMPLE_LABEL, sample_ids, num_classes)
+    return noise.integers(config.seed, NoiseStream.SAMPLE_LABEL, sample_ids, num_classes)
 
 
 def generate(
@@ -132,7 +136,7 @@ def _generate_chunk(
     )
     dynamics = Dynamics(guided, interpolant.score, step_noise)
     state = integrate(dynamics, start, solver=config.solver, num_steps=config.num_steps)
-    # A class token has served its purpose: it steered the image.
+    # The class token only steered the image; it is not decoded.
     latents, _ = layout.unpack(state)
     images = codec.decode(latents.float())
     return ImageBatch(images.cpu(), labels.cpu(), sample_ids.cpu(), chunk)

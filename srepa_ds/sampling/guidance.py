@@ -1,4 +1,4 @@
-"""Classifier-free guidance inside an interval of time (contract of REPA's samplers)."""
+"""Classifier-free guidance inside an interval of time, as in REPA's samplers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ VelocityModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly velocities are guided, and during which times (t = 1 is noise).
+    """The strength of guidance, and the times at which it acts (t = 1 is noise).
 
-    `scale` alone decides whether there is guidance. While there is, a class token (REG) is guided
-    by `cls_scale`; 0 leaves it unguided.
+    `scale` alone decides whether there is guidance. Where there is, `cls_scale` guides a class
+    token (REG); 0 leaves it unguided.
     """
 
     scale: float = 1.0
@@ -30,7 +30,7 @@ class Guidance:
 
     @property
     def cls_branch_scale(self) -> float:
-        """Returns the scale of a class token while guided: 1, the class's branch, for 0."""
+        """A class token's scale during guidance: 1, the conditional branch, if `cls_scale` is 0."""
         return self.cls_scale or 1.0
 
 
@@ -57,7 +57,7 @@ def guided_velocity(
 
 @dataclass(frozen=True)
 class GuidedModel:
-    """A velocity model with its labels and guidance: what the solvers integrate.
+    """A velocity model with its labels and guidance, for the solvers to integrate.
 
     The model sees states and times in `dtype`; velocities come back in float64. `scales` (*event),
     if given, replaces the guidance's scale element by element.

@@ -45,10 +45,10 @@ def _checked_blocks(member: NpzMember) -> Iterator[np.ndarray]:
     for block in member.blocks:
         if block.shape[1:] != member.shape[1:] or block.dtype != member.dtype:
             raise ValueError(
-                f"{member.name}: a block is {block.dtype}{list(block.shape)}, "
-                f"the array {member.dtype}{list(member.shape)}"
+                f"{member.name}: got a block of {block.dtype}{list(block.shape)} "
+                f"for an array of {member.dtype}{list(member.shape)}"
             )
         yield block
         count += len(block)
     if count != member.shape[0]:
-        raise ValueError(f"{member.name}: {count} rows came, {member.shape[0]} were announced")
+        raise ValueError(f"{member.name}: got {count} rows, expected {member.shape[0]}")

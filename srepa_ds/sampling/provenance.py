@@ -1,4 +1,4 @@
-"""Where a sample set comes from: all that decides its pixels."""
+"""The provenance of a sample set: everything that decides its pixels."""
 
 import hashlib
 import json
@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from srepa_ds import trees
 from srepa_ds.sampling.solvers import SamplerConfig
 from srepa_ds.schema import to_tree
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a sample set was made with, as JSON values."""
+    """The facts a sample set was made with, as JSON values."""
 
     facts: Mapping[str, Any]
 
@@ -38,8 +39,8 @@ def describe(
     """Returns the provenance of the set that `config` draws from a checkpoint.
 
     `ema` names the weights ("none" for the trained ones), `path` the interpolant, `versions` the
-    libraries whose arithmetic the pixels depend on. The guidance of a class token is a fact only of
-    models that have one: `class_token`.
+    libraries whose arithmetic decides the pixels. `class_token` tells whether the model has one;
+    only then is its guidance a fact.
     """
     sampler = to_tree(config)
     if not class_token:
@@ -55,15 +56,7 @@ def describe(
     return Provenance(json.loads(json.dumps(facts)))
 
 
-def differences(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], *, under: str = ""
-) -> list[str]:
-    """Returns one line "fact: stored, now wanted" for every fact that differs."""
-    lines = []
-    for key in sorted({*stored, *wanted}):
-        name, old, new = f"{under}{key}", stored.get(key), wanted.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += differences(old, new, under=f"{name}.")
-        elif old != new:
-            lines.append(f"{name}: {old!r} there, {new!r} now")
-    return lines
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Returns a line "fact: OLD there, NEW now" for every fact that differs."""
+    changes = trees.differences(stored, wanted)
+    return [f"{path}: {old!r} there, {new!r} now" for path, old, new in changes]

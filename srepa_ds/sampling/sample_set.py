@@ -1,4 +1,4 @@
-"""A finished sample set, read back: its images, their sheet, and where they come from."""
+"""Reads a finished sample set: images, labels, contact sheet and provenance."""
 
 import io
 import json
@@ -20,7 +20,7 @@ PROVENANCE = "provenance.json"
 CONTACT_SHEET = "contact_sheet.png"
 
 _IMAGES, _LABELS = "arr_0", "arr_1"
-# What numpy and its zip reader raise for files cut short, overwritten or of another kind.
+# Raised by numpy and its zip reader for files cut short, overwritten or of another kind.
 _DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
@@ -63,9 +63,9 @@ def read_contact_sheet(folder: Path) -> Image.Image:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Returns what a sample set was made with, nothing if it does not say.
+    """Returns the provenance of a sample set; empty if it has none.
 
-    Raises DataError if what it says is damaged.
+    Raises DataError if the file is damaged.
     """
     path = folder / PROVENANCE
     try:
@@ -75,15 +75,15 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path}: {_reason(error)}; mend its permissions") from error
     except ValueError as error:
-        raise _of_unknown_origin(path, f"is no JSON ({error})") from error
+        raise _of_unknown_origin(path, f"is not JSON ({error})") from error
     if not isinstance(document, dict):
-        raise _of_unknown_origin(path, "is no JSON object")
+        raise _of_unknown_origin(path, "is not a JSON object")
     return document
 
 
 def _read(path: Path, names: tuple[str, ...]) -> dict[str, ndarray]:
     try:
-        # Opened here, because numpy leaves a file open that is no archive.
+        # Opened here, because numpy leaves a file open that is not an archive.
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, NpzFile):
@@ -92,7 +92,7 @@ def _read(path: Path, names: tuple[str, ...]) -> dict[str, ndarray]:
                 members = {name: archive[name] for name in names if name in archive.files}
     except _DAMAGE as error:
         raise _unfinished(path, _reason(error)) from error
-    # A member that is no array comes as bytes.
+    # numpy returns a member that is not an array as bytes.
     return {name: array for name, array in members.items() if isinstance(array, ndarray)}
 
 
@@ -101,7 +101,7 @@ def _labels(arrays: dict[str, ndarray], path: Path) -> ndarray | None:
     if labels is None:
         return None
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise _unfinished(path, "its labels are no list of integers")
+        raise _unfinished(path, "its labels are not a list of integers")
     return labels.astype(np.int64)
 
 
@@ -111,12 +111,12 @@ def _reason(error: Exception) -> str:
 
 def _unfinished(path: Path, reason: str) -> DataError:
     return DataError(
-        f"{path} is no finished sample set ({reason}); draw one with `srepa-ds sample CONFIG`"
+        f"{path} is not a finished sample set ({reason}); draw one with `srepa-ds sample CONFIG`"
     )
 
 
 def _of_unknown_origin(path: Path, reason: str) -> DataError:
     return DataError(
-        f"{path}: {reason}, so what the samples are is unknown; give another folder, or remove "
-        "this one to draw them anew"
+        f"{path}: {reason}, so the samples' origin is unknown; give another folder, or remove this "
+        "one to draw them again"
     )

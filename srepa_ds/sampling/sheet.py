@@ -1,4 +1,4 @@
-"""Contact sheets: a few images of each class on one picture."""
+"""Contact sheets: a few images of each class in one picture."""
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -10,7 +10,7 @@ _SMALLEST_TILE = 48
 
 
 class SheetBuilder:
-    """A contact sheet whose images arrive batch by batch; keeps no more than it shows.
+    """Builds a contact sheet from batches of images; keeps only the images it shows.
 
     Rows are classes (evenly spaced ones if there are many), columns the first images of each; a
     set of one class fills all rows.
@@ -26,13 +26,13 @@ class SheetBuilder:
 
     @property
     def wanted(self) -> dict[int, int]:
-        """How many images of each class the sheet still has room for."""
+        """The number of images of each class that the sheet still has room for."""
         return {label: self._wanted - len(tiles) for label, tiles in self._tiles.items()}
 
     def add(
         self, images: UInt8[Tensor, "batch height width 3"], labels: Int64[Tensor, " batch"]
     ) -> None:
-        """Takes what the sheet still needs of a batch."""
+        """Adds the images of a batch that the sheet still has room for."""
         for image, label in zip(images, labels.tolist(), strict=True):
             tiles = self._tiles.get(label)
             if tiles is not None and len(tiles) < self._wanted:

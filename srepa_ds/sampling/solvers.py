@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from srepa_ds.sampling.guidance import Guidance
-from srepa_ds.schema import Section, known_in
+from srepa_ds.schema import Section, one_of
 
 Velocity = Callable[[Tensor, float, float], Tensor]
-"""(x_t, t, time that decides about guidance) -> float64 velocity."""
+"""(x_t, t, the time that decides about guidance) -> float64 velocity."""
 
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(velocity, x_t, t (b,)) -> score of the marginal at t; an interpolant's `score`."""
@@ -23,7 +23,7 @@ NoiseOfStep = Callable[[int], Tensor]
 """Number of the step -> float64 standard normal noise of the state's shape."""
 
 SDE_LAST_TIME = 0.04
-"""Where the SDE's diffusion ends; one noiseless step leads from here to 0."""
+"""The time at which the SDE's diffusion ends; one noiseless step leads from here to 0."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Dynamics:
-    """What a step may ask for: velocity always, score and noise only for the SDE."""
+    """The functions a step may call: velocity always, score and noise only for the SDE."""
 
     velocity: Velocity
     score: Score
@@ -74,9 +74,9 @@ def euler_step(
 def heun_step(
     dynamics: Dynamics, x_t: Float[Tensor, " batch *event"], step: Step
 ) -> Float[Tensor, " batch *event"]:
-    """Returns the state at `step.next_t` after a Heun step; the last step is Euler's.
+    """Returns the state at `step.next_t` after a Heun step; the last step is an Euler step.
 
-    As in REPA, the step's start decides about guidance for both evaluations.
+    As in REPA, the time at the step's start decides whether both evaluations are guided.
     """
     dt = step.next_t - step.t
     velocity = dynamics.velocity(x_t, step.t, step.t)
@@ -131,20 +131,20 @@ def integrate(
 
 
 class SamplerConfig(Section):
-    """How images are drawn: solver, guidance, labels and the size of the set."""
+    """The sampler: solver, guidance, labels and the size of the set."""
 
-    solver: Annotated[str, known_in("solver", SOLVERS)] = "euler_maruyama"
+    solver: Annotated[str, one_of("solver", SOLVERS)] = "euler_maruyama"
     """Name in the table of solvers: euler and heun solve the ODE, euler_maruyama the SDE."""
 
     num_steps: Annotated[int, Field(ge=1, lt=1 << 24)] = 250
     """Steps from noise to data; heun evaluates the model twice in all but the last."""
 
     cfg_scale: Annotated[float, Field(ge=1)] = 1.0
-    """Scale of classifier-free guidance; 1 is none."""
+    """Scale of classifier-free guidance; 1 turns it off."""
 
     cls_cfg_scale: Annotated[float, Field(ge=0)] = 0.0
-    """REG: scale of the class token's guidance, wherever the image is guided; 0 is none. More than
-    0 needs a `cfg_scale` above 1, without which nothing is guided."""
+    """REG: scale of the class token's guidance, wherever the image is guided; 0 turns it off. Above
+    0 it needs a `cfg_scale` above 1, without which nothing is guided."""
 
     guidance_low: Annotated[float, Field(ge=0, le=1)] = 0.0
     """First time (t = 1 is noise) that is guided, itself included."""
@@ -153,13 +153,13 @@ class SamplerConfig(Section):
     """Last time (t = 1 is noise) that is guided, itself included."""
 
     label_mode: Literal["random", "balanced"] = "random"
-    """random draws each label; balanced deals the classes in turn."""
+    """random draws each label; balanced cycles through the classes."""
 
     num_samples: Annotated[int, Field(ge=1)] = 50_000
     """Number of images in the set."""
 
     batch_size: Annotated[int, Field(ge=1)] = 64
-    """Images per chunk: what one rank draws at once and one part file holds."""
+    """Images per chunk: one rank draws them at once, and one part file holds them."""
 
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Seed of start noise, labels and SDE noise; image i of a seed is always the same image."""
@@ -176,7 +176,7 @@ class SamplerConfig(Section):
     def _interval_is_ordered(self) -> "SamplerConfig":
         if self.guidance_low > self.guidance_high:
             raise ValueError(
-                f"guidance_low ({self.guidance_low}) lies above guidance_high "
+                f"guidance_low ({self.guidance_low}) is above guidance_high "
                 f"({self.guidance_high}); the interval is empty"
             )
         return self
@@ -194,14 +194,14 @@ class SamplerConfig(Section):
 
 @dataclass(frozen=True)
 class Evaluations:
-    """How often a batch goes through the model: in all, and with its null-label double."""
+    """Model calls per batch: in all, and with the batch doubled for guidance."""
 
     total: int
     guided: int
 
 
 def count_evaluations(config: SamplerConfig) -> Evaluations:
-    """Returns the number of model evaluations per image, found by solving for no images."""
+    """Returns the number of model calls per image, counted by solving for an empty batch."""
     guided = []
 
     def velocity(x_t: Tensor, t: float, guidance_t: float) -> Tensor:

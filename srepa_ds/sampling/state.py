@@ -1,4 +1,4 @@
-"""What the solvers move: an image and, in REG, a class token, as one flat vector per sample.
+"""The state the solvers integrate: image and, in REG, class token, as one vector per sample.
 
 Solvers, scores and guidance work element by element, so they need not know what an element is.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from srepa_ds import noise
 from srepa_ds.model.sit import SiTOutput
 from srepa_ds.model.variants import SiTConfig
-from srepa_ds.noise import Stream
+from srepa_ds.noise import NoiseStream
 from srepa_ds.sampling.guidance import Guidance, VelocityModel
 
 
@@ -54,13 +54,13 @@ class StateLayout:
     def normal(
         self,
         seed: int,
-        streams: tuple[Stream, Stream],
+        streams: tuple[NoiseStream, NoiseStream],
         sample_ids: Int64[Tensor, " batch"],
         *,
         draw: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> Float[Tensor, "batch elements"]:
-        """Returns a state of standard normal numbers, one stream for each part."""
+        """Returns a state of standard normal numbers, one noise stream for each part."""
         latents = noise.normal(
             seed, streams[0], sample_ids, self.latent_shape, draw=draw, dtype=dtype
         )
@@ -86,7 +86,7 @@ class StateLayout:
 
 @runtime_checkable
 class SamplingModel(Protocol):
-    """A SiT, or whoever can be asked like one."""
+    """A SiT, or anything that can be called like one."""
 
     @property
     def config(self) -> SiTConfig:

@@ -1,4 +1,4 @@
-"""A folder of samples that survives kills: chunks as part files, then one ADM `samples.npz`."""
+"""Writes a sample set so that kills lose little: part files, then one ADM `samples.npz`."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from srepa_ds.errors import OutputError
-from srepa_ds.files import make_folder, remove_empty, write_aside
+from srepa_ds.files import make_folder, remove_empty, write_aside, writing
 from srepa_ds.sampling.generate import Chunk, ImageBatch
 from srepa_ds.sampling.npz import NpzMember, write_npz
 from srepa_ds.sampling.provenance import Provenance, differences
@@ -18,62 +18,61 @@ from srepa_ds.sampling.sample_set import CONTACT_SHEET, PROVENANCE, SAMPLES, rea
 from srepa_ds.sampling.sheet import SheetBuilder
 
 PARTS = "parts"
+_CURE = "choose a writable output folder with room for the samples"
 
 
 class ChunkWriter:
-    """The output folder as one rank sees it.
+    """Writes the folder of a sample set, one writer per rank.
 
-    Every rank opens it and writes its own chunks; when all have, one rank assembles. A chunk that
-    is there and whole is not drawn again, nor is a set that is assembled.
+    Every rank writes its own chunks; when all have, one rank assembles them. Whole chunks and
+    assembled sets are not drawn again.
     """
 
     def __init__(self, folder: Path, provenance: Provenance):
         """Creates the folder and marks it with `provenance`.
 
-        Raises OutputError, leaving nothing behind, if it cannot be written to, or if it holds
-        samples of another provenance, DataError if their provenance cannot be read.
+        Raises OutputError, leaving nothing behind, if it cannot be written to or holds samples of
+        another provenance, and DataError if their provenance cannot be read.
         """
         self.folder = folder
         self.provenance = provenance
         self._digest = provenance.digest()
-        made: list[Path] = []
-        try:
+        with writing(folder, cure=_CURE):
             self._refuse_foreign()
             made = make_folder(folder)
-            # Before the parts: ranks open the folder at once, and parts alone count as foreign.
-            _write(folder / PROVENANCE, provenance.text().encode())
-            (folder / PARTS).mkdir(exist_ok=True)
-        except OSError as error:
-            remove_empty(made)
-            raise _unwritable(folder, error) from error
+            try:
+                # Before the parts: ranks open the folder at once, and parts alone are foreign.
+                _write(folder / PROVENANCE, provenance.text().encode())
+                (folder / PARTS).mkdir(exist_ok=True)
+            except OSError:
+                remove_empty(made)
+                raise
 
     def is_complete(self) -> bool:
         """Returns whether the set is assembled already."""
         return (self.folder / SAMPLES).is_file()
 
     def missing(self, chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
-        """Returns those of `chunks` that still have to be drawn."""
+        """Returns the chunks among `chunks` that still have to be drawn."""
         if self.is_complete():
             return ()
         return tuple(chunk for chunk in chunks if not self._is_whole(chunk))
 
     def write(self, batch: ImageBatch) -> None:
-        """Stores one chunk so that it is either whole or absent; raises OutputError."""
+        """Writes one chunk, which is then either whole or absent; raises OutputError."""
         tensors = {"images": batch.images, "labels": batch.labels, "sample_ids": batch.sample_ids}
         content = save(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             metadata={"provenance": self._digest},
         )
-        try:
+        with writing(self.folder, cure=_CURE):
             _write(self._part(batch.chunk), content)
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
 
     def assemble(self, chunks: Iterable[Chunk]) -> Path:
-        """Returns the path of `samples.npz`, made of all `chunks` of the set in their order.
+        """Writes `samples.npz` from all `chunks` of the set and returns its path.
 
-        Holds one chunk in memory at a time. Writes the contact sheet too, and removes the parts.
-        Called by one rank, after every rank has written; raises OutputError if chunks are missing.
+        Also writes the contact sheet, and removes the parts; holds one chunk in memory at a time.
+        Call it on one rank, after every rank has written. Raises OutputError if chunks are missing.
         """
         target = self.folder / SAMPLES
         if self.is_complete():
@@ -86,10 +85,8 @@ class ChunkWriter:
                 f"{self.folder}: {len(missing)} of {len(chunks)} chunks are missing, the first "
                 f"is {self._part(missing[0]).name}; run the same command again to draw them"
             )
-        try:
+        with writing(self.folder, cure=_CURE):
             self._assemble(chunks, target)
-        except OSError as error:
-            raise _unwritable(self.folder, error) from error
         self._remove_parts()
         return target
 
@@ -136,20 +133,20 @@ class ChunkWriter:
 
     def _refuse_foreign(self) -> None:
         path = self.folder / PROVENANCE
-        # Looked at first, for another rank may write the provenance and then parts meanwhile.
+        # Looked at first: meanwhile another rank may write the provenance and then parts.
         has_samples = any((self.folder / name).exists() for name in (SAMPLES, PARTS))
         if not path.exists():
             if has_samples:
                 raise OutputError(
-                    f"{self.folder}: holds samples without {PROVENANCE}, so what they are is "
+                    f"{self.folder}: holds samples without {PROVENANCE}, so their origin is "
                     "unknown; give another output folder or remove them"
                 )
             return
         lines = differences(read_provenance(self.folder), self.provenance.facts)
         if lines:
             raise OutputError(
-                "\n  ".join([f"{self.folder}: holds samples made otherwise:", *lines])
-                + "\ngive another output folder, or remove this one to draw them anew"
+                "\n  ".join([f"{self.folder}: holds samples made differently:", *lines])
+                + "\ngive another output folder, or remove this one to draw them again"
             )
 
     def _remove_parts(self) -> None:
@@ -158,14 +155,6 @@ class ChunkWriter:
             for path in parts.iterdir():
                 path.unlink(missing_ok=True)
             parts.rmdir()
-
-
-def _unwritable(folder: Path, error: OSError) -> OutputError:
-    reason = error.strerror or str(error)
-    return OutputError(
-        f"{folder}: cannot be written to ({reason}); give an output folder that can, "
-        "with room for the samples"
-    )
 
 
 def _write(target: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The versions and the machine a result came from."""
+"""The versions and the machine that produced a result."""
 
 import importlib.metadata
 import platform
@@ -14,7 +14,7 @@ _PACKAGES = ("torch", "deepspeed", "timm", "numpy", "safetensors", "torchdata")
 
 
 def environment() -> dict[str, Any]:
-    """Returns the versions and the machine a result came from."""
+    """Returns the versions, the machine and the command that produce a result."""
     return {
         "srepa_ds": __version__,
         "python": platform.python_version(),

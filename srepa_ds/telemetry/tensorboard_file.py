@@ -1,6 +1,6 @@
-"""What TensorBoard reads: one file of events, written where the caller meets what goes wrong.
+"""The file of events that TensorBoard reads, written by the caller, who gets the errors.
 
-The usual writer hands events to a thread, which meets a full disk with a traceback of its own.
+The usual writer hands events to a thread, which prints its own traceback when the disk is full.
 """
 
 import io
@@ -18,10 +18,10 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 class TensorBoardFile:
-    """Appends scalars and images to a new file; what a call gives is written when it returns.
+    """Appends scalars and images to a new file; each is written when the call returns.
 
-    Points that earlier files in the folder have after `first_step` no longer show. Every method
-    may raise OSError, and then leaves the file as it was.
+    Points after `first_step` in earlier files of the folder no longer show. Every method may raise
+    OSError, and then leaves the file as it was.
     """
 
     def __init__(self, folder: Path, *, first_step: int):
@@ -48,7 +48,7 @@ class TensorBoardFile:
         self._write(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=value)])))
 
     def close(self) -> None:
-        """Closes the file; writing again begins another."""
+        """Closes the file; a later write starts another."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -66,13 +66,13 @@ class TensorBoardFile:
             while rest:
                 rest = rest[file.write(rest) :]
         except OSError:
-            # Readers give up a file at its first torn record.
+            # Readers stop at the first torn record of a file.
             file.truncate(begin)
             file.seek(begin)
             raise
 
     def _opened(self) -> BinaryIO:
-        # In the order in which they are read.
+        # Files are read in the order of their names.
         name = f"events.out.tfevents.{time.time_ns():019d}.{socket.gethostname()}.{os.getpid()}"
         return (self._folder / name).open("xb", buffering=0)
 

@@ -1,4 +1,4 @@
-"""How fast and how large a run is: operations per second, their share of the device's, memory."""
+"""The throughput of a run, also as a share of the device's peak, and its memory."""
 
 import resource
 import sys
@@ -8,8 +8,8 @@ import torch
 from srepa_ds.model.flops import training_flops
 from srepa_ds.model.variants import SiTConfig
 
-# Dense bf16 products per second in units of 1e12, as the makers state them; the longest name that
-# occurs in the device's own decides.
+# Dense bf16 operations per second in units of 1e12, as the makers state them. The longest name that
+# occurs in the device's name decides.
 PEAK_TFLOPS = {
     "A100": 312.0,
     "H100": 989.0,
@@ -32,10 +32,10 @@ def peak_tflops(device_name: str) -> float | None:
 def throughput(
     model: SiTConfig, *, images_per_second: float, world_size: int, device: torch.device
 ) -> dict[str, float]:
-    """Returns images and operations per second, of all ranks and of each.
+    """Returns images per second of all ranks and operations per second of each.
 
     `tflops_per_rank` counts the model's forward and backward products, without recomputation,
-    projectors and teachers; `mfu` is its share of the device's bf16 peak, where that is known.
+    projectors and teachers; `mfu` is its share of the device's bf16 peak, if that is known.
     """
     tflops = images_per_second * training_flops(model) / world_size / 1e12
     found = {"images_per_second": images_per_second, "tflops_per_rank": tflops}
@@ -44,7 +44,7 @@ def throughput(
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Returns the most memory this process has held so far, in 1e9 bytes: of its GPU, or in all."""
+    """Returns this process's peak memory in 1e9 bytes: of its GPU, or in total without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

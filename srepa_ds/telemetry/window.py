@@ -16,17 +16,17 @@ log = logging.getLogger("srepa_ds")
 
 @dataclass(frozen=True)
 class WindowMeans:
-    """What a window of steps was like, on the host."""
+    """The means over a window of steps, on the host."""
 
     tensors: Mapping[str, Tensor]
-    """Means over the applied steps; none if all were skipped."""
+    """Means over the applied steps; empty if all were skipped."""
 
     skipped: int
     """Steps that were not applied."""
 
     step_seconds: float
     data_wait_share: float
-    """Share of the time in which this rank waited for its data."""
+    """Share of the time that this rank waited for its data."""
 
     def scalars(self) -> dict[str, float]:
         """Returns the means that are single numbers."""
@@ -50,7 +50,7 @@ class Window:
     def add(self, values: Mapping[str, Tensor], *, applied: bool = True) -> None:
         """Adds one step's tensors; every step gives the same names and shapes.
 
-        Those that were not applied are only counted.
+        Steps that were not applied are only counted.
         """
         if not applied:
             self._skipped += 1
@@ -61,13 +61,13 @@ class Window:
         self._applied += 1
 
     def waited(self, seconds: float) -> None:
-        """Counts time in which a step had to wait for its data."""
+        """Adds time that a step had to wait for its data."""
         self._waited += seconds
 
     def close(self) -> "WindowMeans":
-        """Returns the means over the window and all ranks, and begins a new window.
+        """Returns the means over the window and all ranks, and starts a new window.
 
-        Collective, and the one host sync of the window.
+        Collective, and the only host sync of the window.
         """
         means = self._means()
         seconds = time.perf_counter() - self._began

@@ -1,4 +1,4 @@
-"""From batches to what the objective needs: latents, noise, and the teachers' tokens."""
+"""Turns batches into training inputs: latents, noise, and the teachers' tokens."""
 
 import time
 from collections.abc import Iterator
@@ -9,21 +9,23 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from srepa_ds.alignment.alignment import TermWeights
 from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.config.experiment import Config
 from srepa_ds.data.batch import Batch
+from srepa_ds.data.stored_tokens import StoredTokens
 from srepa_ds.encoders.teacher import Teacher, TeacherTokens
 from srepa_ds.objective import TrainingInputs, draw_inputs
 from srepa_ds.training.side_stream import SideStream, one_ahead
 
 
 class Prepared(NamedTuple):
-    """The inputs of one micro batch, and what names its bad samples."""
+    """The inputs of one micro batch, and the facts that name its bad samples."""
 
     inputs: TrainingInputs
     sample_ids: Int64[Tensor, " batch"]
     finite: tuple[Bool[Tensor, " batch"] | None, ...]
-    """Per alignment: which samples' teacher tokens are finite; stays on the device until asked."""
+    """Per alignment: whether each sample's teacher tokens are finite; read only on request."""
 
 
 class Feed:
@@ -40,7 +42,7 @@ class Feed:
         first_step: int,
         ahead_on: SideStream | None = None,
     ):
-        """`teachers` has one entry per alignment, None where stored tokens are read instead.
+        """Takes one teacher per alignment, None where the batches hold its stored tokens instead.
 
         With `ahead_on`, each micro batch is prepared there while its predecessor is trained on.
         """
@@ -53,7 +55,6 @@ class Feed:
         self._waited = 0.0
         # Micro batches since `first_step`.
         self._num_prepared = self._num_delivered = 0
-        self._is_scheduled = any(alignment.is_scheduled for alignment in config.alignments)
         prepared = self._prepared(batches)
         self._ready = one_ahead(prepared, ahead_on) if ahead_on else prepared
 
@@ -62,18 +63,18 @@ class Feed:
         self._last_step = []
         for prepared in islice(self._ready, self._config.train.accumulation_steps):
             self._num_delivered += 1
-            # Not its inputs: with accumulation they would pile up.
+            # The inputs are not kept: with accumulation they would pile up.
             self._last_step.append((prepared.sample_ids, prepared.finite))
             yield prepared.inputs
 
     def continue_at(self, step: int) -> None:
-        """Takes what comes next as the micro batches of optimizer step `step` (from 0) and on."""
-        # What is prepared ahead keeps the factors of the step it was meant for; it comes first.
+        """Counts the next micro batches from optimizer step `step` (from 0) on."""
+        # A batch prepared ahead comes first, and keeps the weights of the step it was meant for.
         self._first_step = step
         self._num_prepared, self._num_delivered = self._num_prepared - self._num_delivered, 0
 
     def sample_ids(self) -> list[int]:
-        """Returns the samples of the last step, of this rank alone. Waits for the device."""
+        """Returns this rank's samples of the last step. Waits for the device."""
         return [number for sample_ids, _ in self._last_step for number in sample_ids.tolist()]
 
     def waited(self) -> float:
@@ -82,9 +83,9 @@ class Feed:
         return seconds
 
     def unusable(self) -> dict[int, list[int]]:
-        """Returns the samples of the last step whose teacher tokens are not finite, by alignment.
+        """Returns this rank's samples of the last step with tokens that are not finite.
 
-        Of this rank alone. Waits for the device, so ask only when a step has failed.
+        By alignment. Waits for the device, so call it only when a step has failed.
         """
         found: dict[int, list[int]] = {}
         for sample_ids, by_alignment in self._last_step:
@@ -116,36 +117,37 @@ class Feed:
             positions=batch.positions,
             seed=config.run.seed,
         )
-        factors = tuple(tuple(alignment.factors_at(step)) for alignment in config.alignments)
-        tokens = self._tokens(batch, factors)
+        weights = tuple(alignment.weights_at(step) for alignment in config.alignments)
+        tokens = self._tokens(batch, weights)
         inputs = drawn._replace(
-            teacher_patches=tuple(
-                None if t is None or not any(f) else t.patches
-                for t, f in zip(tokens, factors, strict=True)
-            ),
+            teacher_patches=tuple(None if t is None else t.patches for t in tokens),
             teacher_cls=tuple(None if t is None else t.cls for t in tokens),
-            factors=factors if self._is_scheduled else None,
+            term_weights=weights,
         )
         finite = tuple(None if t is None else _finite(t) for t in tokens)
         return Prepared(inputs, batch.sample_ids, finite)
 
     def _tokens(
-        self, batch: Batch, factors: tuple[tuple[float, float], ...]
+        self, batch: Batch, weights: tuple[TermWeights, ...]
     ) -> tuple[TeacherTokens | None, ...]:
-        """Returns each teacher's tokens, None where nobody needs them any more."""
-        stored = iter(batch.teacher_tokens)
-        found: list[TeacherTokens | None] = []
-        for number, (factor, teacher) in enumerate(zip(factors, self._teachers, strict=True)):
-            kept = next(stored) if teacher is None else None
-            carried = number == 0 and self._config.model.class_token_width is not None
-            if not any(factor) and not carried:
-                found.append(None)
-            elif kept is not None:
-                found.append(TeacherTokens(kept.patches_float32(), kept.cls))
-            else:
-                assert teacher is not None
-                found.append(teacher.tokens(batch.pixels))
-        return tuple(found)
+        """Returns each teacher's tokens, None where neither a term nor the model needs them."""
+        needed = [not terms.are_over for terms in weights]
+        if self._config.model.class_token_width is not None:
+            # The model carries the class token of the first teacher.
+            needed[0] = True
+        return tuple(
+            _tokens_of(teacher, stored, batch) if is_needed else None
+            for is_needed, teacher, stored in zip(
+                needed, self._teachers, batch.teacher_tokens, strict=True
+            )
+        )
+
+
+def _tokens_of(teacher: Teacher | None, stored: StoredTokens | None, batch: Batch) -> TeacherTokens:
+    if stored is not None:
+        return TeacherTokens(stored.patches_float32(), stored.cls)
+    assert teacher is not None
+    return teacher.tokens(batch.pixels)
 
 
 def _finite(tokens: TeacherTokens) -> Bool[Tensor, " batch"]:

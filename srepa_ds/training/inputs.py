@@ -1,4 +1,4 @@
-"""What a run reads: data, codec, teachers and monitor, opened and checked to fit together."""
+"""Opens the inputs of a run (data, codec, teachers, monitor) and checks that they fit together."""
 
 import hashlib
 from collections.abc import Iterator
@@ -17,40 +17,42 @@ from srepa_ds.distributed.ranks import Rank
 from srepa_ds.encoders.teacher import Teacher, load_teacher
 from srepa_ds.errors import ConfigError, DataError, Fault
 from srepa_ds.files import sha256_of
+from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.model.attention_backends import choose_backend
+from srepa_ds.model.precision import PRECISIONS
 from srepa_ds.training.monitor import Monitor
 from srepa_ds.training.stored_teachers import open_stores
 
 Target = Teacher | TokenStore
-"""Where the tokens of an alignment come from."""
+"""The source of the tokens of an alignment."""
 
 
 class RunInputs(NamedTuple):
-    """What a run reads and does not change."""
+    """The inputs of a run, which it only reads."""
 
     dataset: ShardDataset
     codec: LatentCodec
     targets: tuple[Target, ...]
     monitor: Monitor
     identity: dict[str, str | None]
-    """Hashes of what lies behind the configuration's paths."""
+    """Hashes of the files behind the configuration's paths."""
 
 
 def open_inputs(config: Config, rank: Rank) -> RunInputs:
-    """Returns what the run reads, all of it there and fitting together. Collective."""
-    ranks.together(lambda: _check_attention(config, rank))
-    images = ranks.together(lambda: ShardDataset(config.data.folder))
+    """Returns the inputs of a run. Collective: an error on one rank is raised on all."""
+    _check_attention(config, rank)
     codec = build_codec(config.codec)
-    ranks.together(lambda: _check_data(config, images, codec))
-    targets = ranks.together(lambda: _open_targets(config, images, rank))
-    stores = [target for target in targets if isinstance(target, TokenStore)]
-    dataset = ranks.together(lambda: ShardDataset(config.data.folder, stores))
-    monitor = ranks.together(lambda: Monitor(config, codec, rank))
+    images = _open_images(config, codec)
+    targets = _open_targets(config, images, rank)
+    stores = [target if isinstance(target, TokenStore) else None for target in targets]
+    dataset = ranks.together(ShardDataset, config.data.folder, stores)
+    monitor = _build_monitor(config, codec, rank)
     return RunInputs(dataset, codec, targets, monitor, _identity(config, dataset))
 
 
+@ranks.collective
 def _identity(config: Config, dataset: ShardDataset) -> dict[str, str | None]:
-    """Returns what lies behind the configuration's paths, so that a run resumes on the same."""
+    """Returns hashes of the files behind the configuration's paths; a run resumes on equal ones."""
     weights = [alignment.teacher.weights for alignment in config.alignments]
     return {
         "data": dataset.index.dataset_id,
@@ -63,31 +65,32 @@ def _identity(config: Config, dataset: ShardDataset) -> dict[str, str | None]:
 
 
 def _contents(dataset: ShardDataset) -> str:
-    """Returns a hash over those of the shards: other pictures may be prepared by equal settings."""
+    """Returns a hash of the shards' hashes: equal settings may have prepared other pictures."""
     hashes = "".join(entry.sha256 for entry in dataset.index.shards)
     return hashlib.sha256(hashes.encode()).hexdigest()[:16]
 
 
-def products_dtype(config: Config) -> torch.dtype:
-    """Returns the dtype of the matrix products in attention and MLP."""
-    return torch.float32 if config.engine.precision == "fp32" else torch.bfloat16
-
-
+@ranks.collective
 def _check_attention(config: Config, rank: Rank) -> None:
-    """Raises ConfigError for an attention that cannot run here, before anything is built."""
+    """Checks that the attention backend can run here, before anything is built.
+
+    Raises ConfigError.
+    """
     try:
         choose_backend(
             config.model.attention,
             device=rank.device,
             head_dim=config.model.head_dim,
-            dtype=products_dtype(config),
+            dtype=PRECISIONS[config.engine.precision].products,
         )
     except ConfigError as error:
         raise ConfigError("configuration", error.faults) from error
 
 
-def _check_data(config: Config, dataset: ShardDataset, codec: LatentCodec) -> None:
-    """Raises for data and model that do not fit together, before anything is built."""
+@ranks.collective
+def _open_images(config: Config, codec: LatentCodec) -> ShardDataset:
+    """Returns the images to train on; raises DataError unless they fit the model."""
+    dataset = ShardDataset(config.data.folder)
     latent_shape = codec.latent_shape(dataset.image_shape)
     if latent_shape != config.model.latent_shape:
         raise DataError(
@@ -102,15 +105,30 @@ def _check_data(config: Config, dataset: ShardDataset, codec: LatentCodec) -> No
         )
     wrong = ((dataset.labels < 0) | (dataset.labels >= classes)).nonzero()[:, 0]
     if len(wrong):
-        # The null label is a row of the model's table, so it would train without a word.
+        # The null label is a row of the model's table, so training on it would raise no error.
         raise DataError(
             f"{config.data.folder}: sample {int(wrong[0])} and {len(wrong) - 1} others have labels "
             f"outside 0 to {classes - 1}; prepare the data again"
         )
+    return dataset
 
 
+@ranks.collective
+def _build_monitor(config: Config, codec: LatentCodec, rank: Rank) -> Monitor:
+    return Monitor(
+        config.monitor,
+        model=config.model,
+        codec=codec,
+        interpolant=INTERPOLANTS[config.objective.interpolant.path],
+        sampler=config.sample,
+        evaluate=config.evaluate,
+        rank=rank,
+    )
+
+
+@ranks.collective
 def _open_targets(config: Config, dataset: ShardDataset, rank: Rank) -> tuple[Target, ...]:
-    """Returns where each alignment's tokens come from; raises if their grids do not fit."""
+    """Returns each alignment's teacher or store; raises ConfigError if a grid does not fit."""
     _, height, width = dataset.image_shape
     stores = open_stores(config, dataset)
     targets = tuple(

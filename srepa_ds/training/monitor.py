@@ -1,7 +1,7 @@
-"""What a run looks like on the way: images of its EMA, and their distance from real ones.
+"""Monitors a run: draws images with its EMA, and measures their distance from real ones.
 
-The weights are swapped for their averages while it looks, all ranks draw equally many images, and
-nobody waits for anybody longer than for one batch.
+The weights are swapped for their averages in the meantime. Every rank draws the same number of
+images, so ranks drift by at most one batch.
 """
 
 from collections.abc import Iterator
@@ -11,28 +11,30 @@ from PIL import Image
 from torch import Tensor
 
 from srepa_ds.codec.latent_codec import LatentCodec
-from srepa_ds.config.experiment import Config
+from srepa_ds.config.sections import EvaluateConfig, MonitorConfig
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
-from srepa_ds.encoders.teacher import Teacher, load_teacher
+from srepa_ds.encoders.teacher import load_teacher
 from srepa_ds.engine import Engine
 from srepa_ds.errors import DataError
-from srepa_ds.interpolant import INTERPOLANTS
+from srepa_ds.interpolant import Interpolant
 from srepa_ds.metrics.frechet import frechet_distance
 from srepa_ds.metrics.statistics import FeatureStatistics
 from srepa_ds.model.sit import SiTOutput
 from srepa_ds.model.variants import SiTConfig
+from srepa_ds.objective import SamplingInputs
 from srepa_ds.sampling.generate import ImageBatch, draw_labels, even_chunks, generate
 from srepa_ds.sampling.sheet import SheetBuilder
 from srepa_ds.sampling.solvers import SamplerConfig
+from srepa_ds.schema import replaced
 
-# More real images than this change the statistics less than the drawn ones do.
+# More real images than this would change the statistics less than the drawn ones do.
 _MOST_REAL_IMAGES = 10_000
 
 
 class EngineModel:
-    """The model inside an engine, for the sampler."""
+    """The model inside an engine, as the sampler calls it."""
 
     def __init__(self, engine: Engine, config: SiTConfig):
         self._engine = engine
@@ -41,42 +43,59 @@ class EngineModel:
     def __call__(
         self, x_t: Tensor, t: Tensor, labels: Tensor, *, cls_t: Tensor | None = None
     ) -> SiTOutput:
-        """Returns the velocity, and that of the class token if there is one. Collective."""
-        return self._engine.predict(x_t, t, labels, cls_t)
+        """Returns the velocity, and the class token's if there is one. Collective."""
+        return self._engine.predict(SamplingInputs(x_t, t, labels, cls_t))
 
 
 class Monitor:
-    """Looks at a run's EMA when its configuration says so. Every method is collective."""
+    """Looks at a run's EMA at the configured steps. Every method is collective."""
 
-    def __init__(self, config: Config, codec: LatentCodec, rank: Rank):
+    def __init__(
+        self,
+        config: MonitorConfig,
+        *,
+        model: SiTConfig,
+        codec: LatentCodec,
+        interpolant: Interpolant,
+        sampler: SamplerConfig,
+        evaluate: EvaluateConfig | None,
+        rank: Rank,
+    ):
         """Raises DataError for a reference that is missing or of another size."""
         self._config = config
+        self._model = model
         self._codec = codec
+        self._interpolant = interpolant
+        self._sampler = replaced(sampler, num_steps=config.num_steps or sampler.num_steps)
         self._rank = rank
-        self._real = _reference(config, codec) if config.monitor.evaluate_every_steps else None
-        # Now, because a fault in it should not wait for the first evaluation.
-        self._extractor = None if self._real is None else _extractor(config, self._real)
+        self._real = self._extractor = None
         self._real_statistics: FeatureStatistics | None = None
+        if config.evaluate_every_steps:
+            assert evaluate is not None
+            self._real = _reference(evaluate, model, codec)
+            self._real_batch_size = evaluate.batch_size
+            # Loaded now, so that a fault in it does not surface at the first evaluation.
+            self._extractor = load_teacher(
+                evaluate.extractor, resolution=self._real.image_shape[1:], device="cpu"
+            )
 
     def is_due(self, step: int, *, since: int) -> bool:
-        """Returns whether there is anything to look at after optimizer step `step`.
+        """Returns whether images or a distance are due after optimizer step `step`.
 
-        What fell due at a step after `since` that was skipped is still due.
+        Those that were due at a skipped step after `since` still are.
         """
         return self._draws(step, since) or self._evaluates(step, since)
 
     def _draws(self, step: int, since: int) -> bool:
-        every = self._config.monitor.images_every_steps
-        return every > 0 and step // every > since // every
+        return _is_due(self._config.images_every_steps, step, since)
 
     def _evaluates(self, step: int, since: int) -> bool:
-        every = self._config.monitor.evaluate_every_steps
-        return every > 0 and step // every > since // every
+        return _is_due(self._config.evaluate_every_steps, step, since)
 
     def look(
         self, engine: Engine, step: int, *, since: int
     ) -> tuple[Image.Image | None, dict[str, float]]:
-        """Returns the contact sheet, on the main rank if one is due, and measured distances."""
+        """Returns the contact sheet (on the main rank, if one is due) and the distances due."""
         sheet, scores = None, {}
         with engine.averaged():
             if self._draws(step, since):
@@ -86,15 +105,15 @@ class Monitor:
         return sheet, scores
 
     def _sheet(self, engine: Engine) -> Image.Image | None:
-        count = self._config.monitor.num_images
-        # Where ranks are more than pictures, most have drawn some that nobody wants.
+        count = self._config.num_images
+        # Ranks draw equally many images, so some of them are not needed.
         own = [b for b in self._drawn(engine, count) if int(b.sample_ids[0]) < count]
         batches = ranks.gather_on_main(own)
         if not self._rank.is_main:
             return None
         ids = torch.arange(count)
-        sampler, model = self._sampler(count), self._config.model
-        builder = SheetBuilder(draw_labels(sampler, ids, num_classes=model.num_classes))
+        labels = draw_labels(self._sampler_for(count), ids, num_classes=self._model.num_classes)
+        builder = SheetBuilder(labels)
         in_order = sorted((b for drawn in batches for b in drawn), key=lambda b: b.chunk.index)
         for batch in in_order:
             wanted = batch.sample_ids < count
@@ -102,7 +121,7 @@ class Monitor:
         return builder.image()
 
     def _distance(self, engine: Engine) -> float:
-        count, device = self._config.monitor.num_evaluated, self._rank.device
+        count, device = self._config.num_evaluated, self._rank.device
         assert self._real is not None
         assert self._extractor is not None
         extractor = self._extractor.to(device)
@@ -118,13 +137,12 @@ class Monitor:
             if int(batch.sample_ids[0]) < count
         )
         drawn_statistics = _over_ranks(drawn, device)
-        # Between looks its memory is the student's.
+        # Between evaluations the student needs its memory.
         self._extractor = extractor.cpu()
-        real_statistics = self._real_statistics
-        return ranks.on_main(lambda: frechet_distance(drawn_statistics, real_statistics))
+        return ranks.on_main(frechet_distance, drawn_statistics, self._real_statistics)
 
     def _drawn(self, engine: Engine, count: int) -> Iterator[ImageBatch]:
-        sampler = self._sampler(count)
+        sampler = self._sampler_for(count)
         share = -(-count // self._rank.world_size)
         chunks = even_chunks(
             count,
@@ -133,45 +151,39 @@ class Monitor:
             world_size=self._rank.world_size,
         )
         yield from generate(
-            EngineModel(engine, self._config.model),
+            EngineModel(engine, self._model),
             self._codec,
-            INTERPOLANTS[self._config.objective.interpolant.path],
+            self._interpolant,
             sampler,
             chunks=chunks,
             device=self._rank.device,
         )
 
-    def _sampler(self, count: int) -> SamplerConfig:
-        sample = self._config.sample
-        num_steps = self._config.monitor.num_steps or sample.num_steps
-        return sample.model_copy(update={"num_samples": count, "num_steps": num_steps})
+    def _sampler_for(self, count: int) -> SamplerConfig:
+        return replaced(self._sampler, num_samples=count)
 
     def _real_images(self, dataset: ShardDataset) -> Iterator[Tensor]:
         """Yields this rank's share of the real images, evenly spread over the data set."""
-        assert self._config.evaluate is not None
         count = min(len(dataset), _MOST_REAL_IMAGES)
         chosen = torch.arange(count) * len(dataset) // count
-        for indices in chosen[self._rank.number :: self._rank.world_size].split(
-            self._config.evaluate.batch_size
-        ):
+        own = chosen[self._rank.number :: self._rank.world_size]
+        for indices in own.split(self._real_batch_size):
             yield dataset.read(indices).pixels
 
 
-def _reference(config: Config, codec: LatentCodec) -> ShardDataset:
-    assert config.evaluate is not None
-    dataset = ShardDataset(config.evaluate.reference)
+def _is_due(every: int, step: int, since: int) -> bool:
+    return every > 0 and step // every > since // every
+
+
+def _reference(config: EvaluateConfig, model: SiTConfig, codec: LatentCodec) -> ShardDataset:
+    dataset = ShardDataset(config.reference)
     found = codec.latent_shape(dataset.image_shape)
-    if found != config.model.latent_shape:
+    if found != model.latent_shape:
         raise DataError(
-            f"{config.evaluate.reference} gives latents of shape {found}, the model draws "
-            f"{config.model.latent_shape}; set evaluate.reference to images of the same size"
+            f"{config.reference} gives latents of shape {found}, but the model draws "
+            f"{model.latent_shape}; set evaluate.reference to images of the same size"
         )
     return dataset
-
-
-def _extractor(config: Config, real: ShardDataset) -> Teacher:
-    assert config.evaluate is not None
-    return load_teacher(config.evaluate.extractor, resolution=real.image_shape[1:], device="cpu")
 
 
 def _over_ranks(features: Iterator[Tensor], device: torch.device) -> FeatureStatistics:
@@ -179,7 +191,7 @@ def _over_ranks(features: Iterator[Tensor], device: torch.device) -> FeatureStat
     own: FeatureStatistics | None = None
     for batch in features:
         own = (own or FeatureStatistics.empty(batch.shape[1])).updated(batch)
-    # The main rank never comes away empty; others may, when there are few images.
+    # The main rank always has features; others may have none if there are few images.
     origin = ranks.broadcast(None if own is None else own.mean)
     assert origin is not None
     own = own or FeatureStatistics.empty(len(origin))

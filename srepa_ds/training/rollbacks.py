@@ -1,86 +1,124 @@
-"""What a run has lost, in `skipped.jsonl`: steps it skipped, and its returns to a checkpoint.
+"""Handles steps that are not finite: names their samples, rolls the run back, or gives up.
 
-The file outlives what it tells of: a return takes neither itself nor the failures before it back,
-and a restarted run counts the returns of its predecessors.
+`docs/training.md` has the rules in the order in which they apply.
 """
 
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from srepa_ds.files import despite_full_disk
-from srepa_ds.training.run_folder import writing
+import torch
 
-SKIPPED = "skipped.jsonl"
-"""Name of the file in the run's folder."""
+from srepa_ds.checkpoint.reader import CheckpointReader
+from srepa_ds.checkpoint.retention import rollback_point
+from srepa_ds.checkpoint.writer import CheckpointWriter
+from srepa_ds.config.experiment import Config
+from srepa_ds.distributed import ranks
+from srepa_ds.engine import Engine, StepReport
+from srepa_ds.errors import DataError, DivergedError, raised_on_all_ranks
+from srepa_ds.training.feed import Feed
+from srepa_ds.training.history import add_rollback, add_skipped, rollbacks_after
 
+log = logging.getLogger("srepa_ds")
 
-@dataclass(frozen=True)
-class Setbacks:
-    """The returns to a checkpoint that no later checkpoint has made good."""
-
-    rollbacks: int
-    """How many there were."""
-
-    samples_seen: int
-    """How far in the data the last of them failed; 0 if there is none."""
+_TERMS = ("flow", "pointwise", "structural", "cls")
+_CURE = "resume with a smaller optimizer.learning_rate or engine.precision=fp32"
 
 
-def begin_anew(folder: Path) -> None:
-    """Removes what a run that left no checkpoint in `folder` has told; raises OutputError."""
-    with writing(folder):
-        (folder / SKIPPED).unlink(missing_ok=True)
+@dataclass
+class Rollbacks:
+    """Explains skipped steps and rolls a run back. Every method is collective."""
+
+    config: Config
+    engine: Engine
+    feed: Feed
+    writer: CheckpointWriter
+    is_main: bool
+
+    def explain(self, report: StepReport) -> None:
+        """Logs which terms of a skipped step were not finite, and records its samples.
+
+        Raises DataError if a teacher is at fault: frozen, it would fail in every epoch.
+        """
+        by_rank = ranks.gather((self.feed.unusable(), self.feed.sample_ids()))
+        _check_teachers(self.config, [unusable for unusable, _ in by_rank])
+        losses = report.losses._asdict()
+        values = ranks.averaged(torch.stack([losses[name] for name in _TERMS])).tolist()
+        culprits = [n for n, value in zip(_TERMS, values, strict=True) if not math.isfinite(value)]
+        culprits = culprits or ["gradient"]
+        sample_ids = [number for _, ids in by_rank for number in ids]
+        if self.is_main:
+            step = self.engine.step_count
+            log.warning("step %d skipped: %s not finite", step, ", ".join(culprits))
+            add_skipped(self.config.run_folder, step, not_finite=culprits, sample_ids=sample_ids)
+
+    def roll_back(self) -> int:
+        """Returns to the last good checkpoint, and returns its step; the data continues.
+
+        Raises DivergedError without a checkpoint, or after too many rollbacks.
+        """
+        engine, run, failed_at = self.engine, self.config.run_folder, self.engine.step_count
+        self.writer.wait()
+        point = ranks.on_main(rollback_point, run.checkpoints)
+        if point is None:
+            raise self._diverged(f"and there {self._save_without_checkpoint()}")
+        reader = ranks.together(CheckpointReader, point.folder)
+        step, samples_seen = reader.state["step"], engine.samples_seen
+        past, allowed = rollbacks_after(run, step).count, self.config.train.max_rollbacks
+        if past >= allowed:
+            verdict = "is good" if point.is_good else "may be bad itself: no step from it was taken"
+            count = f"{past} rollback{'' if past == 1 else 's'}"
+            raise self._diverged(f"after {count}; {point.folder.name} {verdict}")
+        add_rollback(run, failed_at, to=step, samples_seen=samples_seen)
+        engine.restore(reader)
+        # The data continues after the failed samples, which would only fail again.
+        engine.samples_seen = samples_seen
+        self.feed.continue_at(step)
+        self.writer.restart_at(step)
+        if self.is_main:
+            count = f"{past + 1} of {allowed} allowed"
+            log.warning("rolled back from step %d to %s (%s)", failed_at, point.folder, count)
+        return step
+
+    def _save_without_checkpoint(self) -> str:
+        """Saves a run that only its last steps keep from its end; returns the rest of a message."""
+        engine, last_applied = self.engine, self.writer.last_applied
+        if engine.step_count - last_applied >= self.config.train.max_skipped_steps:
+            return "is no checkpoint yet"
+        self.writer.save(step=engine.step_count, pieces=engine.pieces(), state=engine.state())
+        self.writer.wait()
+        return f"was no checkpoint to roll back to; step {last_applied} is saved as the last"
+
+    def _diverged(self, circumstances: str) -> DivergedError:
+        text = (
+            f"steps {self.writer.last_applied + 1} to {self.engine.step_count} were not finite, "
+            f"{circumstances}; the samples are listed in {self.config.run_folder.skipped}: look at "
+            f"them, or {_CURE}"
+        )
+        return raised_on_all_ranks(DivergedError(text))
 
 
-def note_skipped(
-    folder: Path, step: int, *, not_finite: Sequence[str], sample_ids: Sequence[int]
-) -> None:
-    """Appends a step that changed nothing, and the samples of all ranks it was to learn from."""
-    with despite_full_disk(SKIPPED):
-        _append(folder, {"step": step, "not_finite": not_finite, "sample_ids": sample_ids})
+def diverged_record(names: list[str], step: int) -> DivergedError:
+    """Returns the error for values of the record that are not finite although no step was skipped.
 
-
-def note_rollback(folder: Path, failed_at: int, *, to: int, samples_seen: int) -> None:
-    """Appends a return from step `failed_at` to the checkpoint of step `to`.
-
-    Raises OutputError: what is not written would not be counted, and the run return for ever.
+    All ranks must raise it.
     """
-    with writing(folder):
-        _append(folder, {"step": failed_at, "rolled_back_to": to, "samples_seen": samples_seen})
+    return raised_on_all_ranks(
+        DivergedError(f"{', '.join(names)} not finite up to step {step}; {_CURE}")
+    )
 
 
-def setbacks_after(folder: Path, step: int) -> Setbacks:
-    """Returns what counts against a run whose newest good checkpoint is of `step`.
-
-    A return is forgiven once a checkpoint of the step that had failed, or of a later one, is good.
-    """
-    positions = [
-        line["samples_seen"]
-        for line in _lines(folder)
-        if "rolled_back_to" in line and line["step"] > step
-    ]
-    return Setbacks(len(positions), max(positions, default=0))
-
-
-def _lines(folder: Path) -> Iterator[Mapping[str, Any]]:
-    path = folder / SKIPPED
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield dict(json.loads(line))
-        except (ValueError, TypeError):
-            # A kill or a full disk may have torn it.
+def _check_teachers(config: Config, by_rank: list[dict[int, list[int]]]) -> None:
+    """Raises DataError, on all ranks, for samples whose tokens of a teacher are not finite."""
+    for number, alignment in enumerate(config.alignments):
+        sample_ids = sorted({i for found in by_rank for i in found.get(number, [])})
+        if not sample_ids:
             continue
-
-
-def _append(folder: Path, line: Mapping[str, Any]) -> None:
-    with (folder / SKIPPED).open("ab+") as file:
-        torn = False
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            torn = file.read() != b"\n"
-        file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+        teacher = alignment.teacher
+        shown = ", ".join(map(str, sample_ids[:10])) + (", ..." if len(sample_ids) > 10 else "")
+        text = (
+            f"alignments.{number}.teacher: '{teacher.name or teacher.resolved.architecture}' gives "
+            f"tokens that are not finite for sample(s) {shown} of {config.data.folder}; check its "
+            "weights, or set its dtype to fp32"
+        )
+        raise raised_on_all_ranks(DataError(text))

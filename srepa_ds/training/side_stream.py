@@ -15,10 +15,10 @@ class SideStream(Protocol):
     """A queue of device work beside the one that trains."""
 
     def work(self) -> AbstractContextManager[Any]:
-        """Queues the block's work here; gives the event that marks its end."""
+        """Queues the block's work here; yields the event that marks its end."""
 
     def hand_over(self, ready: Any, tensors: Iterable[Tensor]) -> None:
-        """Has training's queue wait for `ready`, which made `tensors`, and use them from now on."""
+        """Makes training's queue wait for `ready`, the end of the work that made `tensors`."""
 
 
 class CudaSideStream:
@@ -26,28 +26,28 @@ class CudaSideStream:
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
-        # The weights it reads may still be on their way.
+        # The weights it reads may still be being copied.
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
     @contextmanager
     def work(self) -> Iterator[torch.cuda.Event]:
-        """Queues the block's work here; gives the event that marks its end."""
+        """Queues the block's work here; yields the event that marks its end."""
         ready = torch.cuda.Event()
         with torch.cuda.stream(self._stream):
             yield ready
             ready.record(self._stream)
 
     def hand_over(self, ready: torch.cuda.Event, tensors: Iterable[Tensor]) -> None:
-        """Has the current stream wait for `ready`, and `tensors` live until it has used them."""
+        """Makes the current CUDA stream wait for `ready`, and keeps `tensors` for its use."""
         consumer = torch.cuda.current_stream(self._device)
         consumer.wait_event(ready)
         for tensor in tensors:
-            # Otherwise its memory could be given away while the consumer still reads it.
+            # Otherwise its memory could be reused while the consumer still reads it.
             tensor.record_stream(consumer)
 
 
 def side_stream(device: torch.device, *, overlaps: bool) -> SideStream | None:
-    """Returns where micro batches are prepared ahead; None if training prepares its own."""
+    """Returns the queue to prepare micro batches on ahead; None to prepare each when needed."""
     return CudaSideStream(device) if overlaps and device.type == "cuda" else None
 
 

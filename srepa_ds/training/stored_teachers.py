@@ -1,10 +1,9 @@
-"""Which stored teacher tokens belong to an alignment: where they lie, and whether they are its own.
+"""Finds the stored teacher tokens of an alignment and checks that they are its teacher's.
 
 A store's folder is named after everything that decides the tokens, so no two teachers share one.
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from srepa_ds.encoders.teacher import TeacherConfig
 from srepa_ds.errors import DataError
 from srepa_ds.files import sha256_of
 from srepa_ds.schema import to_tree
+from srepa_ds.trees import differences
 
 STORES = "teachers"
 """The folder beside the shards that holds a folder for each store."""
@@ -31,8 +31,8 @@ STORES = "teachers"
 def teacher_identity(config: TeacherConfig, *, image_size: tuple[int, int]) -> dict[str, Any]:
     """Returns everything that decides a teacher's tokens of images, as plain JSON values.
 
-    A local file stands for its contents, pretrained weights for timm's name of them. Raises
-    DataError if the file is missing.
+    Local weights are identified by their contents, pretrained ones by timm's name. Raises DataError
+    if the file is missing.
     """
     spec = config.resolved
     weights = {"timm": spec.architecture}
@@ -53,7 +53,7 @@ def teacher_identity(config: TeacherConfig, *, image_size: tuple[int, int]) -> d
 
 
 def store_folder(data_folder: Path, alignment: AlignmentConfig, identity: dict[str, Any]) -> Path:
-    """Returns where the tokens of an alignment's teacher lie beside the shards of `data_folder`."""
+    """Returns the folder of an alignment's teacher tokens, beside the shards of `data_folder`."""
     name = alignment.teacher.name or alignment.teacher.resolved.architecture
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", name)
     own = f"{readable}-{alignment.stored_tokens}-{teacher_hash(identity)}"
@@ -61,10 +61,10 @@ def store_folder(data_folder: Path, alignment: AlignmentConfig, identity: dict[s
 
 
 def open_stores(config: Config, dataset: ShardDataset) -> tuple[TokenStore | None, ...]:
-    """Returns the store of each alignment, None for one whose teacher runs in training.
+    """Returns the store of each alignment, None where the teacher runs in training.
 
-    Raises DataError for one that is missing, unfinished, damaged, of other images or of another
-    teacher, and says what differs.
+    Raises DataError for a store that is missing, unfinished, damaged, of other images or of another
+    teacher, naming the differences.
     """
     return tuple(
         _opened(alignment, f"alignments.{number}.stored_tokens", dataset)
@@ -83,7 +83,7 @@ def open_store(folder: Path, identity: dict[str, Any], dataset: ShardDataset) ->
     store.check_fits(dataset.index, dataset.folder)
     differing = _differences(store.index.teacher, identity)
     if differing:
-        # The folder's name said otherwise, so someone moved or edited it.
+        # The folder's name does not fit its index, so it was moved or edited.
         raise DataError(
             f"{folder}: holds tokens of another teacher: {'; '.join(differing)}; {again(folder)}"
         )
@@ -95,7 +95,7 @@ def _opened(alignment: AlignmentConfig, setting: str, dataset: ShardDataset) -> 
     identity = teacher_identity(alignment.teacher, image_size=(height, width))
     folder = store_folder(dataset.folder, alignment, identity)
     if not is_finished(folder):
-        state = "is not finished" if folder.is_dir() else "is not there"
+        state = "is not finished" if folder.is_dir() else "does not exist"
         raise DataError(
             f"{setting}: {folder} {state}; run {PREPARE_TEACHER} first"
             f"{_nearest(folder, alignment, identity)}"
@@ -104,7 +104,7 @@ def _opened(alignment: AlignmentConfig, setting: str, dataset: ShardDataset) -> 
 
 
 def _nearest(folder: Path, alignment: AlignmentConfig, identity: dict[str, Any]) -> str:
-    """Returns a sentence about the finished store that differs least from the one wanted."""
+    """Returns a line about the finished store that differs least from the wanted one."""
     wanted = {"storage": alignment.stored_tokens, "teacher": identity}
     found = []
     for other in sorted(folder.parent.glob("*")):
@@ -117,21 +117,8 @@ def _nearest(folder: Path, alignment: AlignmentConfig, identity: dict[str, Any])
     if not found:
         return ""
     differing, name = min(found, key=lambda pair: len(pair[0]))
-    return f"\n{name} is there, but {'; '.join(differing)}"
+    return f"\n{name} exists, but {'; '.join(differing)}"
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    flat_there, flat_here = dict(_flat(there)), dict(_flat(here))
-    return [
-        f"{name} is {flat_there.get(name)!r} there and {flat_here.get(name)!r} here"
-        for name in sorted({*flat_there, *flat_here})
-        if flat_there.get(name) != flat_here.get(name)
-    ]
-
-
-def _flat(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
+    return [f"{d.path} is {d.old!r} there and {d.new!r} here" for d in differences(there, here)]

@@ -16,19 +16,19 @@ from srepa_ds.errors import CheckpointError, ConfigError, OutputError
 from srepa_ds.files import sha256_of
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
-from srepa_ds.schema import validated
+from srepa_ds.schema import replaced, validated
 
 FORMAT = "srepa_ds.model"
 VERSION = 1
 WEIGHTS = "model.safetensors"
 DOCUMENT = "config.json"
-# Weights that training has and sampling has no use for.
+# Weights that sampling does not need.
 _TRAINING_ONLY = ("projectors.",)
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A model read back, with the document that says what it is and where it came from."""
+    """A model read from a folder, with its configuration and provenance."""
 
     model: SiT
     config: Mapping[str, Any]
@@ -38,7 +38,7 @@ class ExportedModel:
     """Checkpoint, step and kind of weights."""
 
     sha256: str
-    """Of the weights' file."""
+    """Hash of the weight file."""
 
 
 def write_model(
@@ -48,10 +48,10 @@ def write_model(
     config: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Writes an exported model as a whole; an earlier one in `folder` is replaced.
+    """Writes an exported model atomically; an earlier one in `folder` is replaced.
 
-    Raises OutputError if `folder` holds anything else or cannot be written to; then an earlier
-    model is still there, and nothing is left of the attempt.
+    Raises OutputError if `folder` holds anything else or cannot be written; an earlier model is
+    then still there, and nothing is left of the attempt.
     """
     folder = folder.absolute()
     aside = folder.with_name(f".{folder.name}.writing")
@@ -66,11 +66,11 @@ def write_model(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        # No provenance here: several keys are written in an order that changes from run to run,
-        # and samples know their model by the hash of this file.
+        # No provenance here: safetensors writes several keys in an order that changes from run to
+        # run, and sample sets identify their model by the hash of this file.
         save_file(contiguous, aside / WEIGHTS, {"format": "pt"})
         (aside / DOCUMENT).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        # safetensors makes its files private; a model has the permissions of its document.
+        # safetensors makes its files private; give the weights the document's permissions.
         (aside / WEIGHTS).chmod(stat.S_IMODE((aside / DOCUMENT).stat().st_mode))
         _replace(folder, aside)
     except (OSError, SafetensorError) as error:
@@ -84,7 +84,7 @@ def _refuse_foreign(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if names and not (names <= {WEIGHTS, DOCUMENT} and _is_document(folder / DOCUMENT)):
         raise OutputError(
-            f"{folder} holds something that is no exported model ({', '.join(sorted(names)[:3])}); "
+            f"{folder} holds files other than an exported model ({', '.join(sorted(names)[:3])}); "
             "choose another export.folder"
         )
 
@@ -98,7 +98,7 @@ def _is_document(path: Path) -> bool:
 
 
 def _replace(folder: Path, aside: Path) -> None:
-    """Moves `aside` to `folder`; what was there is deleted after that, or put back."""
+    """Moves `aside` to `folder`, and then deletes the replaced folder; restores it on failure."""
     replaced = folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
@@ -124,7 +124,7 @@ def exported_step(folder: Path) -> int | None:
 def read_model(folder: Path) -> ExportedModel:
     """Returns the exported model of `folder`, on the CPU, in evaluation mode.
 
-    Raises CheckpointError naming what is missing or does not fit.
+    Raises CheckpointError that says what is missing or does not fit.
     """
     try:
         document = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
@@ -132,21 +132,24 @@ def read_model(folder: Path) -> ExportedModel:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder} holds no exported model ({error}); make one with `srepa-ds export CONFIG`"
+            f"{folder} does not hold an exported model ({error}); make one with "
+            "`srepa-ds export CONFIG`"
         ) from error
     try:
         mark, tree = (document["format"], document["version"]), document["config"]
         provenance, model_tree = document["provenance"], tree["model"]
     except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / DOCUMENT} describes no model: lacks {error}") from error
+        raise CheckpointError(
+            f"{folder / DOCUMENT} does not describe a model: it lacks {error}"
+        ) from error
     if mark != (FORMAT, VERSION):
         raise CheckpointError(f"{folder / DOCUMENT} is of format {mark}, not {(FORMAT, VERSION)}")
     try:
         config = validated(SiTConfig, model_tree, source=str(folder / DOCUMENT))
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
-    # How attention is computed is no part of a model: what trained it may not run here.
-    model = SiT(config.model_copy(update={"attention": "sdpa"}), None)
+    # The attention backend is not part of a model: the one that trained it may not run here.
+    model = SiT(replaced(config, attention="sdpa"), None)
     wanted = {k: v for k, v in tensors.items() if not k.startswith(_TRAINING_ONLY)}
     try:
         model.load_state_dict(wanted)

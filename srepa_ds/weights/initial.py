@@ -1,9 +1,9 @@
-"""Begins a training with what another one has learnt: an exported model, or a file of REPA's."""
+"""Initialises a training from existing weights: an exported model or a REPA checkpoint."""
 
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,50 +12,49 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from srepa_ds.errors import CheckpointError
+from srepa_ds.errors import CheckpointError, ConfigError, listed
 from srepa_ds.objective import Objective, official_name
-from srepa_ds.schema import Section
+from srepa_ds.schema import Section, validated
 from srepa_ds.weight_file import read_weight_file
 from srepa_ds.weights.exported import DOCUMENT, WEIGHTS
 
 log = logging.getLogger("srepa_ds")
 
-Which = Literal["ema", "model"]
+WeightsKind = Literal["ema", "model"]
 
-_SHOWN = 5
 _PROJECTOR = re.compile(r"projectors\.\d+\.")
 
 
 class InitialWeightsConfig(Section):
-    """Weights to begin with instead of random ones; optimizer and averages begin anew."""
+    """Initial weights instead of random ones; optimizer state and averages start from scratch."""
 
     path: Path
-    """A folder that `srepa-ds export` wrote, or a `.pt` or `.safetensors` file with weights under
+    """A folder written by `srepa-ds export`, or a `.pt` or `.safetensors` file with weights under
     the names of the official REPA code."""
 
-    weights: Which = Field(default="ema")
-    """Of a file that holds both: the moving average, or the weights themselves (`model`)."""
+    weights: WeightsKind = Field(default="ema")
+    """If the file holds both: the moving average, or the weights themselves (`model`)."""
 
 
 @dataclass(frozen=True)
 class FillReport:
-    """What `fill` took over, and what it left."""
+    """The weights that `fill` loaded, and those it did not."""
 
     loaded: tuple[str, ...]
     """Names of the weights that were replaced."""
 
     initialised: tuple[str, ...]
-    """Names of projectors' weights that stay as they were initialised."""
+    """Names of projector weights that keep their random initialisation."""
 
     unused: tuple[str, ...]
-    """Names of projectors' weights that were given and fit none."""
+    """Names of given projector weights that fit no projector."""
 
 
 def initialise_from(objective: Objective, config: InitialWeightsConfig) -> FillReport:
-    """Returns what was loaded from a file into `objective`, having logged it.
+    """Loads a file's weights into `objective`, logs and returns what was loaded.
 
-    Call it before the engine is built, whose masters then begin with these bits. Raises
-    CheckpointError if the file cannot be read or its model is another.
+    Call it before the engine is built, so that the masters start from these exact values. Raises
+    CheckpointError if the file cannot be read or is of a different model.
     """
     tensors = read_initial_weights(config.path, which=config.weights)
     _check_heads(config.path, objective)
@@ -63,22 +62,22 @@ def initialise_from(objective: Objective, config: InitialWeightsConfig) -> FillR
         report = fill(objective, tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{config.path} {error}") from error
-    log.info("beginning with %d weights of %s", len(report.loaded), config.path)
+    log.info("initialised %d weights from %s", len(report.loaded), config.path)
     if report.initialised:
-        unused = f"; the file's {_some(report.unused)} fit none" if report.unused else ""
-        log.info("these begin at random: %s%s", _some(report.initialised), unused)
+        unused = f"; the file's {listed(report.unused)} do not fit" if report.unused else ""
+        log.info("initialised at random: %s%s", listed(report.initialised), unused)
     elif report.unused:
-        log.info("not used: %s", _some(report.unused))
+        log.info("not used: %s", listed(report.unused))
     return report
 
 
-def read_initial_weights(path: Path, *, which: Which) -> dict[str, Tensor]:
+def read_initial_weights(path: Path, *, which: WeightsKind) -> dict[str, Tensor]:
     """Returns the weights of `path` under their official names, on the CPU, without `pos_embed`.
 
-    `path` is an exported folder, a bare state_dict, or a training's file with `model` and `ema`;
-    `which` chooses of the latter and must be what the former holds. Prefixes of wrappers are taken
-    off, and REPA's early names (`decoder_blocks`) and iREPA's (`projection_layer`) made today's.
-    Raises CheckpointError.
+    `path` is an exported folder, a bare state_dict, or a training's file with `model` and `ema`.
+    `which` chooses between the latter two; an exported folder must hold that kind. Prefixes of
+    wrappers are removed; REPA's early names (`decoder_blocks`) and iREPA's (`projection_layer`)
+    become the current ones. Raises CheckpointError.
     """
     if path.is_dir():
         _check_folder(path, which)
@@ -88,24 +87,24 @@ def read_initial_weights(path: Path, *, which: Which) -> dict[str, Tensor]:
     )
     state = _state_of(found, path, which)
     tensors = _renamed(state)
-    # No weight but a function of the model's sizes, and so of the resolution.
+    # Not a weight but a function of the model's sizes, and so of the resolution.
     tensors.pop("pos_embed", None)
     _refuse_learn_sigma(tensors, path)
     broken = [name for name, value in tensors.items() if not value.isfinite().all()]
     if broken:
         raise CheckpointError(
-            f"{path}: {_some(broken)} not finite; choose weights from before the run diverged"
+            f"{path}: {listed(broken)} not finite; choose weights from before the run diverged"
         )
     return tensors
 
 
 @torch.no_grad()
 def fill(objective: Objective, tensors: Mapping[str, Tensor]) -> FillReport:
-    """Returns what became of `tensors`, which go by official names, in `objective`.
+    """Loads `tensors`, under official names, into `objective` and reports what was loaded.
 
-    Every weight of the model itself must be there and fit. A projector is taken over if all its
-    weights are, and else stays as it is. Raises CheckpointError naming what differs; then nothing
-    was changed.
+    Every weight of the model itself must be given and fit. A projector is loaded if all its weights
+    fit, and is left as it is otherwise. Raises CheckpointError naming the differences; nothing is
+    changed then.
     """
     own = {official_name(name): weight for name, weight in objective.named_parameters()}
     fitting = {
@@ -114,13 +113,13 @@ def fill(objective: Objective, tensors: Mapping[str, Tensor]) -> FillReport:
     }  # fmt: skip
     names = list(dict.fromkeys([*own, *tensors]))
     faults = [
-        f"{name}: {_shape(tensors.get(name))} there, {_shape(own.get(name))} in the model"
+        f"{name}: {_shape(tensors.get(name))} in the file, {_shape(own.get(name))} in the model"
         for name in names
         if name not in fitting and not _PROJECTOR.match(name)
     ]
     if faults:
         raise CheckpointError(
-            f"does not fit the model: {_some(faults, '; ')}; choose the `model` it was trained as"
+            f"does not fit the model: {listed(faults, '; ')}; set `model` as it was trained"
         )
     partly = {_projector_of(name) for name in names if name not in fitting}
     loaded = [name for name in own if name in fitting and _projector_of(name) not in partly]
@@ -139,20 +138,14 @@ def _shape(tensor: Tensor | None) -> str:
     return "none" if tensor is None else str(tuple(tensor.shape))
 
 
-def _some(words: Iterable[str], separator: str = ", ") -> str:
-    words = list(words)
-    more = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
-    return separator.join(words[:_SHOWN]) + more
-
-
-def _check_folder(path: Path, which: Which) -> None:
-    """Raises CheckpointError unless `path` is an exported model of the kind that is asked for."""
+def _check_folder(path: Path, which: WeightsKind) -> None:
+    """Raises CheckpointError unless `path` is an exported model of the kind `which`."""
     try:
         label = json.loads((path / DOCUMENT).read_text(encoding="utf-8"))["provenance"]["weights"]
         kind = "model" if label == "master" else "ema"
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{path} holds no exported model; make one with `srepa-ds export CONFIG`"
+            f"{path} does not hold an exported model; make one with `srepa-ds export CONFIG`"
         ) from error
     if kind != which:
         raise CheckpointError(
@@ -162,43 +155,43 @@ def _check_folder(path: Path, which: Which) -> None:
 
 
 def _check_heads(path: Path, objective: Objective) -> None:
-    """Raises CheckpointError for another number of heads, which no weight's shape shows."""
+    """Raises CheckpointError if the number of heads differs, which no weight's shape shows."""
     if not path.is_dir():
         return
     tree = json.loads((path / DOCUMENT).read_text(encoding="utf-8"))["config"]["model"]
     own = objective.sit.config
     try:
-        there = type(own).model_validate_json(json.dumps(tree)).shape.num_heads
-    except ValueError as error:
-        raise CheckpointError(f"{path / DOCUMENT} describes no model of today: {error}") from error
+        there = validated(type(own), tree, source=str(path / DOCUMENT)).shape.num_heads
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
     if there != own.shape.num_heads:
         raise CheckpointError(
-            f"{path} is of another model: {there} attention heads there, {own.shape.num_heads} in "
-            "the model; set model.num_heads to match"
+            f"{path} is of another model: it has {there} attention heads, this one has "
+            f"{own.shape.num_heads}; set model.num_heads to match"
         )
 
 
-def _state_of(found: Mapping[str, Any], path: Path, which: Which) -> dict[str, Tensor]:
+def _state_of(found: Mapping[str, Any], path: Path, which: WeightsKind) -> dict[str, Tensor]:
     state: Any = found
     if any(isinstance(found.get(key), Mapping) for key in ("ema", "model")):
         state = found.get(which)
         if not isinstance(state, Mapping):
             raise CheckpointError(
-                f"{path} holds no '{which}', but {_some(found)}; set "
+                f"{path} does not hold '{which}', but {listed(found)}; set "
                 "train.init_from.weights to match"
             )
     other = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
     if other or not state:
-        reason = f"{_some(other)} are no tensors" if other else "it is empty"
-        raise CheckpointError(f"{path} holds no state_dict: {reason}")
+        reason = f"{listed(other)} are not tensors" if other else "it is empty"
+        raise CheckpointError(f"{path} does not hold a state_dict: {reason}")
     return {str(key): value for key, value in state.items()}
 
 
 def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns `state` under the names that the official REPA code gives today."""
+    """Returns `state` under the current names of the official REPA code."""
     plain = {_unwrapped(name): tensor for name, tensor in state.items()}
     numbers = [re.match(r"blocks\.(\d+)\.", name) for name in plain]
-    # Blocks behind the alignment were once counted anew.
+    # Blocks after the alignment once had numbers of their own.
     first = len({match[1] for match in numbers if match})
 
     def today(name: str) -> str:
@@ -211,7 +204,7 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _unwrapped(name: str) -> str:
-    # What torch.compile and data parallelism put before names, in whatever order.
+    # Prefixes that torch.compile and data parallelism add, in either order.
     name = name.replace("_orig_mod.", "")
     return name.removeprefix("module.")
 
@@ -223,5 +216,5 @@ def _refuse_learn_sigma(tensors: Mapping[str, Tensor], path: Path) -> None:
     if len(last) == 2 * first[0].numel():
         raise CheckpointError(
             f"{path} is of the original SiT or DiT: it predicts twice the channels (learn_sigma), "
-            "and with another direction of time; only weights of REPA's kind can be continued"
+            "with time in the other direction; only weights in REPA's convention can be continued"
         )

@@ -1,12 +1,11 @@
-"""Any ZeRO stage as one thing: the fragments of the weights that this rank owns.
+"""The fragments of the weights that this rank owns, in one form for all ZeRO stages.
 
 A fragment is a run of one flattened weight, with a view of its fp32 master and of Adam's moments.
-Everything that must not depend on the topology (EMA, checkpoints, export) is written over
-fragments.
+Code that must not depend on the topology (EMA, checkpoints, export) works on fragments.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +17,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Parameter
 
+from srepa_ds.distributed import ranks
+from srepa_ds.zero.private import private
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """This rank's run of one weight: where it lies, and where the optimizer keeps it."""
+    """This rank's run of one weight: its place in the weight, and in the optimizer's tensor."""
 
     name: str
     """Name of the weight in the engine's module."""
@@ -32,16 +34,16 @@ class Fragment:
     """Shape of the whole weight."""
 
     start: int
-    """Where the run begins in the flattened weight."""
+    """Index of its first element in the flattened weight."""
 
     numel: int
-    """How many elements it has."""
+    """Number of its elements."""
 
     holder: Tensor
-    """The tensor the torch optimizer steps: the key of its state."""
+    """The tensor that the torch optimizer steps: the key of its state."""
 
     offset: int
-    """Where the run begins in the flattened holder."""
+    """Index of its first element in the flattened holder."""
 
     @property
     def master(self) -> Float[Tensor, " numel"]:
@@ -52,13 +54,14 @@ class Fragment:
 def fragments(engine: deepspeed.DeepSpeedEngine, *, whole: bool = False) -> list[Fragment]:
     """Returns the fragments this rank owns, ordered by weight; all ranks' cover each weight once.
 
-    With `whole`, under stage 0, where every rank holds all masters, returns the entire weights:
-    what a restore has to fill. Holders may be replaced between steps: fetch fragments anew.
+    Under stage 0, where every rank holds all masters, `whole` returns the entire weights: a
+    restore has to fill them all. Holders may be replaced between steps: fetch fragments again.
     """
     weights = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
-    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
         located = (_locate_stage_3(engine, *weight) for weight in weights)
-    elif hasattr(weights[0][1], "_hp_mapping"):
+    elif stage > 0:
         located = (_locate_stage_1_2(engine, *weight) for weight in weights)
     else:
         holders = _stage_0_holders(engine)
@@ -66,13 +69,31 @@ def fragments(engine: deepspeed.DeepSpeedEngine, *, whole: bool = False) -> list
     return [fragment for fragment in located if fragment is not None]
 
 
+@torch.no_grad()
+def gathered(engine: deepspeed.DeepSpeedEngine, values: Sequence[Tensor]) -> list[Tensor]:
+    """Returns values over the `whole` fragments, given this rank's over those it owns. Collective.
+
+    Only under stage 0 of several ranks do the two differ: there the ranks' values are put together.
+    """
+    if engine.zero_optimization_stage() > 0 or ranks.world_size() == 1:
+        return list(values)
+    own = {f.name: (f, value) for f, value in zip(fragments(engine), values, strict=True)}
+    result = []
+    for fragment in fragments(engine, whole=True):
+        total = torch.zeros_like(fragment.master)
+        if fragment.name in own:
+            part, value = own[fragment.name]
+            total.narrow(0, part.start, part.numel).copy_(value)
+        result.append(ranks.summed(total))
+    return result
+
+
 def _locate_stage_0(
     name: str, parameter: Parameter, holder: Tensor, whole: bool
 ) -> Fragment | None:
-    """Every rank holds everything; ownership is dealt out in equal runs."""
-    share = math.ceil(parameter.numel() / torch.distributed.get_world_size())
-    rank = torch.distributed.get_rank()
-    start = 0 if whole else min(rank * share, parameter.numel())
+    """Returns an equal share of the weight, which every rank holds."""
+    share = math.ceil(parameter.numel() / ranks.world_size())
+    start = 0 if whole else min(ranks.rank() * share, parameter.numel())
     stop = parameter.numel() if whole else min(start + share, parameter.numel())
     if stop <= start:
         return None
@@ -80,48 +101,56 @@ def _locate_stage_0(
 
 
 def _stage_0_holders(engine: deepspeed.DeepSpeedEngine) -> dict[Parameter, Tensor]:
+    """Returns the fp32 master of each bf16 weight; fp32 weights are their own masters."""
     optimizer = engine.optimizer
     if not isinstance(optimizer, FP16_UnfusedOptimizer):
         return {}
-    pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    reason = "finding the fp32 masters under stage 0"
+    lows = private(optimizer, "fp16_groups", needed_for=reason)
+    highs = private(optimizer, "fp32_groups", needed_for=reason)
+    pairs = zip(lows, highs, strict=True)
     return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
 
 
 def _locate_stage_1_2(
     engine: deepspeed.DeepSpeedEngine, name: str, parameter: Any
 ) -> Fragment | None:
-    mapping = parameter._hp_mapping
+    reason = "finding the fp32 masters under stages 1 and 2"
+    mapping = private(parameter, "_hp_mapping", needed_for=reason)
     if mapping is None:
         return None
-    (holder,) = engine.optimizer.optimizer.param_groups[mapping.param_group_index]["params"]
-    address = mapping.hp_fragment_address
-    start = mapping.lp_fragment_address.start
+    group = private(mapping, "param_group_index", needed_for=reason)
+    (holder,) = _torch_optimizer(engine).param_groups[group]["params"]
+    address = private(mapping, "hp_fragment_address", needed_for=reason)
+    start = private(mapping, "lp_fragment_address", needed_for=reason).start
     return Fragment(name, tuple(parameter.shape), start, address.numel, holder, address.start)
 
 
 def _locate_stage_3(
     engine: deepspeed.DeepSpeedEngine, name: str, parameter: Any
 ) -> Fragment | None:
-    optimizer = engine.optimizer
-    group, offset, padded_numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    rank = torch.distributed.get_rank()
-    start = rank * padded_numel
-    # The last ranks' shards end in padding, or are nothing but padding.
-    numel = min(padded_numel, parameter.ds_numel - start)
+    optimizer, reason = engine.optimizer, "finding the fp32 masters under stage 3"
+    number = private(optimizer, "get_param_id", needed_for=reason)(parameter)
+    positions = private(optimizer, "grad_position", needed_for=reason)
+    group, offset, padded_numel = positions[number]
+    start = ranks.rank() * padded_numel
+    # The last ranks' shards end in padding, or consist of padding only.
+    numel = min(padded_numel, private(parameter, "ds_numel", needed_for=reason) - start)
     if numel <= 0:
         return None
-    holder = optimizer.fp32_partitioned_groups_flat[group]
-    return Fragment(name, tuple(parameter.ds_shape), start, numel, holder, offset)
+    holder = private(optimizer, "fp32_partitioned_groups_flat", needed_for=reason)[group]
+    shape = private(parameter, "ds_shape", needed_for=reason)
+    return Fragment(name, tuple(shape), start, numel, holder, offset)
 
 
 def moment(engine: deepspeed.DeepSpeedEngine, fragment: Fragment, key: str) -> Tensor:
-    """Returns a view of Adam's moment `key` over `fragment`, creating zero state where none is."""
+    """Returns a view of Adam's moment `key` over `fragment`, created as zeros if it is missing."""
     state = _adam_state(engine, fragment.holder)
     return state[key].view(-1).narrow(0, fragment.offset, fragment.numel)
 
 
 def adam_step(engine: deepspeed.DeepSpeedEngine) -> int:
-    """Returns how many steps Adam has applied."""
+    """Returns the number of steps that Adam has applied."""
     steps = [state.get("step", 0) for state in _torch_optimizer(engine).state.values()]
     return int(steps[0]) if steps else 0
 
@@ -130,12 +159,12 @@ def set_adam_step(engine: deepspeed.DeepSpeedEngine, step: int) -> None:
     """Sets the number of applied steps that Adam's bias correction uses."""
     for fragment in fragments(engine, whole=True):
         state = _adam_state(engine, fragment.holder)
-        # A tensor of torch's AdamW, a plain number of DeepSpeedCPUAdam.
+        # A tensor in torch's AdamW, a plain number in DeepSpeedCPUAdam.
         state["step"] = torch.full_like(state["step"], step) if _is_torchs(engine) else step
 
 
 def _adam_state(engine: deepspeed.DeepSpeedEngine, holder: Tensor) -> dict[str, Any]:
-    """Returns the optimizer's state of `holder`, made as its first step would make it."""
+    """Returns the optimizer's state of `holder`, created as its first step would create it."""
     optimizer = _torch_optimizer(engine)
     state = optimizer.state[holder]
     if not state:
@@ -151,30 +180,36 @@ def _is_torchs(engine: deepspeed.DeepSpeedEngine) -> bool:
 
 
 def _torch_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+    if isinstance(engine.optimizer, torch.optim.Optimizer):
+        return engine.optimizer
+    return private(engine.optimizer, "optimizer", needed_for="reading Adam's moments")
 
 
 @torch.no_grad()
 def publish_masters(engine: deepspeed.DeepSpeedEngine) -> None:
     """Copies the fp32 masters into the weights the model computes with. Collective."""
-    optimizer = engine.optimizer
-    if isinstance(optimizer, FP16_UnfusedOptimizer):
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        _publish_stage_3(engine.optimizer)
+    elif stage > 0:
+        private(engine.optimizer, "update_lp_params", needed_for=_PUBLISHING)()
+    else:
         for low, high in _stage_0_holders(engine).items():
             low.copy_(high)
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        _publish_stage_3(optimizer)
-    elif hasattr(optimizer, "update_lp_params"):
-        optimizer.update_lp_params()
+
+
+_PUBLISHING = "copying the fp32 masters into the model's weights"
 
 
 def _publish_stage_3(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
-    # Whole weights that a rank holds go stale now: small ones, which it always does, and what a
-    # forward pass without a backward one has left gathered, for the next to compute with.
-    persistent = optimizer.persistent_parameters
+    # Whole weights that a rank holds go stale now: small ones, which it always holds, and those
+    # that a forward pass without a backward pass has left gathered for the next one.
+    persistent = private(optimizer, "persistent_parameters", needed_for=_PUBLISHING)
     if persistent:
         persistent[0].partition(persistent)
-    optimizer.empty_partition_cache()
-    lows, highs = optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat
+    private(optimizer, "empty_partition_cache", needed_for=_PUBLISHING)()
+    lows = private(optimizer, "fp16_partitioned_groups_flat", needed_for=_PUBLISHING)
+    highs = private(optimizer, "fp32_partitioned_groups_flat", needed_for=_PUBLISHING)
     for low, high in zip(lows, highs, strict=True):
         low.copy_(high)
     if persistent:
@@ -182,8 +217,8 @@ def _publish_stage_3(optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
 
 
 @torch.no_grad()
-def set_masters(engine: deepspeed.DeepSpeedEngine, values: Callable[[Fragment], Tensor]) -> None:
-    """Fills every master fragment with `values(fragment)` and publishes them. Collective."""
-    for fragment in fragments(engine, whole=True):
-        fragment.master.copy_(values(fragment))
+def set_masters(engine: deepspeed.DeepSpeedEngine, values: Sequence[Tensor]) -> None:
+    """Fills the `whole` fragments of the masters with `values` and publishes them. Collective."""
+    for fragment, value in zip(fragments(engine, whole=True), values, strict=True):
+        fragment.master.copy_(value)
     publish_masters(engine)

@@ -1,7 +1,7 @@
-"""DeepSpeed's own configuration file: how memory and communication are arranged, nothing else.
+"""DeepSpeed's own configuration file, which arranges memory and communication and nothing else.
 
-Everything in it is checked here, without DeepSpeed, which ignores keys it does not know and
-settings of another stage: a misspelt one would silently change nothing.
+It is checked here, not by DeepSpeed, which ignores unknown keys and settings of another stage: a
+misspelt one would silently change nothing.
 """
 
 import json
@@ -26,42 +26,42 @@ OWNED_BY_YAML = {
     "fp16": "engine.precision",
     "torch_autocast": "engine.precision",
     "data_types": "engine.precision",
-    "activation_checkpointing": "engine.remat",
+    "activation_checkpointing": "engine.activation_checkpointing",
     "compile": "engine.compile",
     "steps_per_print": "train.log_every_steps",
 }
 
 MEANINGLESS = {
-    "comms_logger": "nothing prints what it gathers, and for it every collective waits for the "
+    "comms_logger": "nothing prints what it gathers, and it makes every collective wait for the "
     "device; torch.profiler shows collectives without that",
     "flops_profiler": "it does not see the products of compiled blocks, flash_attn and xformers, "
-    "and after its step the host waits for the device in every other; metrics.jsonl has "
+    "and after its step the host waits for the device in every other step; metrics.jsonl has "
     "tflops_per_rank and mfu",
     "memory_breakdown": "it resets the peak that peak_memory_gb in metrics.jsonl is read from",
-    "dump_state": "deepspeed's own messages are not shown; ds_config.json in the run's folder says "
-    "the same",
-    "timers": "without a message to show it, throughput is timed for nobody; metrics.jsonl has "
+    "dump_state": "deepspeed's own messages are not shown; ds_config.json in the run's folder has "
+    "the same settings",
+    "timers": "it times throughput for a message that is not shown; metrics.jsonl has "
     "images_per_second",
 }
-"""Settings that would cost or spoil something and show nothing, and why."""
+"""Settings that would cost or spoil something and show nothing, with the reason."""
 
 
 class Kind(NamedTuple):
-    """What a setting may be: a test of its value, and the same in words."""
+    """A kind of value: a test whether a value is of this kind, and its description."""
 
     holds: Callable[[Any], bool]
     words: str
 
 
 class Setting(NamedTuple):
-    """A setting of `zero_optimization`: what it may be, and the stages it means something to."""
+    """A setting of `zero_optimization`: the kind of its value, and the stages that read it."""
 
     kind: Kind
     stages: Collection[int]
 
 
 def _is_count(value: Any) -> bool:
-    # JSON's 2e8 is a float; DeepSpeed takes it as the whole number it is.
+    # JSON's 2e8 is a float; DeepSpeed takes it as a whole number.
     return type(value) in (int, float) and value >= 0 and float(value).is_integer()
 
 
@@ -77,8 +77,8 @@ DEVICE = Kind(lambda value: value in ("cpu", "none"), '"cpu" or "none"')
 DTYPE = Kind(lambda value: value in ("fp32", "bf16", "fp16"), '"fp32", "bf16" or "fp16"')
 OFF = Kind(
     lambda value: value is False,
-    "left out or false: where activation checkpointing keeps the results of matrix products, it "
-    "gives wrong gradients without a word, and it replaces torch's linear in the whole process",
+    "left out or false: it silently gives wrong gradients where activation checkpointing keeps the "
+    "results of matrix products, and it replaces torch's linear in the whole process",
 )
 
 ALLOWED: Mapping[str, Kind] = {
@@ -120,7 +120,7 @@ def load_deepspeed_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in `path`, or in the file of that name shipped with the package.
 
     Raises ConfigError with all faults, down to the settings of offloading: keys that are unknown,
-    belong to the YAML or to another ZeRO stage, and values that are not what a setting takes.
+    belong to the YAML or to another ZeRO stage, and values that a setting does not take.
     """
     try:
         text = shipped(path).read_text(encoding="utf-8")
@@ -151,7 +151,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     for number, name in enumerate(names):
         if name in names[:number]:
-            raise ValueError(f"the key '{name}' stands twice")
+            raise ValueError(f"the key '{name}' is given twice")
     return dict(pairs)
 
 

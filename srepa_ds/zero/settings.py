@@ -1,6 +1,6 @@
-"""What DeepSpeed is told: each rank's share of a batch, its configuration, and its optimizer."""
+"""DeepSpeed's configuration, each rank's share of a batch, and the optimizer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,13 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from srepa_ds.errors import TopologyError
+from srepa_ds.model.precision import Precision
 from srepa_ds.optim.adamw import OptimizerConfig, build_optimizer
 from srepa_ds.zero.json_file import load_deepspeed_json, offloads_optimizer, stage_of
 
 
 def micro_batch_size(batch_size: int, accumulation_steps: int, world_size: int) -> int:
-    """Returns the samples per rank and micro step; raises TopologyError if not a whole number."""
+    """Returns the samples per rank and micro step; raises TopologyError unless it is whole."""
     parts = accumulation_steps * world_size
     if batch_size % parts:
         raise TopologyError(
@@ -27,15 +28,15 @@ def micro_batch_size(batch_size: int, accumulation_steps: int, world_size: int) 
 def deepspeed_config(
     path: Path,
     *,
-    precision: str,
+    precision: Precision,
     batch_size: int,
     accumulation_steps: int,
     gradient_clipping: float,
     world_size: int,
 ) -> dict[str, Any]:
-    """Returns DeepSpeed's configuration: the JSON at `path` plus what the YAML owns.
+    """Returns DeepSpeed's configuration: the JSON at `path` plus the keys that the YAML owns.
 
-    Raises ConfigError for a JSON with faults, and what `micro_batch_size` does.
+    Raises ConfigError for a JSON with faults, and TopologyError as `micro_batch_size` does.
     """
     document = load_deepspeed_json(path)
     document |= {
@@ -44,32 +45,39 @@ def deepspeed_config(
         ),
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": gradient_clipping,
-        # DeepSpeed's own printing and its monitors stay silent; telemetry is ours.
+        # DeepSpeed's own printing and monitors stay silent; the package has its own telemetry.
         "steps_per_print": 1_000_000_000,
-        # For a message that nobody sees it would wait for the device twice in every micro step,
-        # for the teachers' stream too.
+        # For a message that is not shown it would wait for the device twice in every micro step,
+        # for the teachers' CUDA stream too.
         "timers": {"throughput": {"enabled": False}},
-        # Which AdamW steps offloaded weights the YAML says.
+        # The YAML says which AdamW steps offloaded weights.
         "zero_force_ds_cpu_optimizer": False,
     }
     stage = stage_of(document)
     if stage == 3:
         # DeepSpeed's default gives wrong gradients under selective activation checkpointing.
         document["zero_optimization"]["memory_efficient_linear"] = False
-    return document | _arithmetic(precision, stage)
+    return document | PRECISION_SETTINGS[precision](stage)
 
 
-def _arithmetic(precision: str, stage: int) -> dict[str, Any]:
-    """Returns DeepSpeed's settings for a precision."""
-    if precision == "bf16":
-        # Without the second, micro batches are summed in bf16; stage 0 refuses it.
-        data_types = {"data_types": {"grad_accum_dtype": "fp32"}} if stage > 0 else {}
-        return {"bf16": {"enabled": True, "check_grad_overflow": True}, **data_types}
-    if precision == "bf16_autocast":
-        # An absent list would mean: reduce the gradients of linear maps and convolutions in bf16.
-        autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        return {"torch_autocast": autocast}
-    return {}
+def _bf16_settings(stage: int) -> dict[str, Any]:
+    # Without the second, micro batches are summed in bf16; stage 0 refuses it.
+    data_types = {"data_types": {"grad_accum_dtype": "fp32"}} if stage > 0 else {}
+    return {"bf16": {"enabled": True, "check_grad_overflow": True}, **data_types}
+
+
+def _autocast_settings(stage: int) -> dict[str, Any]:
+    # Without the list, the gradients of linear maps and convolutions are reduced in bf16.
+    autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return {"torch_autocast": autocast}
+
+
+PRECISION_SETTINGS: Mapping[Precision, Callable[[int], dict[str, Any]]] = {
+    "fp32": lambda stage: {},
+    "bf16_autocast": _autocast_settings,
+    "bf16": _bf16_settings,
+}
+"""DeepSpeed's settings for each row of `PRECISIONS`, as a function of the ZeRO stage."""
 
 
 def build_optimizer_for(

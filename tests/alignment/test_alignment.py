@@ -8,11 +8,11 @@ from pydantic import ValidationError
 from torch.nn.functional import interpolate
 
 from srepa_ds.alignment.alignment import (
+    Alignment,
     AlignmentConfig,
+    AlignmentLosses,
     TeacherShape,
-    alignment_losses,
-    idle_losses,
-    projector_of,
+    TermWeights,
 )
 from srepa_ds.alignment.losses import PointwiseConfig
 from srepa_ds.encoders.teacher import TeacherConfig, TeacherTokens
@@ -35,23 +35,19 @@ def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def projector_for(alignment, teacher_grid=GRID):
-    projector = projector_of(
-        alignment,
-        hidden_size=HIDDEN,
-        grid=GRID,
-        teacher=TeacherShape(WIDTH, teacher_grid),
-        generator=torch.Generator().manual_seed(3),
-    )
-    return projector.double()
+def aligned(config, teacher_grid=GRID):
+    return Alignment(config, GRID, TeacherShape(WIDTH, teacher_grid))
 
 
-def losses_of(alignment, hidden, patches, cls=None, teacher_grid=GRID):
-    projector = projector_for(alignment, teacher_grid)
+def projector_for(config):
+    generator = torch.Generator().manual_seed(3)
+    return aligned(config).new_projector(HIDDEN, generator).double()
+
+
+def losses_of(config, hidden, patches, cls=None, teacher_grid=GRID):
+    projector = projector_for(config).to(hidden.dtype)
     tokens = TeacherTokens(patches, cls)
-    return alignment_losses(
-        alignment, projector, hidden, tokens, grid=GRID, teacher_grid=teacher_grid
-    )
+    return aligned(config, teacher_grid)(projector, hidden, tokens, config.weights_at(0))
 
 
 def cosine(student, teacher):
@@ -133,7 +129,7 @@ def test_grids_are_brought_together_in_either_direction(kind, direction):
     )
     hidden, patches = randn(2, 12, HIDDEN).requires_grad_(), randn(2, 10, WIDTH, seed=1)
     losses = losses_of(alignment, hidden, patches, teacher_grid=TEACHER_GRID)
-    student = projector_for(alignment, TEACHER_GRID)(hidden)
+    student = projector_for(alignment)(hidden)
 
     def moved(tokens, source, target):
         image = tokens.mT.unflatten(2, source)
@@ -175,13 +171,9 @@ def test_absent_terms_are_exact_zeros():
         ({"structural": KL}, "pointwise"),
     ):
         alignment = config(**terms)
-        projector = projector_for(alignment).float()
-        tokens = TeacherTokens(patches, None)
-        losses = alignment_losses(
-            alignment, projector, hidden, tokens, grid=GRID, teacher_grid=GRID
-        )
+        losses = losses_of(alignment, hidden, patches)
         assert getattr(losses, name) == 0
-        assert getattr(alignment, f"{name}_weight") == 0
+        assert getattr(alignment.weights_at(0), name) is None
         assert all(value.dtype == torch.float32 for value in losses)
 
 
@@ -193,27 +185,35 @@ def test_an_alignment_that_is_over_still_touches_its_projector(terms, kind):
     alignment = config(projector={"kind": kind}, **terms)
     projector = projector_for(alignment)
     hidden = randn(3, 13, HIDDEN).requires_grad_()
-    losses = idle_losses(alignment, projector, hidden, grid=GRID)
+    over = TermWeights(None, None)
+    losses = aligned(alignment)(projector, hidden, None, over)
     assert tuple(losses) == (0, 0)
+    assert over.total(losses) == 0
     if alignment.has_projector:
-        losses.pointwise.backward()
+        over.total(losses).backward()
     assert all(weight.grad is not None for weight in projector.parameters())
     assert all(weight.grad.abs().max() == 0 for weight in projector.parameters())
     assert hidden.grad is None
 
 
-def test_factors_follow_the_schedules_and_end():
+def test_weights_follow_the_schedules_and_end():
     alignment = config(
         pointwise={**POINTWISE, "schedule": {"kind": "stop", "end_step": 10}},
         structural={**MSE, "schedule": {"kind": "linear", "end_step": 20}},
     )
-    assert alignment.is_scheduled
-    assert not config(pointwise=POINTWISE).is_scheduled
-    assert alignment.factors_at(0) == (1.0, 1.0)
-    assert alignment.factors_at(15) == (0.0, 0.25)
-    assert alignment.factors_at(20) == (0.0, 0.0)
-    # A weight of nought is a wish to measure, not an end.
-    assert config(pointwise={"weight": 0.0}).factors_at(7) == (1.0, 0.0)
+    assert alignment.weights_at(0) == (1.0, 2.0)
+    assert alignment.weights_at(15) == (None, 0.5)
+    assert alignment.weights_at(20) == (None, None)
+    assert [alignment.weights_at(step).are_over for step in (0, 15, 20)] == [False, False, True]
+    # A weight of 0 asks for a measurement; it is not an end.
+    assert config(pointwise={"weight": 0.0}).weights_at(7) == (0.0, None)
+
+
+def test_the_total_is_the_weighted_sum():
+    losses = AlignmentLosses(torch.tensor(3.0), torch.tensor(5.0))
+    assert TermWeights(2.0, 0.5).total(losses) == 8.5
+    assert TermWeights(None, 0.5).total(losses) == 2.5
+    assert TermWeights(0.0, None).total(losses) == 0
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
@@ -222,7 +222,7 @@ def test_tokens_that_do_not_fit_are_named():
     hidden, patches = randn(2, 12, HIDDEN), randn(2, 10, WIDTH)
     with pytest.raises(ValueError, match="12 tokens of 2 images, the teacher 10 of 2"):
         losses_of(alignment, hidden, patches, teacher_grid=TEACHER_GRID)
-    with pytest.raises(ValueError, match=r"11 tokens are no grid of \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"11 tokens do not fill the grid \(3, 4\)"):
         losses_of(alignment, hidden[:, 1:], patches)
     with_cls = config(pointwise={**POINTWISE, "include_cls": True})
     with pytest.raises(ValueError, match="a model that carries a class token"):

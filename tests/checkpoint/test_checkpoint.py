@@ -2,22 +2,21 @@
 
 import json
 import logging
-import resource
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from builders import contents, largest_file, pieces_of
 from ranks import run_worker
 from safetensors.torch import save_file
 
 from srepa_ds.checkpoint.folder import (
     fault_of,
     newest_valid,
-    put_back,
     remove_leftovers,
+    restore_names,
     step_folder,
     steps_in,
 )
@@ -35,27 +34,8 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def pieces_of(tensors: dict[str, torch.Tensor], *, run: int = 1000, kind: str = "master"):
-    """Cuts every flattened tensor into runs of `run` elements."""
-    for name, tensor in tensors.items():
-        flat = tensor.reshape(-1)
-        for start in range(0, len(flat), run):
-            yield Piece(kind, name, tuple(tensor.shape), start, flat[start : start + run])
-
-
 def write(root: Path, step: int, **state) -> Path:
     return save(root, step=step, pieces=pieces_of(weights(step)), state={**state}, rank=0)
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """Makes every write beyond `num_bytes` of a file fail, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("run", [1, 3, 10, 1000])
@@ -162,12 +142,11 @@ def test_damage_is_named_and_passed_over(tmp_path, caplog, damage):
     assert newest_valid(tmp_path) == bad
     act(bad)
     fault = fault_of(bad)
-    with pytest.raises(AssertionError, match=words):
-        raise AssertionError(fault)
+    assert re.search(words, fault), fault
     assert fault_of(good) is None
     with caplog.at_level(logging.WARNING, logger="srepa_ds"):
         assert newest_valid(tmp_path) == good
-    assert f"passing over checkpoint {bad}: {fault}" in caplog.text
+    assert f"skipping checkpoint {bad}: {fault}" in caplog.text
     act(good)
     with pytest.raises(CheckpointError, match="holds no valid checkpoint") as caught:
         newest_valid(tmp_path)
@@ -180,7 +159,9 @@ def test_another_format_is_no_damage_to_go_back_before(tmp_path, change):
     good, foreign = write(tmp_path, 5), write(tmp_path, 10)
     edit_manifest(foreign, **change)
     mark = f"{change.get('format', 'srepa_ds.checkpoint')} {change.get('version', 1)}"
-    words = f"step-0000010 is of format {mark}, not srepa_ds.checkpoint 1; go on with the srepa_ds"
+    words = (
+        f"step-0000010 is of format {mark}, not srepa_ds.checkpoint 1; continue with the srepa_ds"
+    )
     with pytest.raises(CheckpointError, match=words):
         newest_valid(tmp_path)
     write(tmp_path, 15)
@@ -202,11 +183,6 @@ def test_newest_is_by_number_not_by_name(tmp_path):
     for step in (9_999_999, 10_000_000, 2):
         write(tmp_path, step)
     assert newest_valid(tmp_path) == step_folder(tmp_path, 10_000_000)
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    files = (path for path in root.rglob("*") if path.is_file())
-    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("stage", ["fragments", "state", "manifest"])
@@ -286,7 +262,7 @@ def test_what_a_kill_left_aside_gets_its_name_back_unless_another_has_it(tmp_pat
     newer = write(tmp_path, 5)
     before = contents(newer)
     shutil.copytree(write(tmp_path / "other", 6), tmp_path / ".writing-replaced-step-0000005")
-    put_back(tmp_path)
+    restore_names(tmp_path)
     assert steps_in(tmp_path) == [step_folder(tmp_path, 4), newer]
     assert fault_of(step_folder(tmp_path, 4)) is None
     assert contents(newer) == before

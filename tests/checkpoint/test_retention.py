@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and to which of them a run that fails goes back."""
+"""Retention: the checkpoints that are kept, and the one that a run rolls back to."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,10 +11,10 @@ from srepa_ds.checkpoint.folder import named, newest_valid, step_folder
 from srepa_ds.checkpoint.fragment_file import Piece
 from srepa_ds.checkpoint.retention import (
     CheckpointConfig,
-    ReturnPoint,
+    RollbackPoint,
     mark_good,
     prune,
-    return_point,
+    rollback_point,
 )
 from srepa_ds.checkpoint.saving import save
 from srepa_ds.checkpoint.writer import CheckpointWriter
@@ -44,7 +44,7 @@ def config(**changes: Any) -> CheckpointConfig:
         ({"keep_last": 1}, [12]),
         ({}, [10, 12]),
         ({"keep_every_steps": 4}, [4, 8, 10, 12]),
-        # Some were saved later than due, some besides.
+        # Some were saved later than due, some in between.
         ({"keep_last": 1, "keep_every_steps": 5}, [6, 10, 12]),
         ({"keep_last": 1, "keep_every_steps": 3}, [4, 6, 10, 12]),
         ({"keep_last": 9}, [2, 4, 6, 8, 10, 12]),
@@ -80,32 +80,32 @@ def test_the_newest_good_one_stays_until_a_newer_is_known_to_be_good(tmp_path):
 
 def test_a_run_that_fails_goes_back_to_the_newest_good_one_and_so_does_who_resumes(tmp_path):
     write(tmp_path, [5, 10, 15, 16], good=[5, 10])
-    back = ReturnPoint(step_folder(tmp_path, 10), is_good=True)
-    assert return_point(tmp_path) == back
+    back = RollbackPoint(step_folder(tmp_path, 10), is_good=True)
+    assert rollback_point(tmp_path) == back
     assert newest_valid(tmp_path) == back.folder
     assert steps(tmp_path, prefix="failed-") == [15, 16]
-    # It fails there again, and what it saved meanwhile takes the place of the former.
+    # It fails there again, and what it saved in the meantime replaces the earlier folder.
     write(tmp_path, [15])
-    assert return_point(tmp_path) == back
+    assert rollback_point(tmp_path) == back
     assert (steps(tmp_path), steps(tmp_path, prefix="failed-")) == ([5, 10], [15, 16])
-    # It comes through.
+    # It gets past that step.
     write(tmp_path, [15])
     prune(tmp_path, config(), newest=15)
     assert (steps(tmp_path), steps(tmp_path, prefix="failed-")) == ([10, 15], [16])
 
 
 def test_without_a_good_one_it_is_the_newest_valid(tmp_path):
-    assert return_point(tmp_path) is None
+    assert rollback_point(tmp_path) is None
     write(tmp_path, [5, 10, 15])
     (step_folder(tmp_path, 15) / FRAGMENTS).unlink()
-    assert return_point(tmp_path) == ReturnPoint(step_folder(tmp_path, 10), is_good=False)
+    assert rollback_point(tmp_path) == RollbackPoint(step_folder(tmp_path, 10), is_good=False)
     assert steps(tmp_path) == [5, 10, 15]
 
 
 def test_a_good_one_that_is_damaged_is_passed_over(tmp_path):
     write(tmp_path, [5, 10, 15], good=[5, 10])
     (step_folder(tmp_path, 10) / FRAGMENTS).unlink()
-    assert return_point(tmp_path) == ReturnPoint(step_folder(tmp_path, 5), is_good=True)
+    assert rollback_point(tmp_path) == RollbackPoint(step_folder(tmp_path, 5), is_good=True)
 
 
 def test_to_mark_what_is_not_there_makes_nothing(tmp_path):
@@ -121,24 +121,23 @@ def good_steps(root: Path) -> list[int]:
 def test_a_checkpoint_is_good_once_a_later_step_was_applied(tmp_path, asynchronous):
     changes = config(keep_last=1, asynchronous=asynchronous)
     writer = CheckpointWriter(tmp_path, changes, rank=0)
-    writer.goes_on_from(0)
     for step in (4, 8):
-        writer.applied(step)
+        writer.note_applied(step)
         writer.save(step=step, pieces=[PIECE], state={})
     writer.wait()
     assert (steps(tmp_path), good_steps(tmp_path)) == ([4, 8], [4])
-    writer.applied(9)
+    writer.note_applied(9)
     assert (steps(tmp_path), good_steps(tmp_path)) == ([8], [8])
-    # Whole only after a later step, that of a checkpoint under way counts as well.
+    # A step that was applied while a checkpoint was in progress counts as well.
     writer.save(step=10, pieces=[PIECE], state={})
-    writer.applied(11)
+    writer.note_applied(11)
     writer.wait()
     assert (steps(tmp_path), good_steps(tmp_path)) == ([10], [10])
-    # After a return the steps that were taken back prove nothing.
+    # After a rollback, the steps that were taken back do not count.
     writer.save(step=12, pieces=[PIECE], state={})
     writer.wait()
-    writer.goes_on_from(10)
-    writer.applied(11)
+    writer.restart_at(10)
+    writer.note_applied(11)
     writer.save(step=11, pieces=[PIECE], state={})
     writer.wait()
     assert good_steps(tmp_path) == [10]
@@ -147,8 +146,7 @@ def test_a_checkpoint_is_good_once_a_later_step_was_applied(tmp_path, asynchrono
 
 def test_a_run_that_resumes_proves_what_it_resumed_from(tmp_path):
     write(tmp_path, [5])
-    writer = CheckpointWriter(tmp_path, config(), rank=0)
-    writer.goes_on_from(5)
+    writer = CheckpointWriter(tmp_path, config(), rank=0, step=5)
     assert good_steps(tmp_path) == []
-    writer.applied(6)
+    writer.note_applied(6)
     assert good_steps(tmp_path) == [5]

@@ -54,7 +54,7 @@ def test_a_snapshot_is_of_its_moment_and_in_float32():
     assert snapshot.shapes == {"w": (2, 3)}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="page-locked memory is to be had")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="page-locked memory is available")
 def test_without_page_locked_memory_ordinary_memory_serves(caplog):
     assert [len(room) for room in room_for([5, 5, 2], pinned=True)] == [5, 5, 2]
     assert caplog.text.count("no page-locked memory for the checkpoint") == 1

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TEACHER
+from builders import TEACHER
 from safetensors.torch import load_file
 
 from srepa_ds.commands.evaluate import evaluate
@@ -35,7 +35,7 @@ def reference(small_world):
 
 @pytest.fixture
 def drawn(reference, tmp_path):
-    """Noised copies of a few real images, and some of nothing: most are real, much is missing."""
+    """Returns noised copies of a few real images and some of pure noise, with random labels."""
     generator = torch.Generator().manual_seed(0)
     pixels = reference.images[torch.arange(50) % 5 * 3].permute(0, 2, 3, 1)
     noise = torch.randint(-8, 9, pixels.shape, generator=generator)
@@ -54,7 +54,7 @@ def write(folder, images, labels=None, provenance=PROVENANCE):
 
 @torch.no_grad()
 def seen(small_world, images):
-    """Returns what the plain timm model makes of images: features of its class token, classes."""
+    """Returns the plain timm model's class-token features of images, and the predicted classes."""
     model = timm.create_model(
         TEACHER["architecture"], img_size=16, num_classes=10, **TEACHER["arguments"]
     )
@@ -75,7 +75,7 @@ def plain_distance(samples, reference):
 
 
 def plain_coverage(points, others):
-    """Returns how many points lie within the third neighbour's distance of any of the others."""
+    """Returns the share of points within the third-neighbour distance of any of the others."""
     radii = torch.cdist(others, others).sort(dim=1).values[:, 3]
     return (torch.cdist(points, others) <= radii).any(dim=1).double().mean().item()
 
@@ -93,7 +93,7 @@ def test_scores_are_those_of_the_features(experiment, small_world, reference, dr
     # Values that could be mistaken for one another would test nothing.
     assert len({0.0, 1.0, scores.precision, scores.recall, scores.class_accuracy}) == 5
 
-    document = json.loads(config.results.read_text())
+    document = json.loads(config.run_folder.results.read_text())
     assert document["scores"] == {
         "frechet_distance": scores.frechet_distance,
         "precision": scores.precision,
@@ -117,7 +117,7 @@ def test_a_set_of_others_has_neither_labels_nor_provenance(experiment, drawn, tm
     (folder / "provenance.json").unlink()
     config = experiment(f"evaluate.samples={folder}")
     assert evaluate(config).class_accuracy is None
-    document = json.loads(config.results.read_text())
+    document = json.loads(config.run_folder.results.read_text())
     assert document["scores"].keys() == {"frechet_distance", "precision", "recall"}
     assert document["samples"] == {}
 
@@ -146,18 +146,18 @@ def torn_provenance(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (torn, r"samples\.npz is no finished sample set.*`srepa-ds sample CONFIG`"),
-        (empty, r"samples\.npz is no finished sample set.*`srepa-ds sample CONFIG`"),
-        (absent, r"samples\.npz is no finished sample set \(No such file"),
-        (list_as_provenance, r"provenance\.json: is no JSON object.*give another folder"),
-        (torn_provenance, r"provenance\.json: is no JSON \(.*give another folder"),
+        (torn, r"samples\.npz is not a finished sample set.*`srepa-ds sample CONFIG`"),
+        (empty, r"samples\.npz is not a finished sample set.*`srepa-ds sample CONFIG`"),
+        (absent, r"samples\.npz is not a finished sample set \(No such file"),
+        (list_as_provenance, r"provenance\.json: is not a JSON object.*give another folder"),
+        (torn_provenance, r"provenance\.json: is not JSON \(.*give another folder"),
     ],
 )
 def test_a_damaged_set_is_refused_before_anything_is_computed(
     experiment, drawn, tmp_path, damage, message
 ):
     damage(tmp_path / "samples")
-    # An extractor that cannot be loaded: were it asked for first, the message would be its own.
+    # This extractor cannot be loaded: if it came first, the message would be about it.
     config = experiment("evaluate.extractor.weights=nowhere.safetensors")
     with pytest.raises(DataError, match=message):
         evaluate(config)
@@ -177,7 +177,7 @@ def test_without_its_section_nothing_is_evaluated(small_world):
 
 def test_results_that_cannot_be_written(experiment, drawn):
     config = experiment()
-    config.results.mkdir(parents=True)
+    config.run_folder.results.mkdir(parents=True)
     with pytest.raises(OutputError, match=r"cannot write .*results\.json"):
         evaluate(config)
     assert [path.name for path in config.run.folder.iterdir()] == ["results.json"]

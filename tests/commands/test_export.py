@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import objective_of, pieces_of
 from places import GOLDEN
 from safetensors.torch import load_file
 
-from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.checkpoint import saving
 from srepa_ds.checkpoint.folder import step_folder
 from srepa_ds.checkpoint.fragment_file import Piece
@@ -25,29 +25,23 @@ from srepa_ds.weights.exported import read_model
 
 
 def objective(config: Config, seed: int) -> Objective:
-    return Objective(
-        config.model,
-        config.objective,
-        config.alignments,
-        teachers=(TeacherShape(32, (8, 8)),),
-        generator=torch.Generator().manual_seed(seed),
-    )
+    return objective_of(config, generator=torch.Generator().manual_seed(seed))
 
 
 def save(config: Config, step: int) -> None:
-    """A checkpoint whose masters are drawn by seed `step` and whose averages by `step` + 100."""
+    """Writes a checkpoint with masters drawn by seed `step` and averages by `step` + 100."""
     pieces = [
-        Piece(kind, name, tuple(value.shape), 0, value.detach().reshape(-1))
+        piece
         for kind, seed in (("master", step), ("ema", step + 100))
-        for name, value in objective(config, seed).named_parameters()
+        for piece in pieces_of(dict(objective(config, seed).named_parameters()), kind=kind)
     ]
     state = {"step": step, "adam_step": step, "config": to_tree(config)}
-    saving.save(config.checkpoints, step=step, pieces=pieces, state=state, rank=0)
+    saving.save(config.run_folder.checkpoints, step=step, pieces=pieces, state=state, rank=0)
 
 
 @pytest.fixture
 def configured(small_world, tmp_path):
-    """Gives the configuration with overrides, in a folder of its own."""
+    """Returns a function that loads the configuration with overrides, in its own folder."""
 
     def load(*overrides: str) -> Config:
         return load_config(small_world.config, [f"run.folder={tmp_path}/run", *overrides])
@@ -82,7 +76,7 @@ def test_the_weights_that_were_asked_for(configured, tmp_path, overrides, seed):
     assert_drawn_by(folder, config, seed)
     provenance = json.loads((folder / "config.json").read_text())["provenance"]
     step = seed % 100
-    source = step_folder(config.checkpoints, step)
+    source = step_folder(config.run_folder.checkpoints, step)
     assert provenance == {
         "checkpoint": CheckpointReader(source).fingerprint(),
         "step": step,
@@ -109,7 +103,7 @@ def test_a_model_with_a_class_token_is_read_back(configured):
         for name, value in model.named_parameters()
     ]
     state = {"step": 5, "adam_step": 5, "config": to_tree(config)}
-    saving.save(config.checkpoints, step=5, pieces=pieces, state=state, rank=0)
+    saving.save(config.run_folder.checkpoints, step=5, pieces=pieces, state=state, rank=0)
     folder = export(config)
     assert weights(folder).keys() == model.state_dict().keys()
     found = read_model(folder).model.state_dict()
@@ -144,7 +138,7 @@ def test_a_folder_of_ones_own(configured, tmp_path):
 def test_an_unknown_step_names_those_there_are(configured, tmp_path):
     for step in (5, 10):
         save(configured(), step)
-    with pytest.raises(CheckpointError, match="there are: step-0000005, step-0000010"):
+    with pytest.raises(CheckpointError, match="checkpoints: step-0000005, step-0000010"):
         export(configured("export.step=7"))
     assert not (tmp_path / "run" / "export").exists()
 
@@ -152,7 +146,7 @@ def test_an_unknown_step_names_those_there_are(configured, tmp_path):
 def test_a_damaged_newest_is_passed_over_but_not_if_asked_for(configured):
     for step in (5, 10):
         save(configured(), step)
-    (step_folder(configured().checkpoints, 10) / "state.json").write_text("{}")
+    (step_folder(configured().run_folder.checkpoints, 10) / "state.json").write_text("{}")
     assert read_model(export(configured())).provenance["step"] == 5
     with pytest.raises(CheckpointError, match=r"step-0000010 is not valid: state.json has 2 bytes"):
         export(configured("export.step=10"))
@@ -182,7 +176,7 @@ def test_other_averages_that_were_kept_can_be_exported(small_world, tmp_path):
             for name, value in objective(config, 0).sit.named_parameters()
         ]
         state = {"step": step, "adam_step": step, "config": to_tree(config)}
-        saving.save(config.checkpoints, step=step, pieces=pieces, state=state, rank=0)
+        saving.save(config.run_folder.checkpoints, step=step, pieces=pieces, state=state, rank=0)
 
     def exported(*overrides: str) -> torch.Tensor:
         changed = [f"run.folder={tmp_path}/run", *overrides]
@@ -192,7 +186,7 @@ def test_other_averages_that_were_kept_can_be_exported(small_world, tmp_path):
 
     assert torch.all(exported("export.weights=ema-power-0.05") == values[2, 1])
     assert torch.all(exported("export.weights=master") == values[0, 1])
-    # Of a length that was kept: the newest of that kind. Of another: all of them, by their factors.
+    # A stored length: the newest average of that kind. Another: all of them, by their factors.
     torch.testing.assert_close(exported("export.power_sigma=0.1").mean(), values[3, 1])
     stored = [PowerAverage(step, gamma_of(s)) for step in (100, 200) for s in (0.05, 0.1)]
     factors, error = combination(stored, PowerAverage(200, gamma_of(0.07)))

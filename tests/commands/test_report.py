@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from srepa_ds.commands.report import report
+from srepa_ds.config.experiment import samples_folder
 from srepa_ds.data.shard_index import DatasetDescription
 from srepa_ds.data.shard_writer import ShardWriter
 from srepa_ds.data.shards import ShardDataset
@@ -129,7 +130,7 @@ def test_real_images_lie_as_the_samples_do(whole):
         if alt.startswith("contact sheet")
     )
     assert np.array_equal(
-        drawn, np.asarray(Image.open(run.config.samples_folder / "contact_sheet.png"))
+        drawn, np.asarray(Image.open(samples_folder(run.config) / "contact_sheet.png"))
     )
     assert drawn.shape == real.shape
     # Rows are the four classes drawn; the shards hold nine images of each class.
@@ -151,7 +152,7 @@ def test_similarity_maps_and_their_numbers(whole):
     assert sum(len(page.pictures[alt]) for alt in maps) == 3 * 4 * 3
     centre = page.pictures["similarity to the token at (4, 4), teacher"][0].convert("RGB")
     assert centre.size == (144, 144)
-    # The query is outlined, and as similar to itself as can be: the colour at the top of the scale.
+    # The query is outlined, and its similarity to itself is 1: the colour at the top of the scale.
     assert centre.getpixel((4 * 18, 4 * 18)) == (255, 64, 64)
     assert centre.getpixel((4 * 18 + 9, 4 * 18 + 9)) == (253, 231, 36)
     assert "±" in page.text
@@ -233,8 +234,8 @@ def test_a_set_without_labels_is_shown_alone(small_run):
     run = small_run()
     run.write_metrics()
     run.write_samples(checkpoint="")
-    images = np.load(run.config.samples_folder / "samples.npz")["arr_0"]
-    np.savez(run.config.samples_folder / "samples.npz", images)
+    images = np.load(samples_folder(run.config) / "samples.npz")["arr_0"]
+    np.savez(samples_folder(run.config) / "samples.npz", images)
     page = Page(report(run.config))
     assert len([alt for alt in page.pictures if alt.startswith("contact sheet")]) == 1
     assert any(text.startswith("No real images:") for text in page.notes)
@@ -255,24 +256,24 @@ def test_damaged_samples_are_named(small_run, name, damaged):
     run = small_run()
     run.write_metrics()
     run.write_samples(checkpoint="")
-    path = run.config.samples_folder / name
+    path = samples_folder(run.config) / name
     path.write_bytes(damaged(path.read_bytes()))
     page = Page(report(run.config))
     assert "samples" not in page.sections
     (text,) = [text for text in page.notes if text.startswith("No samples:")]
-    assert f"{path} is no finished sample set" in text
+    assert f"{path} is not a finished sample set" in text
     assert "`srepa-ds sample CONFIG`" in text
 
 
 def test_samples_of_unknown_origin_are_shown_with_a_note(small_run):
     run = small_run()
     run.write_everything()
-    path = run.config.samples_folder / "provenance.json"
+    path = samples_folder(run.config) / "provenance.json"
     path.write_text("[]")
     page = Page(report(run.config))
     assert page.sections == SECTIONS
     (text,) = page.notes
-    assert text.startswith(f"{path}: is no JSON object")
+    assert text.startswith(f"{path}: is not a JSON object")
 
 
 def test_results_of_another_form_break_nothing(small_run):
@@ -291,16 +292,18 @@ def test_damaged_documents_are_named(small_run):
     page = Page(report(run.config))
     assert page.sections == ["curves", "config", "files"]
     assert any(text.startswith("No scores: results.json: is not JSON") for text in page.notes)
-    assert any(text.startswith("No timings: timings.json: is no JSON obj") for text in page.notes)
+    assert any(
+        text.startswith("No timings: timings.json: is not a JSON obj") for text in page.notes
+    )
 
 
 def test_parts_that_do_not_belong_together_are_named(small_run):
     run = small_run()
     run.write_everything()
-    drawn = run.config.samples_folder
+    drawn = samples_folder(run.config)
     run.write_export(step=4)
-    drawn.rename(run.config.samples_folder)
-    (run.config.samples_folder / "provenance.json").write_text('{"checkpoint_sha256": "other"}')
+    drawn.rename(samples_folder(run.config))
+    (samples_folder(run.config) / "provenance.json").write_text('{"checkpoint_sha256": "other"}')
     notes = Page(report(run.config)).notes
     assert [text.rsplit(":", 1)[1] for text in notes] == [
         " export again.",
@@ -322,7 +325,7 @@ def test_scores_of_another_feature_space_or_reference_are_named(small_run, small
     weights.write_bytes(b"another")
     by, against = Page(report(run.config)).notes
     assert by == (
-        f"The scores were measured by other weights than those in {weights}: evaluate again."
+        f"The scores were measured with other weights than those in {weights}: evaluate again."
     )
     assert against.startswith("The scores were measured against other images than those in ")
     weights.unlink()
@@ -330,7 +333,7 @@ def test_scores_of_another_feature_space_or_reference_are_named(small_run, small
 
 
 def test_a_run_trained_elsewhere(small_run):
-    """The DeepSpeed JSON of the training machine is of no interest to a report."""
+    """A report does not need the DeepSpeed JSON of the training machine."""
     run = small_run()
     run.write_everything()
     for path in (run.folder / "config.yaml", run.config.export_folder / "config.json"):

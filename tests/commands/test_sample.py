@@ -1,11 +1,13 @@
 """Sampling as users run it: the same images for any number of ranks."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from ranks import run_worker
+from ranks import run_function
+from trainings import train_runs
 
 from srepa_ds.commands.export import export
 from srepa_ds.commands.sample import sample
@@ -20,16 +22,21 @@ from srepa_ds.weights.exported import write_model
 @pytest.fixture(scope="module")
 def trained(small_world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    run_worker("train_runs", 1, small_world.config, f"run.folder={folder};train.steps=5")
+    run_function(train_runs, 1, [small_world.config, f"run.folder={folder}", "train.steps=5"])
     export(load_config(small_world.config, [f"run.folder={folder}"]))
     return folder
+
+
+def draw(config: str, *overrides: str) -> None:
+    """Draws a sample set on this rank."""
+    sample(load_config(Path(config), overrides))
 
 
 def test_images_do_not_depend_on_the_number_of_ranks(small_world, trained):
     sets = []
     for world_size in (1, 2):
-        overrides = f"run.folder={trained};sample.folder={trained}/{world_size}"
-        run_worker("sample_sets", world_size, small_world.config, overrides)
+        overrides = (f"run.folder={trained}", f"sample.folder={trained}/{world_size}")
+        run_function(draw, world_size, small_world.config, *overrides)
         with np.load(trained / str(world_size) / "samples.npz") as archive:
             sets.append((archive["arr_0"], archive["arr_1"]))
     (images, labels), (other_images, other_labels) = sets

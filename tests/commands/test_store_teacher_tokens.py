@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import signal
 import time
@@ -11,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SmallWorld
-from places import WORKERS
-from ranks import run_worker, start_ranks
+from builders import SmallWorld, contents
+from ranks import run_function, start_function
 from safetensors.torch import load_file, save_file
 
 from srepa_ds.cli import run
@@ -34,13 +34,8 @@ FILES = [INDEX_NAME, *(token_file_name(number) for number in range(3))]
 
 @pytest.fixture
 def world(small_world, tmp_path) -> SmallWorld:
-    """The small world with shards of its own, so that stores do not meet."""
-    shutil.copytree(small_world.folder / "shards", tmp_path / "shards")
-    tree = yaml.safe_load(small_world.config.read_text())
-    tree["data"]["folder"] = str(tmp_path / "shards")
-    tree["run"]["folder"] = str(tmp_path / "run")
-    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(tree))
-    return SmallWorld(tmp_path)
+    """The small world with its own copy of the shards, so that tests share no stores."""
+    return small_world.copied_to(tmp_path / "world")
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +48,25 @@ def store(world, *overrides, batch_size=16):
     return store_tokens(load_config(world.config, overrides), batch_size=batch_size)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+class SignalAt(logging.Handler):
+    """Sends this process a signal as soon as words are logged."""
+
+    def __init__(self, words: str, number: int):
+        super().__init__()
+        self._words, self._number = words, number
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._words in record.getMessage():
+            os.kill(os.getpid(), self._number)
+
+
+def store_on_ranks(config: str, words: str = "", number: int = 0) -> None:
+    """Stores int8 tokens on this rank, which gets a signal once `words` are logged."""
+    if words:
+        log = logging.getLogger("srepa_ds")
+        log.addHandler(SignalAt(words, number))
+        log.setLevel(logging.INFO)
+    store_tokens(load_config(Path(config), [INT8]), batch_size=16)
 
 
 def teachers_of(world) -> list[str]:
@@ -72,7 +84,7 @@ def test_stored_tokens_are_the_teacher_s(world, storage):
     batch = dataset.read(torch.tensor([89, 0, 39, 40, 79, 80, 41, 15, 16]))
     (stored,) = batch.teacher_tokens
     live = teacher.tokens(batch.pixels)
-    # Products in another order where the teacher saw other images beside them.
+    # The batch differs, and with it the order of summation in the teacher.
     slack = 1e-5 * live.patches.abs().max()
     error = (stored.patches_float32() - live.patches).abs()
     step = live.patches.abs() * 2**-8 if storage == "bf16" else stored.patches_scale[..., None] / 2
@@ -129,17 +141,18 @@ def test_two_ranks_write_the_same_bytes(world):
     expected = contents(folder)
     assert sorted(expected) == FILES
     shutil.rmtree(folder)
-    run_worker("token_stores", 2, world.config, "16", INT8)
+    run_function(store_on_ranks, 2, world.config)
     assert contents(folder) == expected
 
 
-def test_a_killed_run_is_resumed_where_it_stopped(world):
+def test_a_killed_run_is_resumed_where_it_stopped(world, tmp_path):
     (folder,) = store(world, INT8)
     expected = contents(folder)
     shutil.rmtree(folder)
     # Of 3 + 3 + 1 batches, the fourth is in the middle of the second shard.
-    worker = str(WORKERS / "token_stores.py")
-    (process,) = start_ranks([worker, str(world.config), "16", INT8, "batch 4/7"], 1)
+    # As an out-of-memory killer would end it.
+    killed = (world.config, "batch 4/7", signal.SIGKILL)
+    (process,) = start_function(store_on_ranks, 1, *killed, results=tmp_path)
     output = process.output(seconds=120)
     assert process.returncode == -signal.SIGKILL, output
     assert sorted(path.name for path in folder.iterdir()) == [FILES[1], f"{FILES[2]}.partial"]
@@ -149,12 +162,12 @@ def test_a_killed_run_is_resumed_where_it_stopped(world):
     assert (folder / FILES[1]).stat().st_mtime_ns == first_written
 
 
-def test_two_processes_do_not_write_the_same_store(world):
+def test_two_processes_do_not_write_the_same_store(world, tmp_path):
     (folder,) = store(world, INT8)
     expected = contents(folder)
     shutil.rmtree(folder)
-    worker = str(WORKERS / "token_stores.py")
-    (process,) = start_ranks([worker, str(world.config), "16", INT8, "STOP batch 4/7"], 1)
+    stopped = (world.config, "batch 4/7", signal.SIGSTOP)
+    (process,) = start_function(store_on_ranks, 1, *stopped, results=tmp_path)
     try:
         deadline = time.monotonic() + 120
         while not (folder / f"{FILES[2]}.partial").exists():
@@ -162,7 +175,7 @@ def test_two_processes_do_not_write_the_same_store(world):
             time.sleep(0.05)
         with pytest.raises(OutputError, match=r"another process is storing these tokens; wait"):
             store(world, INT8)
-        # Another teacher's are not in its way.
+        # Another teacher's store is not blocked.
         store(world, "alignments.0.stored_tokens=bf16")
     finally:
         process.send_signal(signal.SIGCONT)
@@ -172,7 +185,7 @@ def test_two_processes_do_not_write_the_same_store(world):
 
 
 def exchange_pictures(folder: Path, *, shards: slice) -> None:
-    """Prepares other pictures with the same settings, and takes some of the shards over."""
+    """Prepares other pictures with the same settings, and exchanges some of the shards."""
     index = json.loads((folder / INDEX_NAME).read_text())
     described = DatasetDescription(
         source=index["source"],
@@ -189,7 +202,7 @@ def exchange_pictures(folder: Path, *, shards: slice) -> None:
         (other / entry["file"]).replace(folder / entry["file"])
     index["shards"][shards] = fresh["shards"][shards]
     (folder / INDEX_NAME).write_text(json.dumps(index))
-    # The exchange leaves a sound data set, so whatever is refused is not the images.
+    # The exchange leaves a valid data set, so a refusal is not due to the images.
     ShardDataset(folder).verify()
 
 
@@ -281,7 +294,7 @@ def test_nothing_to_store_is_an_error_that_says_what_to_set(world, override, wor
 
 def test_a_folder_that_cannot_be_written_to_is_named(world):
     (world.folder / "shards" / "teachers").write_text("a file, where a folder is wanted")
-    with pytest.raises(OutputError, match=r"teachers/vit_tiny.*cannot be written"):
+    with pytest.raises(OutputError, match=r"cannot write .*teachers/vit_tiny.*; make room"):
         store(world, INT8)
 
 

@@ -28,7 +28,7 @@ CONFIG = ROOT / "configs" / "digits-teacher.yaml"
 
 
 def write_shards(folder, *, count, first, num_classes=4, size=16):
-    """Writes images whose class is the bright quarter: easy, yet a task of places."""
+    """Writes images whose class is the place of the bright quarter: an easy spatial task."""
     names = tuple(f"place {k}" for k in range(num_classes))
     described = DatasetDescription({"first": first}, (3, size, size), names)
     with ShardWriter(folder, description=described, samples_per_shard=64) as writer:
@@ -136,7 +136,7 @@ def test_a_foreign_folder_is_left_alone(shards, tmp_path):
 
 def test_a_place_that_cannot_be_written_to_is_named(shards, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match=rf"cannot write {tmp_path}/file/teacher: \w"):
         train_teacher(config_for(shards, tmp_path / "file" / "teacher"))
 
 

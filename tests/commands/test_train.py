@@ -5,8 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from ranks import Rank, run_worker, start_ranks, wait_for
+from builders import metrics_of
+from ranks import RankProcess, run_function, start_ranks, wait_for
 from safetensors.torch import load_file
+from trainings import train_runs
 
 from srepa_ds.checkpoint.folder import fault_of, step_folder
 from srepa_ds.checkpoint.reader import CheckpointReader
@@ -14,15 +16,11 @@ from srepa_ds.checkpoint.reader import CheckpointReader
 ZERO = "engine.deepspeed=ds_configs/zero{}.json"
 
 
-def record(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(folder: Path) -> list[float]:
-    return [line["loss_total"] for line in record(folder)]
+    return [line["loss_total"] for line in metrics_of(folder)]
 
 
-def start_training(world, folder: Path, *overrides: str) -> list[Rank]:
+def start_training(world, folder: Path, *overrides: str) -> list[RankProcess]:
     command = ["-m", "srepa_ds", "train", str(world.config), f"run.folder={folder}", *overrides]
     return start_ranks(command, 2)
 
@@ -45,7 +43,7 @@ def twenty_steps(small_world, tmp_path_factory) -> dict[int, Path]:
     folders = {world_size: root / str(world_size) for world_size in (1, 2)}
     for world_size, folder in folders.items():
         overrides = [f"run.folder={folder}", "train.steps=20", ZERO.format(2 * (world_size - 1))]
-        run_worker("train_runs", world_size, small_world.config, ";".join(overrides))
+        run_function(train_runs, world_size, [small_world.config, *overrides])
     return folders
 
 
@@ -63,7 +61,7 @@ def test_a_run_leaves_its_description(twenty_steps):
     assert documents | {"tensorboard", "checkpoints"} <= written
     assert (folder / "checkpoints" / "latest").read_text() == "step-0000020\n"
     assert json.loads((folder / "environment.json").read_text())["world_size"] == 2
-    last = record(folder)[-1]
+    last = metrics_of(folder)[-1]
     assert {"loss_flow", "loss_pointwise", "loss_structural", "gradient_norm"} <= last.keys()
 
 
@@ -71,7 +69,7 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(small_world, tmp_path):
     # Large enough steps that the kill comes between the checkpoint and the end.
     overrides = ("train.batch_size=48", "train.steps=10", "model.hidden_size=96")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run_worker("train_runs", 2, small_world.config, ";".join((f"run.folder={whole}", *overrides)))
+    run_function(train_runs, 2, [small_world.config, f"run.folder={whole}", *overrides])
     ranks = start_training(small_world, broken, *overrides)
     wait_for(broken / "checkpoints" / "step-0000005", ranks)
     for process in ranks:
@@ -81,10 +79,10 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(small_world, tmp_path):
     # As if the kill had come while the step was saved once more, between two names.
     five = step_folder(broken / "checkpoints", 5)
     five.rename(five.with_name(f".writing-replaced-{five.name}"))
-    run_worker("train_runs", 2, small_world.config, ";".join((f"run.folder={broken}", *overrides)))
+    run_function(train_runs, 2, [small_world.config, f"run.folder={broken}", *overrides])
     assert (five / "good").is_file()
     assert losses(broken) == losses(whole)
-    assert [line["step"] for line in record(broken)] == list(range(1, 11))
+    assert [line["step"] for line in metrics_of(broken)] == list(range(1, 11))
     assert_same_state(*(step_folder(f / "checkpoints", 10) for f in (whole, broken)))
 
 
@@ -102,8 +100,8 @@ def test_a_signal_saves_and_the_same_command_resumes(small_world, tmp_path):
     assert 0 < step < 400
     assert f"stopped by a signal at step {step}" in outputs[0]
     overrides = (f"run.folder={tmp_path}", f"train.steps={step + 2}")
-    run_worker("train_runs", 2, small_world.config, ";".join(overrides))
-    assert [line["step"] for line in record(tmp_path)] == list(range(1, step + 3))
+    run_function(train_runs, 2, [small_world.config, *overrides])
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, step + 3))
 
 
 @pytest.mark.slow
@@ -116,17 +114,17 @@ def test_resume_is_exact_in_every_stage(small_world, tmp_path, stage, precision)
         (f"run.folder={tmp_path}/parts", "train.steps=3", *common),
         (f"run.folder={tmp_path}/parts", "train.steps=6", *common),
     ]
-    run_worker("train_runs", 2, small_world.config, *(";".join(run) for run in runs))
+    run_function(train_runs, 2, *([small_world.config, *run] for run in runs))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert_same_state(*(step_folder(tmp_path / f / "checkpoints", 6) for f in ("whole", "parts")))
 
 
 @pytest.mark.slow
 def test_a_checkpoint_resumes_in_another_topology(small_world, tmp_path):
-    whole = f"run.folder={tmp_path}/whole;train.steps=6;{ZERO.format(2)}"
-    run_worker("train_runs", 2, small_world.config, whole)
-    first = f"run.folder={tmp_path}/moved;train.steps=3;{ZERO.format(2)}"
-    run_worker("train_runs", 2, small_world.config, first)
-    second = f"run.folder={tmp_path}/moved;train.steps=6;{ZERO.format(3)}"
-    run_worker("train_runs", 1, small_world.config, second)
+    whole = (f"run.folder={tmp_path}/whole", "train.steps=6", ZERO.format(2))
+    run_function(train_runs, 2, [small_world.config, *whole])
+    first = (f"run.folder={tmp_path}/moved", "train.steps=3", ZERO.format(2))
+    run_function(train_runs, 2, [small_world.config, *first])
+    second = (f"run.folder={tmp_path}/moved", "train.steps=6", ZERO.format(3))
+    run_function(train_runs, 1, [small_world.config, *second])
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)

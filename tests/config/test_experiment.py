@@ -8,7 +8,7 @@ from places import ROOT
 from srepa_ds.cli import run
 from srepa_ds.commands.prepare import PrepareConfig
 from srepa_ds.commands.teacher import TeacherTrainingConfig
-from srepa_ds.config.experiment import Config, config_from, load_config
+from srepa_ds.config.experiment import Config, config_from, load_config, samples_folder
 from srepa_ds.errors import ConfigError
 from srepa_ds.schema import validated
 from srepa_ds.trees import load_tree, parse_yaml
@@ -58,6 +58,20 @@ def test_overrides_reach_what_is_printed(capsys):
     assert printed == load_config(Path(path), ["train.steps=7", "optimizer.betas=[0.8, 0.9]"])
     assert printed.train.steps == 7
     assert printed.optimizer.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize("checkpointing", ["{}", "{policy: selective, keep: products}"])
+def test_activation_checkpointing_has_a_former_name(tmp_path, caplog, checkpointing):
+    path = tmp_path / "experiment.yaml"
+    base = ROOT / "configs/digits-sit.yaml"
+    path.write_text(f"base: {base}\nengine: {{activation_checkpointing: {checkpointing}}}\n")
+    new = load_config(path, ["engine.activation_checkpointing.policy=full"])
+    assert not caplog.records
+    assert load_config(path, ["engine.remat.policy=full"]) == new
+    assert new.engine.activation_checkpointing.policy == "full"
+    (record,) = caplog.records
+    told = "the key 'engine.remat' is now 'engine.activation_checkpointing'; please rename it"
+    assert record.getMessage() == told
 
 
 def test_overrides_address_items_of_lists(small_world):
@@ -125,11 +139,11 @@ def test_a_broken_model_does_not_hide_the_other_sections():
 
 def test_folders_follow_the_run_unless_given():
     config = built()
-    assert config.checkpoints == Path("runs/test/checkpoints")
+    assert config.run_folder.checkpoints == Path("runs/test/checkpoints")
     assert config.export_folder == config.weights_folder == Path("runs/test/export")
-    assert config.samples_folder == Path("runs/test/samples")
+    assert samples_folder(config) == Path("runs/test/samples")
     config = built(export={"folder": "e"}, sample={"weights": "w", "folder": "s"})
-    folders = (config.export_folder, config.weights_folder, config.samples_folder)
+    folders = (config.export_folder, config.weights_folder, samples_folder(config))
     assert folders == (Path("e"), Path("w"), Path("s"))
     assert built(export={"folder": "e"}).weights_folder == Path("e")
 

@@ -68,7 +68,7 @@ def test_permutation_is_one_of_its_seed_and_epoch():
     for first in range(4):
         assert torch.equal(values[first], epoch_permutation(*list(orders)[first], 1000))
         for second in range(first):
-            # Two independent permutations share one fixed place on average.
+            # Two independent permutations agree in one place on average.
             assert (values[first] == values[second]).sum() < 10
 
 

@@ -1,4 +1,4 @@
-"""What storing does to tokens: rounding bounds, odd tokens, and moving them about."""
+"""Stored tokens: bounds of the rounding, unusual tokens, and moving between devices."""
 
 import pickle
 
@@ -10,7 +10,7 @@ from srepa_ds.data.stored_tokens import StoredTokens, as_stored
 
 def tokens(*shape, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    # Sizes of tokens differ by orders of magnitude, as those of real teachers with outliers do.
+    # Sizes of tokens differ by orders of magnitude, as in real teachers with outliers.
     sizes = torch.rand(*shape[:-1], 1, generator=generator) * 6 - 3
     return (torch.randn(*shape, generator=generator) * 10**sizes).to(dtype)
 
@@ -25,7 +25,7 @@ def test_int8_is_off_by_at_most_half_a_step(width, dtype):
     assert torch.equal(stored.patches_scale, expected_scale)
     error = (patches.double() - stored.patches_float32().double()).abs()
     assert bool((error <= 0.5 * expected_scale.double()[..., None] * (1 + 1e-4)).all())
-    # The largest channel of each token is among the values int8 can say.
+    # The largest channel of each token is exact in int8.
     assert bool((stored.patches.abs().amax(-1) == 127).all())
 
 
@@ -57,8 +57,12 @@ def test_zero_and_tiny_tokens_stay_finite(storage):
 def test_what_is_not_finite_is_not_hidden(storage, value):
     patches = tokens(2, 3, 4)
     patches[1, 2, 0] = value
-    finite = as_stored(patches, None, storage=storage).patches_float32().isfinite().all(-1)
+    stored = as_stored(patches, None, storage=storage)
+    finite = stored.patches_float32().isfinite().all(-1)
     assert finite.tolist() == [[True] * 3, [True, True, False]]
+    assert stored.finite().tolist() == [True, False]
+    cls = torch.tensor([[value, 0, 0, 0], [0.0] * 4])
+    assert as_stored(patches, cls, storage=storage).finite().tolist() == [False, False]
 
 
 def test_class_tokens_are_kept_whole():

@@ -1,7 +1,8 @@
-"""Stored tokens beside shards: written in pieces, read in any order, damage named."""
+"""Stores of tokens beside shards: written in pieces, read in any order, damage named."""
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,13 +18,7 @@ from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.stored_tokens import as_stored
 from srepa_ds.data.token_index import TokenDescription, token_file_name
 from srepa_ds.data.token_store import TokenStore
-from srepa_ds.data.token_writer import (
-    entry_of,
-    file_bytes,
-    is_written,
-    write_token_index,
-    write_tokens,
-)
+from srepa_ds.data.token_writer import TokenStoreWriter
 from srepa_ds.errors import DataError
 
 COUNT, PER_SHARD, GRID, WIDTH = 23, 7, (3, 5), 3
@@ -38,7 +33,7 @@ def write_images(folder, *, name="counted", offset=0):
 
 
 def live_tokens(samples, scale=1.0):
-    """Returns tokens that tell their sample: patches and class token."""
+    """Returns patches and class tokens that differ from sample to sample."""
     generator = torch.Generator().manual_seed(8)
     patches = torch.randn(COUNT, GRID[0] * GRID[1], WIDTH, generator=generator) * scale
     cls = torch.randn(COUNT, WIDTH, generator=generator)
@@ -56,22 +51,23 @@ def described(dataset, storage, has_cls):
     )
 
 
+def writer_of(dataset, folder, storage="int8", has_cls=True):
+    return TokenStoreWriter(folder, described(dataset, storage, has_cls), dataset.index.shards)
+
+
 def write_store(dataset, folder, *, storage="int8", has_cls=True, piece=3, scale=1.0):
     """Writes a whole store, `piece` samples at a time."""
     folder.mkdir(parents=True)
-    about = described(dataset, storage, has_cls)
-    entries, start = [], 0
+    writer, start = writer_of(dataset, folder, storage, has_cls), 0
     for number, shard in enumerate(dataset.index.shards):
         rows = range(start, start + shard.num_samples)
         pieces = []
         for first in range(rows.start, rows.stop, piece):
             patches, cls = live_tokens(slice(first, min(first + piece, rows.stop)), scale)
             pieces.append(as_stored(patches, cls if has_cls else None, storage=storage))
-        path = folder / token_file_name(number)
-        write_tokens(path, about, shard, iter(pieces))
-        entries.append(entry_of(path, shard))
+        writer.write(number, iter(pieces))
         start = rows.stop
-    write_token_index(folder, about, entries)
+    writer.finish(writer.entry(number) for number in reversed(range(len(writer.shards))))
     return folder
 
 
@@ -105,10 +101,10 @@ def test_what_was_written_is_read_across_shards(dataset, storage, has_cls, piece
 
 
 def test_files_are_ordinary_safetensors_of_the_announced_size(dataset, store):
-    about = described(dataset, "int8", True)
+    writer = writer_of(dataset, store)
     for number, shard in enumerate(dataset.index.shards):
         path = store / token_file_name(number)
-        assert path.stat().st_size == file_bytes(about, shard)
+        assert path.stat().st_size == writer.num_bytes(number)
         tensors = load_file(path)
         count = shard.num_samples
         assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
@@ -186,24 +182,26 @@ def test_an_exception_leaves_no_file(dataset, tmp_path):
         yield as_stored(*live_tokens(slice(0, 2)), storage="int8")
         raise DataError("not finite")
 
-    about, shard = described(dataset, "int8", True), dataset.index.shards[0]
     with pytest.raises(DataError, match="not finite"):
-        write_tokens(tmp_path / "tokens", about, shard, pieces())
+        writer_of(dataset, tmp_path).write(0, pieces())
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
 
 def test_finished_files_are_recognised(dataset, store):
-    about, path = described(dataset, "int8", True), store / token_file_name(0)
-    shard = dataset.index.shards[0]
-    assert is_written(path, about, shard)
-    assert not is_written(path, about, shard.model_copy(update={"num_samples": 6}))
-    assert not is_written(path, described(dataset, "bf16", True), shard)
-    assert not is_written(path, about.model_copy(update={"teacher": {"name": "other"}}), shard)
-    assert not is_written(store / "none", about, shard)
+    writer, path = writer_of(dataset, store), store / token_file_name(0)
+    first, *others = writer.shards
+    about = writer.description
+    shorter = (first.model_copy(update={"num_samples": 6}), *others)
+    other_teacher = about.model_copy(update={"teacher": {"name": "other"}})
+    assert writer.missing() == ()
+    assert replace(writer, shards=shorter).missing() == (0,)
+    assert replace(writer, description=other_teacher).missing() == (0, 1, 2, 3)
+    assert writer_of(dataset, store, storage="bf16").missing() == (0, 1, 2, 3)
+    assert writer_of(dataset, store / "none").missing() == (0, 1, 2, 3)
     with pytest.raises(DataError, match=r"tokens-00000\.safetensors: tokens of other images"):
-        is_written(path, about, dataset.index.shards[1])
+        replace(writer, shards=(others[0],)).missing()
     path.write_bytes(path.read_bytes()[:-1])
-    assert not is_written(path, about, shard)
+    assert writer.missing() == (0,)
 
 
 def no_index(folder):
@@ -232,7 +230,7 @@ def replace_file(folder, header=(), **tensors):
 
 
 FAULTS = {
-    no_index: "index.json: missing, so these tokens are not finished; go on with",
+    no_index: "index.json: missing, so these tokens are not finished; complete",
     lambda folder: (folder / INDEX_NAME).write_text("{"): "index.json: not readable as JSON",
     lambda folder: edit_index(folder, format="x"): "format 'srepa-ds teacher tokens', found 'x'",
     lambda folder: edit_index(folder, version=1): "expected version 2 of the format, found 1",

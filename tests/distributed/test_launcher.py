@@ -47,10 +47,11 @@ def launch(tmp_path, monkeypatch):
     program.write_text(PROGRAM)
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    monkeypatch.setattr(launcher, "_LEAVE_SECONDS", 0.3)
 
-    def run(*behaviours: str) -> int:
-        return run_ranks([",".join(behaviours), str(tmp_path)], len(behaviours), port=free_port())
+    def run(*behaviours: str, **settings: float) -> int:
+        settings = {"leave_seconds": 0.3, **settings}
+        arguments = [",".join(behaviours), str(tmp_path)]
+        return run_ranks(arguments, len(behaviours), port=free_port(), **settings)
 
     return run
 
@@ -104,9 +105,8 @@ def test_a_failing_rank_ends_the_others(launch, tmp_path):
     assert_gone(tmp_path, 3)
 
 
-def test_a_rank_that_will_not_leave_is_made_to(launch, tmp_path, monkeypatch):
-    monkeypatch.setattr(launcher, "_KILL_SECONDS", 1.0)
-    assert launch("crash", "stubborn") == 128 + signal.SIGKILL
+def test_a_rank_that_will_not_leave_is_made_to(launch, tmp_path):
+    assert launch("crash", "stubborn", kill_seconds=1.0) == 128 + signal.SIGKILL
     assert_gone(tmp_path, 2)
 
 

@@ -36,7 +36,7 @@ def noise(*shape):
 
 
 def training(**parts):
-    """What a training keeps beside its weights."""
+    """Returns the other entries of a training's checkpoint."""
     return {
         **parts,
         "optimizer": {"state": {0: {"exp_avg": noise(3)}}, "param_groups": [{"lr": 1e-3}]},
@@ -46,7 +46,7 @@ def training(**parts):
 
 
 def moco_names(state):
-    """The published ViT-L: four modules carry the number of their block, or of the one before."""
+    """The published ViT-L, in which four modules are misnamed after a block's number."""
     wrong = {
         "blocks.13.norm1.": "blocks.13.norm13.",
         "blocks.13.mlp.fc1.": "blocks.13.mlp.fc13.",
@@ -107,7 +107,7 @@ def as_dino(state, backbone="backbone."):
 
 
 def as_clip(state):
-    """OpenAI's model: half precision, the text tower beside the visual one, no bias of patches."""
+    """OpenAI's model: half precision, text tower and visual tower, no patch bias."""
     swaps = [
         (r"^norm_pre\.", "ln_pre."),
         (r"^norm\.", "ln_post."),
@@ -221,7 +221,7 @@ def written(layout, path):
 
 @pytest.mark.parametrize(("name", "layout", "grid", "file"), PUBLISHED_LAYOUTS)
 def test_published_layouts_load(name, layout, grid, file, tmp_path):
-    # MoCo v3's misnamed weights lie in blocks 13 and 14.
+    # MoCo v3's misnamed weights are in blocks 13 and 14.
     depth = {"depth": 16} if name == "mocov3-vit-l" else {}
     heads = {"num_heads": 12} if name in ("mocov3-vit-s", "mocov3-vit-b") else {}
     spec = reduced(name, **depth, **heads)
@@ -252,7 +252,7 @@ def test_layouts_leave_timms_own_names_alone(layout):
 
 
 def test_dinov3s_biases_have_to_fit(tmp_path):
-    """timm's filter would drop them from a model without biases, which is another teacher."""
+    """timm's filter would drop them from a model without biases: a different teacher."""
     spec = reduced("dinov3-vit-b")
     state = published("dinov3-vit-b").state_dict()
     path = written(as_dinov3(state, bias=0.5), tmp_path / "dinov3.pth")
@@ -267,7 +267,7 @@ def test_dinov3s_biases_have_to_fit(tmp_path):
     assert torch.allclose(found.patches, expected[:, 5:], atol=1e-5)
 
 
-# Table of the file, grid of the teacher: up, down, same, and not square in every way.
+# The file's table and the teacher's grid: up, down, same, and every way of not being square.
 GRIDS = [
     (9, (16, 16)),
     (37, (16, 16)),
@@ -302,7 +302,7 @@ def test_positions_are_resampled_as_timm_does(name, side, grid, half, tmp_path):
 
 
 def test_positions_of_unknown_models_are_resampled_too(tmp_path):
-    """timm does not know the size they were made for, and would keep as many as there are."""
+    """timm does not know the size they were made for, and would keep any of the same number."""
     spec = PLAIN.model_copy(update={"input_size": None, "input_size_per_256": 256})
     source = scrambled(build_encoder(spec, resolution=16))
     found = loaded(spec, saved(source, tmp_path), resolution=(8, 32)).encoder.pos_embed
@@ -370,7 +370,10 @@ def without(state, key):
             lambda s: {**s, "norm.bias": torch.ones(7), "extra": torch.ones(1)},
             ["1 of another shape: norm.bias (7,) instead of (24,)", "1 unexpected: extra"],
         ),
-        (lambda s: {"stem.weight": torch.ones(2)}, ["32 missing: cls_token, pos_embed", ", ..."]),
+        (
+            lambda s: {"stem.weight": torch.ones(2)},
+            ["32 missing: cls_token, pos_embed", " and 27 more"],
+        ),
         (
             lambda s: {**s, "patch_embed.proj.weight": torch.ones(24, 3, 8, 8)},
             ["patches of (8, 8) px, but the teacher's are (4, 4)"],
@@ -415,14 +418,14 @@ def test_files_that_cannot_be_read_are_named(name, content, message, tmp_path):
 
 
 class Payload:
-    """What a hostile pickle would name."""
+    """A class that a hostile pickle could name."""
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"model": Payload()}, r"Python objects \(\S*Payload\).*save its state_dict alone"),
-        (torch.ones(3), "holds a Tensor, no state_dict"),
+        (torch.ones(3), "holds a Tensor, not a state_dict"),
         ({"epoch": 3}, "no state_dict where the layout 'timm' has it, but epoch"),
         ({"model": {}}, "no state_dict"),
         (training(model={"weight": 3}), "but args, epoch, model"),
@@ -452,16 +455,16 @@ def test_opening_settings_leaves_no_trace(legacy, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_torchscript_archives_are_named(tmp_path):
-    """OpenAI's own download is one; it is a program, so it is not opened."""
+    """OpenAI's own download is an archive of TorchScript, a program, so it is not opened."""
     path = tmp_path / "ViT-L-14.pt"
     torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(path)
-    with pytest.raises(DataError, match=r"TorchScript archive; save the state_dict of what"):
+    with pytest.raises(DataError, match=r"TorchScript archive; load it with"):
         loaded(PLAIN, path)
 
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """Whatever is fetched comes from a cache of ours, and the network is not asked."""
+    """A cache in place of the network, for weights that would be downloaded."""
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -511,7 +514,7 @@ UNPUBLISHED = [name for name, spec in TEACHERS.items() if "." not in spec.archit
 
 @pytest.mark.parametrize("name", UNPUBLISHED)
 def test_rows_without_published_weights_demand_a_file(name, offline):
-    """timm would fetch weights of another training for the architecture's name alone."""
+    """For an architecture's name alone, timm would fetch weights of another training."""
     config = TeacherConfig(name=name)
     with pytest.raises(ConfigError, match=rf"teacher\.weights: .*'{name}'; give a local") as caught:
         load_teacher(config, resolution=256, device="cpu")

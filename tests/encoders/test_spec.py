@@ -1,4 +1,4 @@
-"""What a user writes of a teacher: YAML, the documentation's too, and what can be wrong with it."""
+"""A teacher in YAML: valid sections, the documentation's examples, and users' mistakes."""
 
 import re
 
@@ -139,7 +139,7 @@ def test_an_input_has_one_side_or_two(size):
         ({"architecture": "resnet18"}, "timm cannot build 'resnet18'"),
         (
             {"architecture": "swin_tiny_patch4_window7_224", "arguments": {}},
-            "teacher.spec.architecture: 'swin_tiny_patch4_window7_224' is no vision transformer",
+            "teacher.spec.architecture: 'swin_tiny_patch4_window7_224' is not a vision transformer",
         ),
         ({"arguments": {**PLAIN.arguments, "blocks": 2}}, "unexpected keyword argument 'blocks'"),
         ({"arguments": {**SMALL, "patch_size": 4, "num_heads": 5}}, "timm cannot build"),

@@ -57,7 +57,7 @@ def test_every_row_gives_the_tokens_of_its_encoder(name, resolution, tmp_path):
 
 
 def tokens_by_hand(encoder, spec, inputs):
-    """One block after the other, of timm's plain ViT or its Eva."""
+    """Runs timm's plain ViT or its Eva block by block."""
     tokens = encoder._pos_embed(encoder.patch_embed(inputs))
     tokens, rope = tokens if isinstance(tokens, tuple) else (tokens, None)
     tokens = encoder.norm_pre(tokens)
@@ -132,7 +132,7 @@ def test_rows_of_published_weights_preprocess_as_published(name):
     assert tuple(published.std) == spec.std
 
 
-# What the references do, written out once more: input at 256 px, order, final norm, prefix tokens.
+# The references' choices, written out again: input at 256 px, order, final norm, prefix tokens.
 CONVENTIONS = {
     "dinov2-vit-b": (224, "normalise_then_resize", True, 1),
     "dinov2reg-vit-b": (224, "normalise_then_resize", True, 5),
@@ -156,7 +156,7 @@ def test_rows_follow_the_references(name):
 
 
 def test_rows_are_the_encoders_they_are_named_after():
-    """What no weight tells: activations, epsilons, heads."""
+    """Facts that no weight shows: activations, epsilons, heads."""
     with torch.device("meta"):
         clip, moco, dinov3 = (
             plain_encoder(of_one_block(TEACHERS[name]), 16)

@@ -18,7 +18,7 @@ def random_rows(count, width, seed):
 
 
 def reference_distance(a, b):
-    """The textbook formula by the eigenvalues of the (unsymmetric) product."""
+    """Returns the textbook formula by the eigenvalues of the (unsymmetric) product."""
     a, b = a.numpy(), b.numpy()
     sigma_a, sigma_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     eigenvalues = np.linalg.eigvals(sigma_a @ sigma_b)

@@ -12,5 +12,5 @@ ON_THE_CPU = [
 
 @pytest.fixture(params=ON_THE_CPU)
 def attention(request):
-    """Every backend that runs on the CPU in float32; test_attention.py has them all."""
+    """Each backend that runs on the CPU in float32; test_attention.py tests all backends."""
     return request.param

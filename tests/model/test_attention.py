@@ -10,15 +10,14 @@ from plain_sit import tiny_config, tiny_inputs, tiny_model
 from torch._dynamo.testing import CompileCounter
 
 from srepa_ds.errors import ConfigError
-from srepa_ds.model.activation_checkpointing import RematConfig
+from srepa_ds.model.activation_checkpointing import ActivationCheckpointingConfig
 from srepa_ds.model.attention import Attention
 from srepa_ds.model.attention_backends import (
     ATTENTION_BACKENDS,
-    ATTENTION_REQUESTS,
     activate_torch_flash,
+    bypasses_torch_operators,
     choose_backend,
     is_attention,
-    unseen_by_torch,
 )
 from srepa_ds.model.sit import SiT
 
@@ -99,13 +98,6 @@ def test_auto_takes_the_best_that_runs_and_says_why_not_the_others(caplog):
     assert "not math: comes after it" in message
 
 
-def test_every_request_is_of_rows_of_the_table():
-    assert ATTENTION_REQUESTS.keys() == {*ATTENTION_BACKENDS, "auto", "flash_attn"}
-    assert {name for names in ATTENTION_REQUESTS.values() for name in names} == {
-        *ATTENTION_BACKENDS
-    }
-
-
 def test_torch_keeps_its_own_kernels_on_the_cpu():
     assert activate_torch_flash(device=CPU, head_dim=64, dtype=torch.bfloat16) is None
 
@@ -117,7 +109,7 @@ def tokens_first_softmax(query, key, value):
 
 @pytest.fixture(params=["flash_attn_2", "flash_attn_4", "xformers"])
 def stand_in(request, monkeypatch):
-    """A backend whose package is there and computes by plain products."""
+    """A backend whose package is installed and computes with plain products."""
     module, function = {
         "flash_attn_2": ("flash_attn.flash_attn_interface", "flash_attn_func"),
         "flash_attn_4": ("flash_attn.cute", "flash_attn_func"),
@@ -147,7 +139,7 @@ def test_a_package_is_imported_when_its_backend_is_taken(stand_in, monkeypatch):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_package_is_traced_without_its_import_in_one_graph_for_all_blocks(stand_in, monkeypatch):
     torch._dynamo.reset()
-    # Taken as `choose_attention` would, which refuses it on a CPU.
+    # Set as by `choose_attention`, which refuses it on a CPU.
     model = SiT(tiny_config(depth=3), torch.Generator().manual_seed(0))
     for module in model.modules():
         if isinstance(module, Attention):
@@ -185,12 +177,12 @@ def test_operators_of_attention_are_known_by_name(name, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_only_some_backends_are_operators_of_torch(dtype):
     settings = {"device": CPU, "head_dim": 64, "dtype": dtype}
-    assert not unseen_by_torch("sdpa", **settings)
-    assert unseen_by_torch("math", **settings)
+    assert not bypasses_torch_operators("sdpa", **settings)
+    assert bypasses_torch_operators("math", **settings)
 
 
 def test_a_package_that_calls_no_operator_of_its_own_cannot_be_kept(stand_in):
-    assert unseen_by_torch(stand_in, device=CPU, head_dim=16, dtype=torch.float32)
+    assert bypasses_torch_operators(stand_in, device=CPU, head_dim=16, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +197,7 @@ def test_a_package_that_calls_no_operator_of_its_own_cannot_be_kept(stand_in):
 def test_selective_checkpointing_says_what_it_cannot_keep(attention, policy, warns, caplog):
     caplog.set_level(logging.WARNING, logger="srepa_ds")
     model = SiT(tiny_config(attention=attention))
-    model.set_remat(RematConfig(policy=policy))
+    model.set_activation_checkpointing(ActivationCheckpointingConfig(policy=policy))
     model.choose_attention(device=CPU, dtype=torch.float32)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == warns

@@ -1,4 +1,4 @@
-"""REG's model: a teacher's class token that goes through the transformer beside the patches."""
+"""REG's model: a teacher's class token goes through the transformer with the patches."""
 
 import math
 import re

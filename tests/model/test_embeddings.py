@@ -95,7 +95,7 @@ def test_the_label_table_has_a_row_for_no_class():
     table = LabelEmbedding(10, 4)
     weight = table.embedding_table.weight
     assert weight.shape == (11, 4)
-    # Until a model sets them its rows are whatever the memory held.
+    # Until a model sets them, its rows are uninitialised memory.
     torch.nn.init.normal_(weight)
     assert torch.equal(table(torch.tensor([10, 3])), weight[[10, 3]])
 

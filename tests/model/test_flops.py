@@ -1,4 +1,4 @@
-"""The closed form against a count, by operator, of a real forward and backward pass."""
+"""The closed form against the FLOPs counted in a real forward and backward pass."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_the_closed_form_is_what_a_step_computes(case):
         loss = loss + output.cls_velocity.sum()
     with ProductFlops() as counter:
         loss.backward()
-    # The sinusoid of time wants no gradient, so its first map has one product less.
+    # The sinusoid of time needs no gradient, so the map after it has one product less.
     unwanted = 2 * SINUSOID_WIDTH * config.shape.hidden_size
     expected = training_flops(config) - forward_flops(config) - unwanted
     assert counter.total == batch * expected
@@ -56,7 +56,7 @@ def rand(*shape):
     return torch.randn(shape, requires_grad=True)
 
 
-# One operator each. Its backward pass takes two products for each of the forward pass.
+# One operator each. The backward pass takes two products for each forward product.
 PRODUCTS = {
     "mm": (lambda: rand(2, 3) @ rand(3, 5), 2 * 2 * 3 * 5),
     "bmm": (lambda: rand(7, 2, 3) @ rand(7, 3, 5), 7 * 2 * 2 * 3 * 5),
@@ -84,7 +84,7 @@ def test_each_operator_has_the_flops_of_its_shapes(name):
 
 
 @pytest.mark.parametrize(
-    # Written out, the scores are kept instead of computed once more.
+    # Written out, the scores are kept instead of recomputed.
     ("backend", "backward"),
     [(SDPBackend.MATH, 4), (SDPBackend.FLASH_ATTENTION, 5)],
 )

@@ -116,7 +116,7 @@ def imagenet_model(variant):
 
 @pytest.mark.parametrize("variant", [name for name in SIT_VARIANTS if name != "SiT-Ti/2"])
 def test_variants_have_the_published_number_of_parameters(variant):
-    # SiT-3B/2 is no published size; counted from its layers by hand.
+    # SiT-3B/2 is not a published size; counted by hand from its layers.
     state = imagenet_model(variant).state_dict()
     assert next(iter(state)) == "pos_embed"
     assert sum(tensor.numel() for tensor in state.values()) == NUM_PARAMETERS[variant]
@@ -255,7 +255,7 @@ def test_bfloat16_weights_and_autocast_stay_near_float32(qk_norm, attention):
         assert 1e-5 < relative_error(out.velocity, exact.velocity) < 0.02
         assert relative_error(out.hidden[0], exact.hidden[0]) < 0.01
     gradients = torch.autograd.grad(rounded.velocity.square().sum(), half.parameters())
-    # Together: some gradients are zero but for rounding (a bias on all keys changes nothing).
+    # Together: some gradients are zero up to rounding (a bias on all keys changes nothing).
     assert all(gradient.dtype == torch.bfloat16 for gradient in gradients)
     joined = torch.cat([gradient.flatten() for gradient in gradients])
     expected = torch.cat([gradient.flatten() for gradient in exact_gradients])

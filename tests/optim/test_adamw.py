@@ -1,4 +1,4 @@
-"""AdamW as configured against its formula, and the learning rate as a function of the step."""
+"""The configured AdamW against its formula, and the learning rate at each step."""
 
 import pytest
 import torch

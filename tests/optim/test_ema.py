@@ -1,9 +1,9 @@
-"""The average of the weights against its definition, in any partition."""
+"""The moving average of the weights against its definition, in any partition."""
 
 import pytest
 import torch
 
-from srepa_ds.optim.ema import MAIN, EmaConfig, ShardedEma, decays_of, power_kind
+from srepa_ds.optim.ema import MAIN_EMA, EmaConfig, ShardedEma, decays_of, power_kind
 from srepa_ds.optim.power_ema import gamma_of
 
 
@@ -12,9 +12,9 @@ def trajectory(steps: int) -> torch.Tensor:
 
 
 def averaged(
-    config: EmaConfig, path: torch.Tensor, cuts: list[int], kind: str = MAIN
+    config: EmaConfig, path: torch.Tensor, cuts: list[int], kind: str = MAIN_EMA
 ) -> torch.Tensor:
-    """Averages a trajectory held in pieces cut at `cuts`."""
+    """Returns the average of a trajectory whose weights are cut at `cuts`."""
     masters = list(path[0].clone().tensor_split(cuts))
     ema = ShardedEma(config, masters)
     for step, values in enumerate(path[1:], start=1):
@@ -48,7 +48,7 @@ def test_the_partition_does_not_change_a_bit():
 def test_warmup_begins_as_a_running_mean():
     config, path = EmaConfig(decay=0.9999, warmup=True), trajectory(10)
     torch.testing.assert_close(averaged(config, path, []), path.mean(0), rtol=1e-5, atol=1e-6)
-    decay = decays_of(config)[MAIN]
+    decay = decays_of(config)[MAIN_EMA]
     assert [decay(step) for step in (1, 2, 3)] == pytest.approx([1 / 2, 2 / 3, 3 / 4])
     assert decay(10**6) == 0.9999
 
@@ -58,16 +58,16 @@ def test_it_neither_follows_the_masters_storage_nor_wants_gradients():
     ema = ShardedEma(EmaConfig(decay=0.5), [master])
     with torch.no_grad():
         master.fill_(3.0)
-    assert ema.averages[MAIN][0].tolist() == [1, 1, 1]
+    assert ema.averages[MAIN_EMA][0].tolist() == [1, 1, 1]
     ema.update([master], step=1)
-    assert ema.averages[MAIN][0].tolist() == [2, 2, 2]
-    assert not ema.averages[MAIN][0].requires_grad
+    assert ema.averages[MAIN_EMA][0].tolist() == [2, 2, 2]
+    assert not ema.averages[MAIN_EMA][0].requires_grad
 
 
 def test_a_rank_without_weights_has_nothing_to_do():
     ema = ShardedEma(EmaConfig(), [])
     ema.update([], step=1)
-    assert ema.averages == {MAIN: []}
+    assert ema.averages == {MAIN_EMA: []}
 
 
 def test_several_averages_are_kept_at_once_and_each_for_itself():
@@ -102,5 +102,5 @@ def test_a_power_average_weighs_the_past_by_a_power_of_time(sigma):
 
 
 def test_the_same_average_twice_is_refused():
-    with pytest.raises(ValueError, match="more_decays has the same value twice"):
+    with pytest.raises(ValueError, match="more_decays contains a value twice"):
         EmaConfig(more_decays=(0.9, 0.9))

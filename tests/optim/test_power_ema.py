@@ -1,4 +1,4 @@
-"""Power-function averages: their exponents, and averages made afterwards from stored ones."""
+"""Power-function averages: exponents, and the reconstruction of others from stored ones."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def test_exponents_are_those_of_the_paper(sigma, gamma):
 
 
 def profile(average: PowerAverage, steps: int) -> torch.Tensor:
-    """The weight an average gives to each step's weights, by its recursion."""
+    """Returns the weight that an average gives to each step, from its recursion."""
     weights = torch.zeros(steps, dtype=torch.float64)
     for step in range(1, average.step + 1):
         kept = power_decay(average.gamma, step)
@@ -38,7 +38,7 @@ def test_other_lengths_come_from_two_that_were_kept(sigma, bound):
     expected = profile(wanted, steps)
     found = ((made - expected).norm() / expected.norm()).item()
     assert found < bound
-    # Told in closed form for continuous time, measured here in steps.
+    # The closed form is for continuous time; this measures it in steps.
     assert error == pytest.approx(found, rel=0.1, abs=2e-3)
 
 

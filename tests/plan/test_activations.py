@@ -1,4 +1,4 @@
-"""What the policies keep, what they cost, and that they change no gradient."""
+"""Checkpointing policies: the memory they keep, their cost, and unchanged gradients."""
 
 import copy
 
@@ -9,18 +9,18 @@ from torch._dynamo.testing import CompileCounter
 
 from srepa_ds.config.experiment import config_from
 from srepa_ds.errors import ConfigError
-from srepa_ds.model.activation_checkpointing import RematConfig, offloaded
+from srepa_ds.model.activation_checkpointing import ActivationCheckpointingConfig, offloaded
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.plan.activations import activation_bytes, recompute_flops
 from srepa_ds.plan.counted import KeptTensors, counted_bytes, counted_flops
 from srepa_ds.schema import validated
 
 POLICIES = {
-    "none": RematConfig(),
-    "full": RematConfig(policy="full"),
-    "every_k": RematConfig(policy="every_k", k=2),
-    "attention": RematConfig(policy="selective"),
-    "products": RematConfig(policy="selective", keep="products"),
+    "none": ActivationCheckpointingConfig(),
+    "full": ActivationCheckpointingConfig(policy="full"),
+    "every_k": ActivationCheckpointingConfig(policy="every_k", k=2),
+    "attention": ActivationCheckpointingConfig(policy="selective"),
+    "products": ActivationCheckpointingConfig(policy="selective", keep="products"),
 }
 # Dynamo looks at `.grad` of every tensor, and silences the warning by a hook that pytest preempts.
 tracing = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -44,7 +44,7 @@ def test_every_policy_has_the_gradients_of_none(precision, policy, offload):
     autocast = precision == "bf16_autocast"
     expected = gradients(model, tiny_inputs(), autocast=autocast)
     names = list(model.state_dict())
-    model.set_remat(POLICIES[policy].model_copy(update={"offload": offload}))
+    model.set_activation_checkpointing(POLICIES[policy].model_copy(update={"offload": offload}))
     found = gradients(model, tiny_inputs(), autocast=autocast)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert list(model.state_dict()) == names
@@ -62,9 +62,9 @@ def kept_bytes(model, inputs):
 def test_real_tensors_are_kept_as_the_formula_says(policy):
     sizes = {"input_size": 16, "hidden_size": 64, "num_heads": 1, "depth": 4}
     model, inputs = tiny_model(**sizes), tiny_inputs(**sizes)
-    model.set_remat(POLICIES[policy])
+    model.set_activation_checkpointing(POLICIES[policy])
     expected = activation_bytes(
-        model.config, batch=3, precision="fp32", remat=POLICIES[policy], device_type="cpu"
+        model.config, batch=3, precision="fp32", checkpointing=POLICIES[policy], device_type="cpu"
     )
     assert kept_bytes(model, inputs) == pytest.approx(expected.device, rel=0.05)
 
@@ -87,12 +87,12 @@ def b2(**changes):
     ids=["B-256", "XL-512-cls", "S-256-qk"],
 )
 def test_bytes_are_those_of_the_formula(changes, device_type, precision, policy):
-    remat, config = POLICIES[policy], b2(**changes)
+    checkpointing, config = POLICIES[policy], b2(**changes)
     counted = counted_bytes(
-        config, batch=2, precision=precision, remat=remat, device_type=device_type
+        config, batch=2, precision=precision, checkpointing=checkpointing, device_type=device_type
     )
     expected = activation_bytes(
-        config, batch=2, precision=precision, remat=remat, device_type=device_type
+        config, batch=2, precision=precision, checkpointing=checkpointing, device_type=device_type
     )
     assert expected.device == pytest.approx(counted, rel=0.02)
     assert expected.host == 0
@@ -104,33 +104,38 @@ def test_bytes_are_those_of_the_formula(changes, device_type, precision, policy)
 def test_repeated_products_are_those_of_the_formula(changes):
     config = b2(**changes)
     settings = {"batch": 2, "precision": "bf16_autocast"}
-    once = counted_flops(config, remat=POLICIES["none"], **settings)
-    for remat in POLICIES.values():
-        repeated = counted_flops(config, remat=remat, **settings) - once
-        assert recompute_flops(config, batch=2, remat=remat) == repeated
+    once = counted_flops(config, checkpointing=POLICIES["none"], **settings)
+    for checkpointing in POLICIES.values():
+        repeated = counted_flops(config, checkpointing=checkpointing, **settings) - once
+        assert recompute_flops(config, batch=2, checkpointing=checkpointing) == repeated
 
 
 def test_policies_are_ordered_by_what_they_keep():
     config = b2(depth=None)
 
     def kept(policy):
-        return activation_bytes(config, batch=1, precision="bf16", remat=POLICIES[policy]).device
+        return activation_bytes(
+            config, batch=1, precision="bf16", checkpointing=POLICIES[policy]
+        ).device
 
     assert kept("full") < kept("attention") < kept("products") < kept("none")
     assert kept("full") < kept("every_k") < kept("none")
-    everywhere = RematConfig(policy="every_k", k=1)
-    assert kept("full") == activation_bytes(config, batch=1, precision="bf16", remat=everywhere)[0]
+    everywhere = ActivationCheckpointingConfig(policy="every_k", k=1)
+    assert (
+        kept("full")
+        == activation_bytes(config, batch=1, precision="bf16", checkpointing=everywhere)[0]
+    )
 
 
 def test_offload_moves_the_inputs_of_blocks():
     config = b2()
-    plain = activation_bytes(config, batch=2, precision="bf16", remat=POLICIES["full"])
-    remat = RematConfig(policy="full", offload=True)
-    moved = activation_bytes(config, batch=2, precision="bf16", remat=remat)
-    stream = 4 * 2 * config.num_tokens * 768
-    assert moved.host == 3 * stream
-    assert plain.device - moved.device == 3 * stream
-    assert moved.transient - plain.transient == stream
+    plain = activation_bytes(config, batch=2, precision="bf16", checkpointing=POLICIES["full"])
+    checkpointing = ActivationCheckpointingConfig(policy="full", offload=True)
+    moved = activation_bytes(config, batch=2, precision="bf16", checkpointing=checkpointing)
+    residual_stream = 4 * 2 * config.num_tokens * 768
+    assert moved.host == 3 * residual_stream
+    assert plain.device - moved.device == 3 * residual_stream
+    assert moved.transient - plain.transient == residual_stream
 
 
 def test_offloading_copies_the_stream_and_nothing_else():
@@ -160,7 +165,7 @@ def test_compiled_blocks_share_one_graph_and_have_the_same_gradients(policy):
     expected = gradients(model, tiny_inputs())
     names = list(model.state_dict())
     counter = CompileCounter()
-    model.set_remat(POLICIES[policy])
+    model.set_activation_checkpointing(POLICIES[policy])
     model.compile_blocks(backend=counter)
     found = gradients(model, tiny_inputs())
     assert counter.frame_count == 1
@@ -182,7 +187,7 @@ def test_a_compiled_training_step_is_the_eager_one_but_for_rounding(policy, offl
     for compiled in (False, True):
         model = tiny_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        model.set_remat(POLICIES[policy].model_copy(update={"offload": offload}))
+        model.set_activation_checkpointing(POLICIES[policy].model_copy(update={"offload": offload}))
         if compiled:
             model.compile_blocks()
         found = gradients(model, tiny_inputs(), autocast=True)
@@ -206,7 +211,7 @@ def test_a_compiled_training_step_is_the_eager_one_but_for_rounding(policy, offl
 )
 def test_settings_that_make_no_sense_are_refused(tree, message):
     with pytest.raises(ConfigError, match=message):
-        validated(RematConfig, tree, source="test")
+        validated(ActivationCheckpointingConfig, tree, source="test")
 
 
 def experiment(k):
@@ -216,22 +221,24 @@ def experiment(k):
         "data": {"folder": "data"},
         "model": {**model, "depth": 3},
         "train": {"steps": 1},
-        "engine": {"remat": {"policy": "every_k", "k": k, "offload": True}},
+        "engine": {"activation_checkpointing": {"policy": "every_k", "k": k, "offload": True}},
     }
 
 
 def test_every_k_beyond_the_model_is_refused():
-    assert config_from(experiment(3), source="test").engine.remat.k == 3
+    assert config_from(experiment(3), source="test").engine.activation_checkpointing.k == 3
     with pytest.raises(ConfigError) as caught:
         config_from(experiment(4), source="test")
     (fault,) = caught.value.faults
-    assert fault.path == "engine.remat.k"
-    assert "beyond the model's 3 blocks" in fault.message
+    assert fault.path == "engine.activation_checkpointing.k"
+    assert "4 exceeds the model's 3 blocks" in fault.message
 
 
 def test_sampling_keeps_nothing_and_is_unchanged():
     model = tiny_model()
     with torch.no_grad():
         expected = model(*tiny_inputs()).velocity
-        model.set_remat(RematConfig(policy="full", offload=True))
+        model.set_activation_checkpointing(
+            ActivationCheckpointingConfig(policy="full", offload=True)
+        )
         assert torch.equal(model(*tiny_inputs()).velocity, expected)

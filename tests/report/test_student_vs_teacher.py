@@ -5,7 +5,7 @@ import torch
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.encoders.teacher import load_teacher
 from srepa_ds.errors import DataError
-from srepa_ds.noise import Stream, normal
+from srepa_ds.noise import NoiseStream, normal
 from srepa_ds.report.student_vs_teacher import compare, probe
 from srepa_ds.weights.exported import read_model
 
@@ -38,7 +38,7 @@ def test_tokens_are_those_of_teacher_model_and_projector(small_run):
     batch = ShardDataset(run.config.evaluate.reference).read(seen.batch.sample_ids)
     clean = batch.images.float() / 127.5 - 1
     # Another draw than training's, which counts through the same numbers.
-    gaussian = normal(0, Stream.NOISE, batch.sample_ids, (3, 16, 16), draw=1)
+    gaussian = normal(0, NoiseStream.NOISE, batch.sample_ids, (3, 16, 16), draw=1)
     x_t = (1 - T) * clean + T * gaussian
     torch.testing.assert_close(seen.x_t, x_t)
     teacher = load_teacher(run.config.alignments[0].teacher, resolution=16, device="cpu")

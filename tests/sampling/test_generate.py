@@ -1,5 +1,6 @@
 import pytest
 import torch
+from builders import randomised
 from golden_sit import golden_reg_sit, golden_sit
 
 from srepa_ds.codec.identity import IdentityCodec
@@ -7,8 +8,14 @@ from srepa_ds.errors import TopologyError
 from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
-from srepa_ds.noise import Stream, normal
-from srepa_ds.sampling.generate import draw_labels, generate, plan_chunks
+from srepa_ds.noise import NoiseStream, normal
+from srepa_ds.sampling.generate import (
+    check_rank_count,
+    draw_labels,
+    even_chunks,
+    generate,
+    plan_chunks,
+)
 from srepa_ds.sampling.guidance import GuidedModel
 from srepa_ds.sampling.solvers import SOLVERS, Dynamics, SamplerConfig, integrate
 
@@ -40,10 +47,8 @@ def model_with(*, class_token_width):
         torch.Generator().manual_seed(0),
     )
     # Zero gates would make every image its noise; labels have to count.
-    generator = torch.Generator().manual_seed(1)
+    randomised(sit, seed=1, scale=0.1)
     with torch.no_grad():
-        for parameter in sit.parameters():
-            parameter.copy_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
         if class_token_width is not None:
             # One token among seven would hardly be seen in the pixels.
             sit.wg_norm.weight.fill_(3.0)
@@ -55,7 +60,7 @@ def model_with(*, class_token_width):
 def images_of(model, config, *, world_size=1, chunks=None, path="linear"):
     found = {}
     for rank in range(world_size):
-        mine = plan_chunks(config, rank=rank, world_size=world_size) if chunks is None else chunks
+        mine = plan_chunks(config)[rank::world_size] if chunks is None else chunks
         for batch in generate(
             model, IdentityCodec(), INTERPOLANTS[path], config, chunks=mine, device="cpu"
         ):
@@ -116,7 +121,7 @@ def test_without_a_class_token_the_state_is_the_image_and_nothing_else(model, so
     ids = torch.arange(4)
 
     def step_noise(step):
-        return normal(7, Stream.SAMPLE_STEP, ids, (3, 6, 4), draw=step, dtype=torch.float64)
+        return normal(7, NoiseStream.SAMPLE_STEP, ids, (3, 6, 4), draw=step, dtype=torch.float64)
 
     guided = GuidedModel(
         lambda x_t, t, labels: model(x_t, t, labels).velocity,
@@ -126,12 +131,12 @@ def test_without_a_class_token_the_state_is_the_image_and_nothing_else(model, so
     )
     latents = integrate(
         Dynamics(guided, INTERPOLANTS["linear"].score, step_noise),
-        normal(7, Stream.SAMPLE_START, ids, (3, 6, 4)),
+        normal(7, NoiseStream.SAMPLE_START, ids, (3, 6, 4)),
         solver=solver,
         num_steps=3,
     )
     expected = IdentityCodec().decode(latents.float())
-    found = images_of(model, config, chunks=plan_chunks(config, rank=0, world_size=1)[:1])
+    found = images_of(model, config, chunks=plan_chunks(config)[:1])
     assert all(torch.equal(found[number][0], expected[number]) for number in range(4))
 
 
@@ -145,7 +150,7 @@ def test_a_class_token_starts_and_moves_by_noise_of_its_own(reg_model):
         return torch.cat(parts, dim=1)
 
     def step_noise(step):
-        streams = Stream.SAMPLE_STEP, Stream.SAMPLE_CLS_STEP
+        streams = NoiseStream.SAMPLE_STEP, NoiseStream.SAMPLE_CLS_STEP
         return draw(*streams, draw=step, dtype=torch.float64)
 
     def velocity(state, t, labels):
@@ -158,12 +163,12 @@ def test_a_class_token_starts_and_moves_by_noise_of_its_own(reg_model):
     guided = GuidedModel(velocity, labels, 5, config.guidance, scales=scales)
     state = integrate(
         Dynamics(guided, INTERPOLANTS["linear"].score, step_noise),
-        draw(Stream.SAMPLE_START, Stream.SAMPLE_CLS_START),
+        draw(NoiseStream.SAMPLE_START, NoiseStream.SAMPLE_CLS_START),
         solver="euler_maruyama",
         num_steps=3,
     )
     expected = IdentityCodec().decode(state[:, :72].reshape(-1, 3, 6, 4).float())
-    found = images_of(reg_model, config, chunks=plan_chunks(config, rank=0, world_size=1)[:1])
+    found = images_of(reg_model, config, chunks=plan_chunks(config)[:1])
     for number in range(4):
         assert (found[number][0].int() - expected[number].int()).abs().max() <= 1
 
@@ -179,7 +184,7 @@ def test_images_differ_from_each_other_and_between_seeds(model):
 
 def test_a_single_chunk_can_be_drawn_again(model):
     everything = images_of(model, CONFIG)
-    [_, second, _] = plan_chunks(CONFIG, rank=0, world_size=1)
+    [_, second, _] = plan_chunks(CONFIG)
     again = images_of(model, CONFIG, chunks=[second])
     assert sorted(again) == [4, 5, 6, 7]
     assert all(torch.equal(image, everything[number][0]) for number, (image, _) in again.items())
@@ -213,7 +218,7 @@ def test_bf16_is_near_fp32_and_not_equal(load):
         config = SamplerConfig(
             solver="euler", num_steps=4, num_samples=4, batch_size=4, precision=precision
         )
-        chunks = plan_chunks(config, rank=0, world_size=1)
+        chunks = plan_chunks(config)
         [batch] = generate(
             sit, LatentsAsImages(), INTERPOLANTS["linear"], config, chunks=chunks, device="cpu"
         )
@@ -223,20 +228,33 @@ def test_bf16_is_near_fp32_and_not_equal(load):
     assert 0 < difference.max() < 16
 
 
-def test_chunks_cover_the_set_once_whatever_the_ranks():
-    config = SamplerConfig(num_samples=103, batch_size=10)
-    everything = plan_chunks(config, rank=0, world_size=1)
-    assert [(chunk.start, chunk.stop) for chunk in everything[:2]] == [(0, 10), (10, 20)]
-    assert everything[-1].stop == 103
-    for world_size in (2, 4, 103):
-        parts = [plan_chunks(config, rank=r, world_size=world_size) for r in range(world_size)]
-        together = sorted((c for part in parts for c in part), key=lambda chunk: chunk.index)
-        assert tuple(together) == everything
+@pytest.mark.parametrize(
+    ("num_samples", "sizes"), [(103, [10] * 10 + [3]), (20, [10, 10]), (1, [1])]
+)
+def test_chunks_cover_the_set_once(num_samples, sizes):
+    chunks = plan_chunks(SamplerConfig(num_samples=num_samples, batch_size=10))
+    assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
+    assert [chunk.stop - chunk.start for chunk in chunks] == sizes
+    assert torch.cat([chunk.sample_ids() for chunk in chunks]).tolist() == list(range(num_samples))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 7])
+def test_even_chunks_give_every_rank_equal_work(world_size):
+    shares = [
+        even_chunks(23, batch_size=5, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    chunks = sorted((c for share in shares for c in share), key=lambda chunk: chunk.index)
+    ids = torch.cat([chunk.sample_ids() for chunk in chunks])
+    assert ids.tolist() == list(range(5 * len(chunks)))
+    assert 23 <= len(ids) < 23 + 5 * world_size
 
 
 def test_more_ranks_than_images_is_refused():
+    check_rank_count(CONFIG, 11)
     with pytest.raises(TopologyError, match=r"12 ranks cannot share 11 image"):
-        plan_chunks(CONFIG, rank=0, world_size=12)
+        check_rank_count(CONFIG, 12)
 
 
 def test_balanced_labels_are_equal_in_number():

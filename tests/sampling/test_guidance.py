@@ -7,7 +7,7 @@ NULL = 5
 
 
 class Recorder:
-    """A linear model that keeps what it was called with."""
+    """A linear model that records its calls."""
 
     def __init__(self):
         self.calls = []

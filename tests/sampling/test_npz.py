@@ -38,7 +38,7 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
 
 def test_blocks_must_add_up_to_the_array(tmp_path):
     short = NpzMember("rows", (12,), np.dtype(np.int64), rows_of(11, 4, (), np.int64))
-    with pytest.raises(ValueError, match="11 rows came, 12 were announced"):
+    with pytest.raises(ValueError, match="got 11 rows, expected 12"):
         write_npz(tmp_path / "short.npz", [short])
     other = NpzMember("rows", (11, 2), np.dtype(np.int64), rows_of(11, 4, (3,), np.int64))
     with pytest.raises(ValueError, match=r"int64\[4, 3\].*int64\[11, 2\]"):

@@ -60,7 +60,7 @@ def test_damage_is_named(tmp_path, save, damaged):
     save(path, IMAGES, LABELS)
     path.write_bytes(damaged(path.read_bytes()))
     with pytest.raises(
-        DataError, match=r"samples\.npz is no finished sample set .*srepa-ds sample"
+        DataError, match=r"samples\.npz is not a finished sample set .*srepa-ds sample"
     ):
         read_samples(tmp_path)
 
@@ -73,14 +73,14 @@ def test_damage_is_named(tmp_path, save, damaged):
         ((IMAGES[..., 0], LABELS), "no RGB images"),
         ((IMAGES.transpose(0, 3, 1, 2), LABELS), "no RGB images"),
         ((IMAGES, LABELS[:4]), "4 labels for 5 images"),
-        ((IMAGES, LABELS.astype(float)), "no list of integers"),
-        ((IMAGES, LABELS[:, None]), "no list of integers"),
+        ((IMAGES, LABELS.astype(float)), "not a list of integers"),
+        ((IMAGES, LABELS[:, None]), "not a list of integers"),
         ((IMAGES.astype(object), LABELS), "allow_pickle"),
     ],
 )
 def test_another_content_is_named(tmp_path, arrays, message):
     np.savez(tmp_path / "samples.npz", *arrays)
-    with pytest.raises(DataError, match=f"no finished sample set .*{message}"):
+    with pytest.raises(DataError, match=f"not a finished sample set .*{message}"):
         read_samples(tmp_path)
 
 
@@ -106,7 +106,7 @@ def test_contact_sheets_are_whole_or_named(tmp_path):
     whole = path.read_bytes()
     for content in (b"", whole[:30], whole[:2000], b"text", flipped(whole)):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"contact_sheet\.png is no finished sample set"):
+        with pytest.raises(DataError, match=r"contact_sheet\.png is not a finished sample set"):
             read_contact_sheet(tmp_path)
 
 
@@ -129,6 +129,6 @@ def test_a_damaged_provenance_is_named_by_reader_and_writer(tmp_path, content):
         lambda: read_provenance(tmp_path),
         lambda: ChunkWriter(tmp_path, Provenance({"ema": "0.9"})),
     ):
-        with pytest.raises(DataError, match=r"provenance\.json: is no JSON.*give another folder"):
+        with pytest.raises(DataError, match=r"provenance\.json: is not .*JSON.*another folder"):
             use()
     assert path.read_bytes() == content

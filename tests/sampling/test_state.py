@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from builders import randomised
 from golden_sit import GOLDEN, golden_reg_sit
 from safetensors.torch import load_file
 
@@ -13,7 +14,7 @@ from srepa_ds.errors import ConfigError
 from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
-from srepa_ds.noise import Stream
+from srepa_ds.noise import NoiseStream
 from srepa_ds.sampling.guidance import Guidance, GuidedModel
 from srepa_ds.sampling.solvers import SOLVERS, Dynamics, SamplerConfig, integrate
 from srepa_ds.sampling.state import StateLayout, state_velocity
@@ -23,7 +24,7 @@ LAYOUT = StateLayout((3, 4, 2), 5)
 
 
 def solve(velocity, layout, start, labels, step_noise, *, solver="euler_maruyama", **options):
-    """The final latents and class token; options as in GuidedModel, and num_steps."""
+    """Returns the final latents and class token; options as in GuidedModel, and num_steps."""
     num_steps, guidance = options.pop("num_steps"), options.pop("guidance")
     scales = layout.guidance_scales(guidance)
     guided = GuidedModel(velocity, labels, guidance=guidance, scales=scales, **options)
@@ -142,7 +143,7 @@ def test_the_images_scale_alone_decides_whether_there_is_guidance(cls_scale):
 
 def test_each_part_has_its_own_noise_and_the_images_is_a_plain_models():
     ids = torch.tensor([5, 2**40])
-    streams = (Stream.SAMPLE_STEP, Stream.SAMPLE_CLS_STEP)
+    streams = (NoiseStream.SAMPLE_STEP, NoiseStream.SAMPLE_CLS_STEP)
     options = {"draw": 3, "dtype": torch.float64}
     latents, cls_token = LAYOUT.unpack(LAYOUT.normal(7, streams, ids, **options))
     plain = StateLayout(LAYOUT.latent_shape)
@@ -155,17 +156,13 @@ def test_each_part_has_its_own_noise_and_the_images_is_a_plain_models():
 def tiny_reg_sit():
     sizes = {"input_size": (4, 2), "in_channels": 3, "num_classes": 5, "class_token_width": 5}
     model = SiT(SiTConfig(variant="SiT-S/2", depth=1, hidden_size=24, num_heads=2, **sizes))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.empty_like(parameter).normal_(0, 0.2, generator=generator))
-    return model
+    return randomised(model, seed=1)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @torch.no_grad()
 def test_every_solver_moves_both_parts_as_it_would_each(solver):
-    """Against the steps of REPA's and REG's samplers written out, image and token apart."""
+    """Compares with the steps of REPA's and REG's samplers, image and token apart."""
     model, labels, scale, cls_scale = tiny_reg_sit(), torch.tensor([0, 3]), 1.6, 2.2
     generator = torch.Generator().manual_seed(2)
     start = torch.randn(2, 29, generator=generator, dtype=torch.float64)

@@ -12,7 +12,7 @@ from srepa_ds.sampling.solvers import SamplerConfig
 from srepa_ds.sampling.writer import ChunkWriter
 
 CONFIG = SamplerConfig(num_samples=23, batch_size=5)
-CHUNKS = plan_chunks(CONFIG, rank=0, world_size=1)
+CHUNKS = plan_chunks(CONFIG)
 
 
 def provenance(config=CONFIG, **changes):
@@ -79,7 +79,7 @@ def test_equal_samples_are_equal_files(tmp_path):
 def test_two_ranks_share_the_folder(tmp_path):
     writers = [ChunkWriter(tmp_path, provenance()) for _ in range(2)]
     for rank, writer in enumerate(writers):
-        mine = plan_chunks(CONFIG, rank=rank, world_size=2)
+        mine = CHUNKS[rank::2]
         assert writer.missing(mine) == mine
         for chunk in mine:
             writer.write(drawn(chunk))
@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     writer = ChunkWriter(tmp_path, provenance())
     for chunk in CHUNKS[:3]:
         writer.write(drawn(chunk))
-    # A kill in the middle of a write, and a part a bad disk cut short.
+    # A kill in the middle of a write, and a part truncated by a bad disk.
     (tmp_path / "parts" / "chunk-000003.safetensors.host-1.partial").write_bytes(b"half")
     damaged = tmp_path / "parts" / "chunk-000001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-7])
@@ -153,10 +153,10 @@ def test_samples_of_unknown_origin_are_refused(tmp_path):
 
 def test_an_unwritable_folder_leaves_nothing_behind(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match="cannot be written to"):
+    with pytest.raises(OutputError, match="cannot write"):
         ChunkWriter(tmp_path / "file" / "deep" / "samples", provenance())
     # The folder can be made here, but a name this long cannot.
-    with pytest.raises(OutputError, match="cannot be written to"):
+    with pytest.raises(OutputError, match="cannot write"):
         ChunkWriter(tmp_path / "new" / ("x" * 300), provenance())
     assert files_in(tmp_path) == ["file"]
 
@@ -165,9 +165,9 @@ def test_a_failed_assembly_leaves_no_half_archive(tmp_path):
     writer = ChunkWriter(tmp_path, provenance())
     for chunk in CHUNKS:
         writer.write(drawn(chunk))
-    # Something in the way of the archive stands for any failure of the last step, a full disk say.
+    # A folder in the way stands for any failure of the last step, such as a full disk.
     (tmp_path / "contact_sheet.png").mkdir()
-    with pytest.raises(OutputError, match="cannot be written to"):
+    with pytest.raises(OutputError, match="cannot write"):
         writer.assemble(CHUNKS)
     assert not (tmp_path / "samples.npz").exists()
     assert not [name for name in files_in(tmp_path) if name.endswith(".partial")]

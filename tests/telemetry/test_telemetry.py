@@ -1,17 +1,16 @@
-"""The record of a run: what a window means, what survives a kill, where messages go."""
+"""The record of a run: the means of a window, the lines after a kill, the messages of ranks."""
 
 import json
 import logging
-import resource
 import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 import torch
+from builders import DeviceReads, largest_file, metrics_of
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from srepa_ds.console import set_up_logging, steps_shown
 from srepa_ds.telemetry.environment import environment
@@ -19,10 +18,6 @@ from srepa_ds.telemetry.metrics_log import Telemetry
 from srepa_ds.telemetry.window import Window
 
 log = logging.getLogger("srepa_ds")
-
-
-def lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def record(folder, steps: range, *, first_step: int = 0, is_main: bool = True) -> None:
@@ -34,7 +29,7 @@ def record(folder, steps: range, *, first_step: int = 0, is_main: bool = True) -
 
 def test_a_line_per_step_and_tensorboard_as_a_view(tmp_path):
     record(tmp_path, range(1, 4))
-    assert lines(tmp_path) == [{"step": s, "loss": s / 2, "rate": 0.1} for s in (1, 2, 3)]
+    assert metrics_of(tmp_path) == [{"step": s, "loss": s / 2, "rate": 0.1} for s in (1, 2, 3)]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5), (2, 1), (3, 1.5)]
@@ -43,14 +38,10 @@ def test_a_line_per_step_and_tensorboard_as_a_view(tmp_path):
 def test_a_full_disk_costs_a_warning_and_the_lines_it_had_no_room_for(tmp_path, caplog, capfd):
     telemetry = Telemetry(tmp_path, first_step=0, total_steps=9, is_main=True)
     telemetry.record(1, {"loss": 1.0})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     board = next((tmp_path / "tensorboard").iterdir())
-    resource.setrlimit(resource.RLIMIT_FSIZE, (board.stat().st_size + 3, hard))
-    try:
+    with largest_file(board.stat().st_size + 3):
         for step in (2, 3):
             telemetry.record(step, {"loss": float(step)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     telemetry.record(4, {"loss": 4.0})
     telemetry.close()
     assert caplog.text.count("cannot write tensorboard: File too large") == 2
@@ -63,7 +54,7 @@ def test_a_full_disk_costs_a_warning_and_the_lines_it_had_no_room_for(tmp_path, 
 def test_a_line_is_on_disk_before_the_next_step(tmp_path):
     telemetry = Telemetry(tmp_path, first_step=0, total_steps=2, is_main=True)
     telemetry.record(1, {"loss": 1.0})
-    assert [line["step"] for line in lines(tmp_path)] == [1]
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1]
     telemetry.close()
 
 
@@ -75,7 +66,7 @@ def test_other_ranks_write_nothing(tmp_path):
 def test_a_resumed_run_takes_its_later_steps_again(tmp_path):
     record(tmp_path, range(1, 8))
     record(tmp_path, range(5, 7), first_step=4)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("restarts", [False, True])
@@ -108,7 +99,7 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(torn)
     record(tmp_path, range(4, 6), first_step=3)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4, 5]
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
 
 
@@ -136,20 +127,10 @@ def test_tensors_keep_their_shape_and_waiting_is_a_share_of_the_time():
     assert 0 < means.data_wait_share < 0.5
 
 
-class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += "_local_scalar_dense" in str(func)
-        return func(*args, **(kwargs or {}))
-
-
 def test_adding_to_a_window_reads_nothing_from_the_device():
     window = Window()
     loss = torch.tensor(1.0, requires_grad=True) * 2
-    with Reads() as reads:
+    with DeviceReads() as reads:
         for _ in range(5):
             window.add({"loss": loss, "norm": loss.detach()})
         assert reads.count == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from places import ROOT
 
-from srepa_ds.alignment.alignment import AlignmentConfig, alignment_losses
+from srepa_ds.alignment.alignment import Alignment, AlignmentConfig, TeacherShape
 from srepa_ds.distributed import ranks
 from srepa_ds.encoders.teacher import TeacherConfig, TeacherTokens
 from srepa_ds.errors import ConfigError
@@ -18,17 +18,20 @@ TOOL = ROOT / "tools" / "bench_step.py"
 
 @pytest.fixture
 def tool(monkeypatch):
-    """Imports a file that lies beside the tool, as the tool does."""
+    """Imports a file next to the tool, as the tool does."""
     monkeypatch.syspath_prepend(TOOL.parent)
     monkeypatch.chdir(ROOT)
     return importlib.import_module
 
 
 def test_an_arrangement_is_settings_of_the_engine_or_of_a_section(tool):
-    arrangement = "precision=bf16 remat.policy=full model.attention=math"
+    arrangement = "precision=bf16 activation_checkpointing.policy=full model.attention=math"
     case = tool("step_case").Case("SiT-S/2", 64, "repa", 4, "dinov2-vit-b", arrangement)
     config = case.config
-    assert (config.engine.precision, config.engine.remat.policy) == ("bf16", "full")
+    assert (config.engine.precision, config.engine.activation_checkpointing.policy) == (
+        "bf16",
+        "full",
+    )
     assert config.model.attention == "math"
     assert not case.is_plain
 
@@ -49,13 +52,8 @@ def test_the_plain_loop_computes_the_losses_of_the_engine(tool, kind):
         pointwise={"weight": 0.7},
         structural={"kind": kind, "weight": 1.3},
     )
-    terms = alignment_losses(
-        alignment,
-        torch.nn.Identity(),
-        student,
-        TeacherTokens(teacher, None),
-        grid=(4, 4),
-        teacher_grid=(4, 4),
+    terms = Alignment(alignment, (4, 4), TeacherShape(8, (4, 4)))(
+        torch.nn.Identity(), student, TeacherTokens(teacher, None), alignment.weights_at(0)
     )
     found = tool("plain_loop").aligned(student, teacher, alignment)
     torch.testing.assert_close(found, 0.7 * terms.pointwise + 1.3 * terms.structural)

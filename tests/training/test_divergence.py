@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from ranks import Rank, run_worker, start_ranks, wait_for
+from ranks import RankProcess, run_function, start_ranks, wait_for
+from trainings import train_on_faulty_data, train_runs
 
 from srepa_ds.checkpoint.folder import named
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.slow
 RUIN = ("optimizer.learning_rate=1e30", "train.log_every_steps=100", "--allow-config-change")
 
 
-def start(world, folder: Path, *overrides: str) -> list[Rank]:
+def start(world, folder: Path, *overrides: str) -> list[RankProcess]:
     command = ["-m", "srepa_ds", "train", str(world.config), f"run.folder={folder}", *overrides]
     return start_ranks(command, 2)
 
@@ -35,7 +36,7 @@ def steps(folder: Path, prefix: str = "") -> list[int]:
 @pytest.fixture(scope="module")
 def ten_steps(small_world, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ten") / "run"
-    run_worker("train_runs", 2, small_world.config, f"run.folder={folder};train.steps=10")
+    run_function(train_runs, 2, [small_world.config, f"run.folder={folder}", "train.steps=10"])
     return folder
 
 
@@ -55,7 +56,7 @@ def test_a_run_that_fails_up_to_its_end_leaves_a_good_checkpoint(small_world, he
         assert codes == [2, 2], said
         assert said.count("error:") == 1
         assert said.count("rolled back from step 16 to") == rollbacks
-        assert "error: steps 12 to 16 were not finite, after 1 rollbacks" in said
+        assert "error: steps 12 to 16 were not finite, after 1 rollback" in said
         assert "step-0000010 is good" in said
         assert steps(healthy) == [5, 10]
         # What was saved of the ruined weights is kept, but nothing goes on from it.
@@ -71,16 +72,15 @@ def test_a_run_that_fails_up_to_its_end_leaves_a_good_checkpoint(small_world, he
 def test_one_bad_batch_at_the_end_does_not_end_the_run(small_world, tmp_path):
     # Step 9 takes the samples from 128 to 144, and after a rollback others.
     common = [f"run.folder={tmp_path}", "train.steps=9", "checkpoint.every_steps=8"]
-    run_worker("faulty_data", 2, small_world.config, "128-144", *common)
-    assert not (tmp_path / "message.txt").exists()
+    said = run_function(train_on_faulty_data, 2, small_world.config, [(128, 144)], *common)
+    assert said == [None, None]
     assert steps(tmp_path) == [8, 9]
 
 
 def test_a_bad_batch_at_the_end_of_a_run_without_checkpoints_loses_nothing(small_world, tmp_path):
     common = [f"run.folder={tmp_path}", "train.steps=9", "checkpoint.every_steps=100"]
-    run_worker("faulty_data", 2, small_world.config, "128-144", *common)
-    said = (tmp_path / "message.txt").read_text()
-    assert "there was no checkpoint to go back to; step 8 is saved as the last" in said
+    said, _ = run_function(train_on_faulty_data, 2, small_world.config, [(128, 144)], *common)
+    assert "there was no checkpoint to roll back to; step 8 is saved as the last" in said
     assert steps(tmp_path) == [9]
 
 
@@ -112,6 +112,6 @@ def test_what_falls_due_at_a_skipped_step_is_done_after_the_next(small_world, tm
         "monitor.images_every_steps=5",
         "monitor.num_images=4",
     ]
-    run_worker("faulty_data", 2, small_world.config, "48-80", *overrides)
+    run_function(train_on_faulty_data, 2, small_world.config, [(48, 80)], *overrides)
     assert steps(tmp_path) == [6, 8, 9]
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["step-0000006.png"]

@@ -1,12 +1,14 @@
 """From batches to inputs: order, schedules, what names a bad sample, and preparing one ahead."""
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
+from builders import DeviceReads
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from srepa_ds.codec.identity import IdentityCodec
@@ -17,8 +19,9 @@ from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.stored_tokens import StoredTokens
 from srepa_ds.encoders.teacher import load_teacher
 from srepa_ds.objective import TrainingInputs, draw_inputs
-from srepa_ds.training.feed import Feed, Prepared
-from srepa_ds.training.side_stream import one_ahead, side_stream
+from srepa_ds.schema import to_tree
+from srepa_ds.training.feed import Feed
+from srepa_ds.training.side_stream import side_stream
 
 CPU = torch.device("cpu")
 MICRO_BATCH, NUM_TOKENS, WIDTH = 4, 64, 32
@@ -66,7 +69,7 @@ def batch(number: int, *, with_tokens: bool = True) -> Batch:
         labels=positions % 10,
         sample_ids=positions + 1000,
         positions=positions,
-        teacher_tokens=(StoredTokens(patches, None, None),) if with_tokens else (),
+        teacher_tokens=(StoredTokens(patches, None, None) if with_tokens else None,),
     )
 
 
@@ -111,9 +114,9 @@ def test_inputs_are_drawn_by_position_and_carry_the_stored_tokens(experiment):
         positions=given.positions,
         seed=7,
     )
-    assert same(inputs._replace(teacher_patches=(), teacher_cls=()), drawn)
+    assert same(inputs._replace(teacher_patches=(), teacher_cls=(), term_weights=None), drawn)
     assert torch.equal(inputs.teacher_patches[0], given.teacher_tokens[0].patches_float32())
-    assert inputs.factors is None
+    assert inputs.term_weights == (config.alignments[0].weights_at(0),)
 
 
 def test_a_teacher_sees_the_pixels(experiment):
@@ -127,25 +130,46 @@ def test_a_teacher_sees_the_pixels(experiment):
     assert torch.equal(inputs.teacher_cls[0], tokens.cls)
 
 
+def test_each_alignment_takes_its_own_tokens(experiment):
+    """The first teacher runs, the tokens of the second are stored."""
+    (first,) = experiment().alignments
+    tree = to_tree(first)
+    both = json.dumps([tree, {**tree, "stored_tokens": "bf16"}])
+    config = experiment(f"alignments={both}")
+    teacher = load_teacher(first.teacher, resolution=(16, 16), device=CPU)
+    given = batch(0)
+    given = replace(given, teacher_tokens=(None, *given.teacher_tokens))
+    teachers = (teacher, None)
+    feed = Feed(config, iter([given]), IdentityCodec(), teachers, device=CPU, first_step=0)
+    (inputs,) = feed.step()
+    asked, stored = inputs.teacher_patches
+    assert torch.equal(asked, teacher.tokens(given.pixels).patches)
+    assert torch.equal(stored, given.teacher_tokens[1].patches_float32())
+
+
 SCHEDULED = (
     "alignments.0.pointwise.schedule={kind: linear, end_step: 4}",
     "alignments.0.structural.schedule={kind: stop, end_step: 2}",
 )
 
 
-def factors(feed: Feed) -> list[tuple[float, float]]:
+def weights(feed: Feed) -> list[tuple[float | None, float | None]]:
     """Those of each micro batch of a step."""
-    return [inputs.factors[0] for inputs in feed.step()]
+    return [inputs.term_weights[0] for inputs in feed.step()]
 
 
 @ahead_or_not
 def test_schedules_count_optimizer_steps(experiment, queue):
     config = experiment("train.accumulation_steps=2", *SCHEDULED)
     feed = feed_of(config, map(batch, range(100)), first_step=1, ahead_on=queue())
-    assert [factors(feed) for _ in range(3)] == [[(0.75, 1)] * 2, [(0.5, 0)] * 2, [(0.25, 0)] * 2]
+    assert [weights(feed) for _ in range(3)] == [
+        [(0.75, 2)] * 2,
+        [(0.5, None)] * 2,
+        [(0.25, None)] * 2,
+    ]
     inputs = next(iter(feed.step()))
-    # Both terms are over, so nobody asks for tokens.
-    assert inputs.factors == ((0.0, 0.0),)
+    # Both terms are over, so no tokens are needed.
+    assert inputs.term_weights == ((None, None),)
     assert inputs.teacher_patches == (None,)
 
 
@@ -153,25 +177,25 @@ def test_it_continues_at_another_step(experiment):
     config = experiment("train.accumulation_steps=2", *SCHEDULED)
     feed = feed_of(config, map(batch, range(100)), first_step=1)
     for _ in range(2):
-        factors(feed)
+        weights(feed)
     feed.continue_at(0)
-    assert [factors(feed) for _ in range(2)] == [[(1.0, 1)] * 2, [(0.75, 1)] * 2]
+    assert [weights(feed) for _ in range(2)] == [[(1.0, 2)] * 2, [(0.75, 2)] * 2]
     # The data goes on: the fourth step's.
     assert feed.sample_ids() == list(range(1024, 1032))
 
 
-def test_what_is_ahead_keeps_its_factors_when_it_continues_elsewhere(experiment):
+def test_what_is_ahead_keeps_its_weights_when_it_continues_elsewhere(experiment):
     config = experiment("train.accumulation_steps=2", *SCHEDULED)
     feed = feed_of(config, map(batch, range(100)), first_step=1, ahead_on=RecordingStream())
     for _ in range(2):
-        factors(feed)
+        weights(feed)
     feed.continue_at(0)
-    assert factors(feed) == [(0.25, 0), (1.0, 1)]
-    assert [factors(feed) for _ in range(2)] == [[(0.75, 1)] * 2, [(0.5, 0)] * 2]
+    assert weights(feed) == [(0.25, None), (1.0, 2)]
+    assert [weights(feed) for _ in range(2)] == [[(0.75, 2)] * 2, [(0.5, None)] * 2]
     # Nothing is ahead of a feed that has not begun.
     begun = feed_of(config, map(batch, range(9)), first_step=3, ahead_on=RecordingStream())
     begun.continue_at(0)
-    assert factors(begun) == [(1.0, 1)] * 2
+    assert weights(begun) == [(1.0, 2)] * 2
 
 
 def test_samples_without_finite_tokens_are_named(experiment):
@@ -186,21 +210,12 @@ def test_samples_without_finite_tokens_are_named(experiment):
     assert feed.unusable() == {}
 
 
-class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += "_local_scalar_dense" in str(func)
-        return func(*args, **(kwargs or {}))
-
-
 def test_only_asking_for_bad_samples_waits_for_the_device(experiment):
     config = experiment()
     teacher = load_teacher(config.alignments[0].teacher, resolution=(16, 16), device=CPU)
-    feed = Feed(config, map(batch, range(9)), IdentityCodec(), (teacher,), device=CPU, first_step=0)
-    with Reads() as reads:
+    batches = (batch(number, with_tokens=False) for number in range(9))
+    feed = Feed(config, batches, IdentityCodec(), (teacher,), device=CPU, first_step=0)
+    with DeviceReads() as reads:
         list(feed.step())
         assert reads.count == 0
         feed.unusable()
@@ -218,39 +233,47 @@ def test_waiting_for_batches_is_counted_once(experiment):
 def test_one_is_prepared_before_its_predecessor_is_used(experiment):
     config, stream = experiment(), RecordingStream()
     (first,) = feed_of(config, [batch(0)]).step()
-    prepared = feed_of(config, map(batch, range(3)))._ready
-    found = []
-    for item in one_ahead(prepared, stream):
-        stream.log.append("use")
-        found.append(item)
+    feed = feed_of(config, map(batch, range(3)), ahead_on=stream)
+    found, sample_ids = [], []
+    for _ in range(3):
+        for inputs in feed.step():
+            stream.log.append("use")
+            found.append(inputs)
+        sample_ids += feed.sample_ids()
+    assert list(feed.step()) == []
     assert stream.log == [
         *("launch 0", "launch 1", "wait 0", "use"),
         *("launch 2", "wait 1", "use"),
         # The end of the data.
         *("launch 3", "wait 2", "use"),
     ]
-    assert same(found[0].inputs, first)
-    assert [item.sample_ids[0].item() for item in found] == [1000, 1004, 1008]
+    assert same(found[0], first)
+    assert sample_ids == list(range(1000, 1012))
 
 
 def test_everything_a_step_reads_outlives_its_queue(experiment):
     stream = RecordingStream()
-    (item,) = one_ahead(feed_of(experiment(), [batch(0)])._ready, stream)
+    feed = feed_of(experiment(), [batch(0)], ahead_on=stream)
+    (inputs,) = feed.step()
     (kept,) = stream.kept
-    addresses = {tensor.data_ptr() for tensor in kept}
-    used = [value for value in item.inputs if isinstance(value, Tensor)]
-    used += [item.inputs.teacher_patches[0], item.sample_ids, item.finite[0]]
-    assert len(used) == 7
-    assert {tensor.data_ptr() for tensor in used} == addresses
+    used = {leaf.data_ptr() for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
+    assert len(used) == 5
+    # The others name bad samples: ids, and whether the tokens of each are finite.
+    others = [tensor.tolist() for tensor in kept if tensor.data_ptr() not in used]
+    assert sorted(others) == [[True] * MICRO_BATCH, feed.sample_ids()]
+    assert used < {tensor.data_ptr() for tensor in kept}
 
 
-def test_an_error_in_preparing_reaches_training(experiment):
-    def failing() -> Iterator[Prepared]:
-        yield next(feed_of(experiment(), [batch(0)])._ready)
+@ahead_or_not
+def test_an_error_in_reading_reaches_training(experiment, queue):
+    def failing() -> Iterator[Batch]:
+        yield batch(0)
         raise ZeroDivisionError
 
+    config = experiment("train.accumulation_steps=2")
+    feed = feed_of(config, failing(), ahead_on=queue())
     with pytest.raises(ZeroDivisionError):
-        list(one_ahead(failing(), RecordingStream()))
+        list(feed.step())
 
 
 @ahead_or_not
@@ -259,7 +282,7 @@ def test_a_run_that_stops_early_leaves_nothing_waiting(experiment, small_world, 
     """As after a signal, in the middle of an epoch, and then at the end of a second one."""
     config = experiment(f"data.num_workers={workers}")
     teacher = load_teacher(config.alignments[0].teacher, resolution=(16, 16), device=CPU)
-    dataset = ShardDataset(small_world.folder / "shards")
+    dataset = ShardDataset(small_world.folder / "shards", [None])
     for steps in (2, 13):
         with BatchLoader(dataset, config.data, seed=1, micro_batch_size=16) as batches:
             feed = Feed(

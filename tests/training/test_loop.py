@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import metrics_of
 from PIL import Image
-from ranks import run_worker
+from ranks import run_function
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainings import train_on_faulty_data, train_runs
 
 from srepa_ds.checkpoint.folder import step_folder
 from srepa_ds.checkpoint.reader import CheckpointReader
-from srepa_ds.training.rollbacks import setbacks_after
+from srepa_ds.run_folder import RunFolder
+from srepa_ds.training.history import rollbacks_after
 
 pytestmark = pytest.mark.slow
 
@@ -25,10 +28,6 @@ ARRANGEMENTS = {
     "stage 3, weights released": (2, "released", "fp32"),
 }
 STEPS = 6
-
-
-def record(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -56,10 +55,10 @@ def watched(request, small_world, tmp_path_factory) -> tuple[Path, Path]:
         "sample.label_mode=balanced",
     ]
     runs = [
-        ";".join([f"run.folder={root / 'alone'}", *common]),
-        ";".join([f"run.folder={root / 'watched'}", *common, *looking]),
+        [small_world.config, f"run.folder={root / 'alone'}", *common],
+        [small_world.config, f"run.folder={root / 'watched'}", *common, *looking],
     ]
-    run_worker("train_runs", world_size, small_world.config, *runs)
+    run_function(train_runs, world_size, *runs)
     return root / "alone", root / "watched"
 
 
@@ -81,7 +80,7 @@ def test_it_leaves_pictures_and_distances(watched):
     )
     assert first.shape == last.shape
     assert not torch.equal(first, last)
-    distances = [line for line in record(folder) if "frechet_distance" in line]
+    distances = [line for line in metrics_of(folder) if "frechet_distance" in line]
     assert [line["step"] for line in distances] == [3, 6]
     assert all(math.isfinite(line["frechet_distance"]) for line in distances)
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
@@ -91,7 +90,7 @@ def test_it_leaves_pictures_and_distances(watched):
 
 def test_the_record_says_how_the_run_fares(watched):
     _, folder = watched
-    lines = [line for line in record(folder) if "loss_total" in line]
+    lines = [line for line in metrics_of(folder) if "loss_total" in line]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line in lines:
         assert line["alignment_cosine"] == -line["loss_pointwise"]
@@ -118,19 +117,19 @@ def test_a_distance_is_that_of_the_exported_samples(small_world, tmp_path):
         "sample.num_samples=40",
         "sample.batch_size=20",
     ]
-    run_worker("train_runs", 2, small_world.config, ";".join(settings))
+    run_function(train_runs, 2, [small_world.config, *settings])
     for command in ("export", "sample", "evaluate"):
         assert run([command, str(small_world.config), *settings]) == 0
-    (found,) = (line for line in record(folder) if "frechet_distance" in line)
+    (found,) = (line for line in metrics_of(folder) if "frechet_distance" in line)
     scores = json.loads((folder / "results.json").read_text())["scores"]
     assert found["frechet_distance"] == pytest.approx(scores["frechet_distance"], rel=1e-3)
 
 
-def faulty(world, folder: Path, spans: str, *overrides: str) -> list[dict]:
+def faulty(world, folder: Path, span: tuple[int, int], *overrides: str):
+    """Trains on data of which a span is broken; returns the record, and why training gave up."""
     common = [f"run.folder={folder}", "checkpoint.every_steps=4", "train.max_skipped_steps=2"]
-    (folder / "message.txt").unlink(missing_ok=True)
-    run_worker("faulty_data", 2, world.config, spans, *common, *overrides)
-    return record(folder)
+    message, _ = run_function(train_on_faulty_data, 2, world.config, [span], *common, *overrides)
+    return metrics_of(folder), message
 
 
 def history(folder: Path, kind: str) -> list[dict]:
@@ -139,7 +138,7 @@ def history(folder: Path, kind: str) -> list[dict]:
 
 
 def test_a_skipped_step_is_explained_and_changes_nothing_else(small_world, tmp_path):
-    lines = faulty(small_world, tmp_path / "run", "35-37", "train.steps=5")
+    lines, _ = faulty(small_world, tmp_path / "run", (35, 37), "train.steps=5")
     (line,) = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
     told = json.loads(line)
     assert told["step"] == 3
@@ -154,18 +153,18 @@ def test_a_skipped_step_is_explained_and_changes_nothing_else(small_world, tmp_p
 def test_several_in_a_row_roll_back_and_the_run_goes_on_behind_them(small_world, tmp_path):
     # Steps 6 and 7 take the samples from 80 to 112; the checkpoint of step 4 is the last good one.
     folder = tmp_path / "run"
-    lines = faulty(small_world, folder, "80-112", "train.steps=9")
+    lines, message = faulty(small_world, folder, (80, 112), "train.steps=9")
     assert [line["step"] for line in history(folder, "sample_ids")] == [6, 7]
     (rollback,) = history(folder, "rolled_back_to")
     assert rollback == {"step": 7, "rolled_back_to": 4, "samples_seen": 112}
     # The last checkpoint lies behind the failure, so it no longer counts.
-    assert setbacks_after(folder, 9).rollbacks == 0
+    assert rollbacks_after(RunFolder(folder), 9).count == 0
     assert [line["step"] for line in lines] == list(range(1, 10))
     state = CheckpointReader(step_folder(folder / "checkpoints", 9)).state
     assert state["step"] == 9
     # Nine steps that count, the fifth taken twice, and two that were lost.
     assert state["samples_seen"] == (9 + 1 + 2) * 16
-    assert not (folder / "message.txt").exists()
+    assert message is None
 
 
 def test_it_gives_up_after_as_many_rollbacks_as_allowed_over_restarts(small_world, tmp_path):
@@ -173,10 +172,8 @@ def test_it_gives_up_after_as_many_rollbacks_as_allowed_over_restarts(small_worl
     looking = ("monitor.images_every_steps=1", "monitor.num_images=4")
     looking += ("monitor.evaluate_every_steps=1", "monitor.num_evaluated=40")
     for _ in range(2):
-        lines = faulty(
-            small_world, folder, "80-9999", "train.steps=9", "train.max_rollbacks=2", *looking
-        )
-        message = (folder / "message.txt").read_text()
+        limits = ("train.steps=9", "train.max_rollbacks=2")
+        lines, message = faulty(small_world, folder, (80, 9999), *limits, *looking)
         assert "after 2 rollbacks; step-0000004 is good" in message
         assert "skipped.jsonl" in message
         assert len(history(folder, "rolled_back_to")) == 2
@@ -193,13 +190,14 @@ def test_it_gives_up_after_as_many_rollbacks_as_allowed_over_restarts(small_worl
 def test_a_restart_goes_on_where_the_rollback_did(small_world, tmp_path):
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     # It ends after its first rollback, before it could write a checkpoint.
-    faulty(small_world, broken, "80-176", "train.steps=9", "train.max_rollbacks=1")
-    assert "after 1 rollbacks" in (broken / "message.txt").read_text()
+    limits = ("train.steps=9", "train.max_rollbacks=1")
+    _, message = faulty(small_world, broken, (80, 176), *limits)
+    assert "after 1 rollback" in message
     assert history(broken, "rolled_back_to")[0]["samples_seen"] == 112
     # What was wrong from 112 on is mended.
-    resumed = faulty(small_world, broken, "80-112", "train.steps=9", "train.max_rollbacks=1")
-    assert not (broken / "message.txt").exists()
-    uninterrupted = faulty(small_world, whole, "80-112", "train.steps=9")
+    resumed, message = faulty(small_world, broken, (80, 112), *limits)
+    assert message is None
+    uninterrupted, _ = faulty(small_world, whole, (80, 112), "train.steps=9")
     assert [line["loss_total"] for line in resumed] == [x["loss_total"] for x in uninterrupted]
     found, expected = weights(broken, 9), weights(whole, 9)
     assert found.keys() == expected.keys()
@@ -208,5 +206,5 @@ def test_a_restart_goes_on_where_the_rollback_did(small_world, tmp_path):
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(small_world, tmp_path):
     folder = tmp_path / "run"
-    faulty(small_world, folder, "0-9999", "train.steps=9")
-    assert "steps 1 to 2 were not finite, and there is no" in (folder / "message.txt").read_text()
+    _, message = faulty(small_world, folder, (0, 9999), "train.steps=9")
+    assert "steps 1 to 2 were not finite, and there is no" in message

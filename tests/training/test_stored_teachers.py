@@ -1,4 +1,4 @@
-"""Which stored tokens training accepts, and what it says about those it does not."""
+"""Stored tokens: which ones training accepts, and its message about all others."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SmallWorld
+from builders import SmallWorld
 from safetensors.torch import load_file, save_file
 
 from srepa_ds.commands.store_teacher_tokens import store_tokens
@@ -24,12 +24,7 @@ INT8, BF16 = (f"alignments.0.stored_tokens={storage}" for storage in ("int8", "b
 @pytest.fixture(scope="module")
 def stored(small_world, tmp_path_factory) -> SmallWorld:
     """The small world with the int8 tokens of its teacher."""
-    folder = tmp_path_factory.mktemp("stored")
-    shutil.copytree(small_world.folder / "shards", folder / "shards")
-    shutil.copy(small_world.folder / "teacher.safetensors", folder)
-    text = small_world.config.read_text().replace(str(small_world.folder), str(folder))
-    (folder / "experiment.yaml").write_text(text)
-    world = SmallWorld(folder)
+    world = small_world.copied_to(tmp_path_factory.mktemp("stored") / "world")
     store_tokens(load_config(world.config, [INT8]))
     ranks.close()
     return world
@@ -38,10 +33,7 @@ def stored(small_world, tmp_path_factory) -> SmallWorld:
 @pytest.fixture
 def spoilt(stored, tmp_path) -> SmallWorld:
     """A copy of it to spoil."""
-    shutil.copytree(stored.folder, tmp_path / "copy")
-    config = tmp_path / "copy" / "experiment.yaml"
-    config.write_text(config.read_text().replace(str(stored.folder), str(tmp_path / "copy")))
-    return SmallWorld(tmp_path / "copy")
+    return stored.copied_to(tmp_path / "copy")
 
 
 def opened(world: SmallWorld, *overrides: str):
@@ -71,7 +63,9 @@ def test_what_is_missing_names_the_command(spoilt):
     with pytest.raises(DataError) as caught:
         opened(spoilt, INT8)
     assert str(caught.value).startswith("alignments.0.stored_tokens: ")
-    assert str(caught.value).endswith("is not there; run `srepa-ds prepare CONFIG --teacher` first")
+    assert str(caught.value).endswith(
+        "does not exist; run `srepa-ds prepare CONFIG --teacher` first"
+    )
 
 
 def test_what_is_unfinished_names_the_command(spoilt):
@@ -102,7 +96,7 @@ def test_tokens_of_another_teacher_are_refused_naming_what_differs(spoilt, what)
     change, words = DIFFERENT[what]
     overrides = change(spoilt).split()
     with pytest.raises(
-        DataError, match=r"is not there; run .* first\nvit_tiny.*is there, but"
+        DataError, match=r"does not exist; run .* first\nvit_tiny.*exists, but"
     ) as e:
         opened(spoilt, *overrides)
     assert e.match(words)

@@ -1,4 +1,4 @@
-"""What stored tokens do to the losses, and whether the guide tells it."""
+"""The losses with stored tokens, and the guide's numbers about them."""
 
 import re
 
@@ -20,8 +20,8 @@ LOSSES = {
     "cosine": pointwise_cosine,
 }
 
-# What docs/stored-tokens.md tells, as measured: how much of the teacher is in the student, the
-# loss, and for bf16 and int8 the change of its value and the relative change of its gradient.
+# The numbers of docs/stored-tokens.md: the teacher's part in the student, the loss and its value,
+# and for bf16 and int8 the change of that value and the relative change of its gradient.
 # Random weights differ between versions of timm, and with them the loss by a quarter.
 MEASURED = [
     (0.0, "mse", 0.2475, (1.8e-6, 1.5e-4), (2.9e-5, 6.7e-4)),
@@ -45,7 +45,7 @@ def live() -> torch.Tensor:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        # timm's random weights come from the ambient generator, which build_encoder puts back.
+        # timm draws random weights from the global generator, which build_encoder restores.
         encoder = build_encoder(spec, resolution=256)
     generator = torch.Generator().manual_seed(1)
     coarse = torch.rand(2, 3, 8, 8, generator=generator) * 255
@@ -70,10 +70,10 @@ def test_losses_hardly_see_that_tokens_were_stored(live, part, name, value, bf16
     for storage, (value_change, gradient_change) in (("bf16", bf16), ("int8", int8)):
         stored = as_stored(live, None, storage=storage).patches_float32()
         found, other = value_and_gradient(LOSSES[name], student, stored)
-        # Below the second number is the rounding of a float32 loss.
+        # Changes below the second number are the rounding of a float32 loss.
         assert abs(found - exact) <= max(5 * value_change, 1e-5)
         change = ((other - gradient).norm() / gradient.norm()).item()
-        # From both sides, so that the documentation stays true.
+        # Bounded from both sides, so that the documentation stays true.
         assert gradient_change / 2 <= change <= 2 * gradient_change
 
 

@@ -1,11 +1,11 @@
-"""An exported model on disk: read back exactly, replaced as a whole, never over other things."""
+"""Exported models on disk: read back exactly, replaced atomically, never over other files."""
 
 import json
-import resource
 import stat
 
 import pytest
 import torch
+from builders import largest_file
 from safetensors.torch import load_file, save_file
 
 from srepa_ds.errors import CheckpointError, OutputError
@@ -75,20 +75,15 @@ def test_an_earlier_model_is_replaced(tmp_path):
 def test_a_full_disk_leaves_the_earlier_model(tmp_path, first):
     if not first:
         write(tmp_path / "model", seed=1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
-    try:
-        with pytest.raises(OutputError, match="cannot write the model"):
-            write(tmp_path / "model", seed=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(5000), pytest.raises(OutputError, match="cannot write the model"):
+        write(tmp_path / "model", seed=2)
     assert names(tmp_path) == (set() if first else {"model"})
     if not first:
         assert load_file(tmp_path / "model" / WEIGHTS)["projectors.0.weight"].unique() == 1
 
 
 def hub_model(folder):
-    """What a model of another library looks like."""
+    """Writes the files of another library's model."""
     (folder / DOCUMENT).write_text('{"architectures": ["ViT"]}')
     save_file({"x": torch.zeros(1)}, folder / WEIGHTS)
 
@@ -114,7 +109,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path, case):
     folder.mkdir()
     FOREIGN[case](folder)
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(OutputError, match="holds something that is no exported model"):
+    with pytest.raises(OutputError, match="holds files other than an exported model"):
         write(folder, seed=2)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert names(tmp_path) == {"model"}
@@ -147,14 +142,14 @@ def keep_weights(folder, **changes):
 
 
 DAMAGES = {
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), "holds no exported model"),
-    "no document": (lambda f: (f / DOCUMENT).unlink(), "holds no exported model"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "does not hold an exported model"),
+    "no document": (lambda f: (f / DOCUMENT).unlink(), "does not hold an exported model"),
     "torn weights": (
         lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]),
-        "holds no exported model",
+        "does not hold an exported model",
     ),
-    "torn document": (lambda f: (f / DOCUMENT).write_text("{"), "holds no exported model"),
-    "a list": (lambda f: (f / DOCUMENT).write_text("[]"), "describes no model"),
+    "torn document": (lambda f: (f / DOCUMENT).write_text("{"), "does not hold an exported model"),
+    "a list": (lambda f: (f / DOCUMENT).write_text("[]"), "does not describe a model"),
     "another format": (lambda f: edit(f, format="other"), "is of format"),
     "another version": (lambda f: edit(f, version=9), "is of format"),
     "no config": (lambda f: drop(f, "config"), "lacks 'config'"),

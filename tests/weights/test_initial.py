@@ -1,4 +1,4 @@
-"""Beginning with weights of another training, in each form they come in."""
+"""Initial weights from another training, in every form they come in."""
 
 import argparse
 import json
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import objective_of, randomised
 from safetensors.torch import save_file
 from torch import Tensor
 
-from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.config.experiment import Config, load_config
 from srepa_ds.errors import CheckpointError
 from srepa_ds.model.embeddings import position_embedding
@@ -33,19 +33,12 @@ def config(small_world) -> Config:
 
 
 def objective(config: Config, seed: int = 0, *, width: int = 32) -> Objective:
-    """All weights random, also those a run starts from zero."""
-    module = Objective(
-        config.model, config.objective, config.alignments, teachers=(TeacherShape(width, (8, 8)),)
-    )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in module.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator))
-    return module
+    """Draws all weights at random, including those that start at zero in a run."""
+    return randomised(objective_of(config, teacher_width=width), seed=seed, scale=1.0)
 
 
 def official(module: Objective) -> dict[str, Tensor]:
-    """The state_dict as REPA's model has it: in its order, its position table among the weights."""
+    """The state_dict of REPA's model: in its order, with the position table."""
     state = {name.removeprefix("sit."): value for name, value in module.state_dict().items()}
     front = ("pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "projectors", "final")
     return {name: state[name].clone() for part in front for name in state if name.startswith(part)}
@@ -58,7 +51,7 @@ def assert_same(module: Objective, state: dict[str, Tensor], *, but: str = "noth
 
 
 def repa_file(path: Path, model: Objective, ema: Objective) -> None:
-    """What REPA's trainer saves: model, average, optimizer, and its pickled settings."""
+    """A checkpoint of REPA's trainer: model, average, optimizer, and its pickled settings."""
     parameters = [torch.nn.Parameter(value) for value in official(model).values()]
     optimizer = torch.optim.AdamW(parameters)
     torch.stack([p.sum() for p in parameters[1:]]).sum().backward()
@@ -86,7 +79,7 @@ def test_a_file_of_repas_trainer(config, tmp_path, caplog, which, seed):
     assert_same(module, official(objective(config, seed)))
     assert len(report.loaded) == len(list(module.parameters()))
     assert (report.initialised, report.unused) == ((), ())
-    assert f"beginning with {len(report.loaded)} weights of {path}" in caplog.text
+    assert f"initialised {len(report.loaded)} weights from {path}" in caplog.text
     assert all(weight.dtype == torch.float32 for weight in module.parameters())
 
 
@@ -95,7 +88,7 @@ def renamed(state: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
 
 
 def legacy(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Aligned behind two blocks, and the third counted anew."""
+    """Aligned after two blocks, with the third numbered from zero."""
     return renamed(state, "blocks.2.", "decoder_blocks.0.")
 
 
@@ -153,7 +146,7 @@ def test_an_exported_model(config, tmp_path, label, which):
 def test_another_number_of_heads_is_another_model(config, tmp_path):
     exported(tmp_path / "export", config, num_heads=6)
     before = official(module := objective(config))
-    with pytest.raises(CheckpointError, match="6 attention heads there, 3 in the model"):
+    with pytest.raises(CheckpointError, match="6 attention heads, this one has 3"):
         initialise_from(module, InitialWeightsConfig(path=tmp_path / "export"))
     assert_same(module, before)
 
@@ -180,7 +173,7 @@ def test_projectors_that_fit_and_those_that_do_not(config, tmp_path, caplog):
     assert_same(module, {**state, **{k: v for k, v in before.items() if "projectors" in k}})
     assert set(report.initialised) == set(report.unused)
     assert len(report.unused) == 6
-    assert "these begin at random: projectors.0.0.weight" in caplog.text
+    assert "initialised at random: projectors.0.0.weight" in caplog.text
     assert "and 1 more; the file's" in caplog.text
 
 
@@ -214,14 +207,16 @@ def test_what_does_not_fit_is_named_and_nothing_is_changed(config, small_world, 
         initialise_from(module, InitialWeightsConfig(path=tmp_path / "export"))
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/export does not fit the model: ")
-    table = "y_embedder.embedding_table.weight: (11, 48) there, (13, 48) in the model; "
+    table = "y_embedder.embedding_table.weight: (11, 48) in the file, (13, 48) in the model; "
     assert table in message
-    assert "blocks.3.attn.qkv.weight: none there, (144, 48) in the model" in message
+    assert "blocks.3.attn.qkv.weight: none in the file, (144, 48) in the model" in message
     # The table and ten of the fourth block.
-    assert "and 6 more; choose the `model`" in message
+    assert "and 6 more; set `model` as it was trained" in message
     assert_same(module, before)
     state["blocks.9.extra"] = torch.zeros(2)
-    with pytest.raises(CheckpointError, match=r"blocks.9.extra: \(2,\) there, none in the model"):
+    with pytest.raises(
+        CheckpointError, match=r"blocks.9.extra: \(2,\) in the file, none in the model"
+    ):
         fill(objective(config), state)
 
 
@@ -246,7 +241,7 @@ def test_a_malicious_pickle_does_not_run(config, tmp_path, zipped):
 
 
 def learn_sigma(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As the original SiT and DiT predict: as many channels again."""
+    """Like the original SiT and DiT: twice the channels."""
     doubled = {k: torch.cat([v, v]) for k, v in state.items() if k.startswith("final_layer.linear")}
     return {**state, **doubled}
 
@@ -259,15 +254,18 @@ FAULTS = {
     ),
     "empty": (lambda path, state: path.write_bytes(b""), "cannot be read: "),
     "text": (lambda path, state: path.write_text("weights"), "cannot be read: "),
-    "a list": (lambda path, state: torch.save([1, 2], path), "holds a list, no state_dict"),
-    "no state": (lambda path, state: torch.save({}, path), "holds no state_dict: it is empty"),
+    "a list": (lambda path, state: torch.save([1, 2], path), "holds a list, not a state_dict"),
+    "no state": (
+        lambda path, state: torch.save({}, path),
+        "does not hold a state_dict: it is empty",
+    ),
     "no tensors": (
         lambda path, state: torch.save({**state, "lr": 1e-4}, path),
-        "holds no state_dict: lr are no tensors",
+        "does not hold a state_dict: lr are not tensors",
     ),
     "no average": (
         lambda path, state: torch.save({"model": state, "steps": 1}, path),
-        "holds no 'ema', but model, steps; set train.init_from.weights",
+        "does not hold 'ema', but model, steps; set train.init_from.weights",
     ),
     "learn_sigma": (
         lambda path, state: torch.save(learn_sigma(state), path),
@@ -301,5 +299,5 @@ def test_a_torn_exported_model(config, tmp_path):
         read_initial_weights(tmp_path / "export", which="ema")
     document = tmp_path / "export" / "config.json"
     document.write_text(json.dumps({"provenance": {}}))
-    with pytest.raises(CheckpointError, match="holds no exported model"):
+    with pytest.raises(CheckpointError, match="does not hold an exported model"):
         read_initial_weights(tmp_path / "export", which="ema")

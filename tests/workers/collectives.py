@@ -1,4 +1,4 @@
-"""What ranks do together, asserted on each of two. Usage: collectives.py FOLDER."""
+"""Checks collectives and shared errors on each of two ranks. Usage: collectives.py FOLDER."""
 
 import io
 import re
@@ -20,7 +20,7 @@ from srepa_ds.telemetry.window import Window
 
 
 def error_of(mine: SRepaError | None) -> SRepaError:
-    """Returns the error that `together` raises here when this rank meets `mine`."""
+    """Returns the error that `together` raises here when `mine` is raised on this rank."""
 
     def action() -> None:
         if mine is not None:
@@ -32,7 +32,7 @@ def error_of(mine: SRepaError | None) -> SRepaError:
 
 
 def values(rank: int) -> None:
-    """Values travel between ranks."""
+    """Checks that values travel between ranks."""
     assert ranks.world_size() == 2
     assert ranks.rank() == rank
     assert ranks.joined()
@@ -54,7 +54,7 @@ def values(rank: int) -> None:
 
 
 def errors(rank: int) -> None:
-    """One rank's error is raised on both, and both go on."""
+    """Checks that an error on one rank is raised on both, and that both go on."""
     assert ranks.together(lambda: rank) == rank
     for failing in (0, 1):
         error = error_of(OutputError("no room") if rank == failing else None)
@@ -75,7 +75,7 @@ def errors(rank: int) -> None:
 
 
 def unforeseen(rank: int) -> None:
-    """An error nobody foresaw leaves no rank waiting."""
+    """Checks that an unexpected error leaves no rank waiting."""
 
     def action() -> None:
         if rank == 1:
@@ -93,7 +93,7 @@ def unforeseen(rank: int) -> None:
 
 
 def facts(rank: int) -> None:
-    """Facts that differ are named on both ranks, each with two that differ in it."""
+    """Checks that facts that differ are named on both ranks, each with two ranks' values."""
     ranks.check_same({"a": 1, "b": None}, what="same")
     with pytest.raises(ConfigError) as caught:
         ranks.check_same({"a": 1, "b": rank, "c" * (rank + 1): [2]}, what="not same")
@@ -106,7 +106,7 @@ def facts(rank: int) -> None:
 
 
 def checkpoints(rank: int, root: Path) -> None:
-    """Every rank writes its share; if one cannot, none has."""
+    """Checks that every rank writes its share of a checkpoint, and that all or none count."""
     whole = torch.arange(50.0)
     start, stop = (0, 20) if rank == 0 else (20, 50)
 

@@ -1,9 +1,9 @@
 """Takes two steps with eager blocks and with compiled, checkpointed ones, for a test to judge.
 
 Usage: compiled_engine.py FOLDER. Writes FOLDER/facts.safetensors: the losses of each step and the
-weights after both, of eager blocks, of compiled ones, and of eager ones that go on from the
-checkpoint of the compiled ones' first step; and how many graphs were made. AOTAutograd runs the
-graphs without a compiler behind it.
+weights after both, of eager blocks, of compiled ones, and of eager ones resumed from the checkpoint
+of the compiled ones' first step; and the number of graphs. AOTAutograd runs the graphs without a
+compiler behind it.
 """
 
 import sys
@@ -14,7 +14,7 @@ from engine_facts import (
     Facts,
     experiment,
     keep,
-    objective_of,
+    random_objective,
     resumed,
     run_step,
     stacked,
@@ -27,21 +27,21 @@ from srepa_ds.config.experiment import Config
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
 from srepa_ds.engine import Engine
-from srepa_ds.model.activation_checkpointing import RematConfig
+from srepa_ds.model.activation_checkpointing import ActivationCheckpointingConfig
 
 
 def eager(config: Config, rank: Rank) -> Facts:
-    """Both steps without compiling or checkpointing."""
-    objective = objective_of(config)
+    """Takes both steps without compiling or checkpointing."""
+    objective = random_objective(config)
     engine = Engine(objective, config, rank)
     facts = {f"eager.{step}.losses": losses(engine, rank, step) for step in (1, 2)}
     return facts | last_facts("eager", engine, config)
 
 
 def compiled(config: Config, folder: Path, rank: Rank) -> Facts:
-    """Both steps compiled, with a checkpoint between them; and the second resumed, eager."""
-    objective = objective_of(config)
-    objective.sit.set_remat(RematConfig(policy="selective"))
+    """Takes both steps compiled, saves between them, and resumes the second one eager."""
+    objective = random_objective(config)
+    objective.sit.set_activation_checkpointing(ActivationCheckpointingConfig(policy="selective"))
     counter = CompileCounterWithBackend("aot_eager")
     objective.sit.compile_blocks(backend=counter)
     engine = Engine(objective, config, rank)
@@ -56,13 +56,13 @@ def compiled(config: Config, folder: Path, rank: Rank) -> Facts:
 
 
 def losses(engine: Engine, rank: Rank, step: int) -> torch.Tensor:
-    """The terms of one step."""
+    """Takes one step and returns its terms."""
     return stacked(run_step(engine, rank, step).losses)
 
 
 def last_facts(prefix: str, engine: Engine, config: Config) -> Facts:
-    """The weights, put together by the names the objective gives them; closes the engine."""
-    shapes = {name: weight.shape for name, weight in objective_of(config).named_parameters()}
+    """Returns the weights in the order of the objective's names; closes the engine."""
+    shapes = {name: weight.shape for name, weight in random_objective(config).named_parameters()}
     facts = state_facts(prefix, engine, shapes)
     engine.close()
     return {f"{prefix}.master": facts[f"{prefix}.master"]}

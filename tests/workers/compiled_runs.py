@@ -1,4 +1,4 @@
-"""Trains one experiment after another, and writes down how many graphs torch.compile made of each.
+"""Trains one run after another and records how many graphs torch.compile made of each.
 
 Usage: compiled_runs.py CONFIG OUTPUT.json [OVERRIDES_OF_RUN_1 [OVERRIDES_OF_RUN_2 ...]], overrides
 joined by ';'.

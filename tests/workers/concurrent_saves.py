@@ -1,4 +1,4 @@
-"""Saves beside training, asserted on each of two ranks. Usage: concurrent_saves.py FOLDER [killed].
+"""Checks saves beside training on each of two ranks. Usage: concurrent_saves.py FOLDER [killed].
 
 With `killed` rank 1 is killed while it saves.
 """
@@ -14,7 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from srepa_ds.checkpoint.folder import fault_of, newest_valid, step_folder, steps_in
+from srepa_ds.checkpoint.folder import (
+    LATEST,
+    fault_of,
+    newest_valid,
+    step_folder,
+    step_of,
+    steps_in,
+)
 from srepa_ds.checkpoint.fragment_file import Piece
 from srepa_ds.checkpoint.reader import CheckpointReader
 from srepa_ds.checkpoint.retention import CheckpointConfig
@@ -27,7 +34,7 @@ CONFIG = CheckpointConfig(keep_last=2, keep_every_steps=0, asynchronous=True)
 
 
 class Training:
-    """A weight of which each rank owns a half, and steps that add one to all of it."""
+    """A weight, half on each rank, and steps that add one to it."""
 
     def __init__(self, rank: int):
         self.rank = rank
@@ -39,7 +46,7 @@ class Training:
         self.weight.add_(1)
         self.step_count += 1
         self.state["count"][0] = self.step_count
-        # What training does meanwhile: collectives of its own.
+        # Training's own collectives, meanwhile.
         total = torch.ones(())
         dist.all_reduce(total)
         assert total == 2
@@ -47,6 +54,12 @@ class Training:
     def save(self, writer: CheckpointWriter) -> None:
         piece = Piece("master", "w", (NUMEL,), self.rank * (NUMEL // 2), self.weight)
         writer.save(step=self.step_count, pieces=[piece], state=self.state)
+
+
+def newest_step(root: Path) -> int | None:
+    """Returns the step that the pointer names, or None without one."""
+    pointer = root / LATEST
+    return step_of(root / pointer.read_text().strip()) if pointer.exists() else None
 
 
 def assert_holds(folder: Path, step: int) -> None:
@@ -60,20 +73,21 @@ def assert_holds(folder: Path, step: int) -> None:
 def the_moment_of_the_save_is_what_is_stored(root: Path, rank: int) -> None:
     training = Training(rank)
     with closing(CheckpointWriter(root, CONFIG, rank=rank)) as writer:
-        news = []
+        finished = []
         for _ in range(60):
             training.step()
             if training.step_count in (3, 4, 40):
                 training.save(writer)
-            news.append((training.step_count, writer.poll()))
-        last = writer.wait()
-        whole = [step for _, step in news if step is not None] + [last] * (last is not None)
-        # The third's is finished by the fourth's save, at the latest, and then nobody asked.
-        assert whole in ([4, 40], [3, 4, 40]), whole
-        assert ranks.gather(news) == [news, news]
-        assert writer.poll() is None
-        assert writer.wait() is None
-    # The main rank deletes old ones after all have agreed.
+            writer.poll()
+            # The main rank deletes old ones after all have agreed.
+            ranks.barrier()
+            finished.append(newest_step(root))
+        writer.wait()
+        # The save of step 4 finishes that of step 3 if no poll did.
+        assert finished[2] in (None, 3), finished
+        assert finished[3] in (3, 4), finished
+        assert {4} <= set(finished) <= {None, 3, 4, 40}, finished
+        assert ranks.gather(finished) == [finished, finished]
     ranks.barrier()
     for step in (4, 40):
         assert_holds(step_folder(root, step), step)
@@ -99,7 +113,8 @@ def a_full_disk_of_one_rank_is_an_error_on_both(root: Path, rank: int) -> None:
         with closing(CheckpointWriter(place, CONFIG, rank=rank)) as writer:
             training.step()
             training.save(writer)
-            assert writer.wait() == 1
+            writer.wait()
+            assert newest_step(place) == 1
             training.step()
             soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             limit = NUMEL if rank == 1 else soft
@@ -112,11 +127,11 @@ def a_full_disk_of_one_rank_is_an_error_on_both(root: Path, rank: int) -> None:
             ranks.barrier()
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             assert {path.name for path in place.iterdir()} == {"latest", "step-0000001"}
-            # The next one has room.
+            # The next save has room.
             training.step()
             step = training.step_count
             training.save(writer)
-            assert writer.wait() == step
+            writer.wait()
         assert_holds(step_folder(place, step), step)
 
 
@@ -128,7 +143,7 @@ def a_place_that_is_a_file_is_an_error_at_once(root: Path, rank: int) -> None:
         with closing(CheckpointWriter(place, config, rank=rank)) as writer:
             with pytest.raises(OutputError, match="cannot write the checkpoint"):
                 training.save(writer)
-            assert writer.wait() is None
+            writer.wait()
 
 
 def synchronous_ones_are_whole_when_saved(root: Path, rank: int) -> None:
@@ -140,9 +155,8 @@ def synchronous_ones_are_whole_when_saved(root: Path, rank: int) -> None:
             training.save(writer)
             assert newest_valid(root) == step_folder(root, training.step_count)
             ranks.barrier()
-        assert writer.poll() == 2
-        assert writer.poll() is None
-        assert writer.wait() is None
+        writer.poll()
+        writer.wait()
     ranks.barrier()
     assert_holds(step_folder(root, 2), 2)
     assert len(steps_in(root)) == 1
@@ -153,7 +167,7 @@ def who_leaves_leaves_the_previous_one(root: Path, rank: int) -> None:
     with closing(CheckpointWriter(root, CONFIG, rank=rank)) as writer:
         training.step()
         training.save(writer)
-        assert writer.wait() == 1
+        writer.wait()
         training.step()
         training.save(writer)
     ranks.barrier()
@@ -162,19 +176,20 @@ def who_leaves_leaves_the_previous_one(root: Path, rank: int) -> None:
     with closing(CheckpointWriter(root, CONFIG, rank=rank)) as writer:
         training.step()
         training.save(writer)
-        assert writer.wait() == 3
+        writer.wait()
+        assert newest_step(root) == 3
     # The main rank tidies up after all have agreed.
     ranks.barrier()
     assert not list(root.glob(".writing*"))
 
 
 def killed_while_writing(root: Path, rank: int) -> None:
-    """Rank 1 is killed between its save and anything that could finish it."""
+    """Kills rank 1 after it starts to save and before the checkpoint can be finished."""
     training = Training(rank)
     writer = CheckpointWriter(root, CONFIG, rank=rank)
     training.step()
     training.save(writer)
-    assert writer.wait() == 1
+    writer.wait()
     training.step()
     training.save(writer)
     if rank == 1:

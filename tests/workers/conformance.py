@@ -1,9 +1,10 @@
 """Takes three steps with every engine of one precision, and with a plain loop, for a test to judge.
 
-Usage: conformance.py FOLDER PRECISION ARRANGEMENT.ACCUMULATION.REMAT... An arrangement is the name
-of a file in ds_configs without `zero`. Writes FOLDER/PRECISION.safetensors: of each case and each
-plain loop the losses and the gradients before clipping of each step and the weights after the last,
-flat; and the initial weights, and the sizes of what they consist of.
+Usage: conformance.py FOLDER PRECISION ARRANGEMENT.ACCUMULATION.CHECKPOINTING...
+An arrangement is the name of a file in ds_configs without `zero`. Writes
+FOLDER/PRECISION.safetensors: for each case and each plain loop the losses and the gradients before
+clipping of each step, and the weights after the last, flat; also the initial weights and the size
+of each.
 """
 
 import sys
@@ -21,7 +22,7 @@ from engine_facts import (
     WEIGHT_DECAY,
     experiment,
     global_batch,
-    objective_of,
+    random_objective,
     report_facts,
     run_step,
     share_of,
@@ -35,45 +36,46 @@ from srepa_ds.config.experiment import Config
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
 from srepa_ds.engine import Engine
-from srepa_ds.model.activation_checkpointing import RematConfig
+from srepa_ds.model.activation_checkpointing import ActivationCheckpointingConfig
+from srepa_ds.model.precision import PRECISIONS
 
 STEPS = (1, 2, 3)
-# The second keeps matrix products, which DeepSpeed's own linear map would spoil under stage 3.
-REMAT = {
-    "none": RematConfig(),
-    "products": RematConfig(policy="selective", keep="products"),
-    "full": RematConfig(policy="full"),
-    "attention": RematConfig(policy="selective", keep="attention"),
-    # Of the three blocks the second is computed again.
-    "every_k_offload": RematConfig(policy="every_k", k=2, offload=True),
+# "products" keeps matrix products, which DeepSpeed's own linear map would spoil under stage 3.
+CHECKPOINTING = {
+    "none": ActivationCheckpointingConfig(),
+    "products": ActivationCheckpointingConfig(policy="selective", keep="products"),
+    "full": ActivationCheckpointingConfig(policy="full"),
+    "attention": ActivationCheckpointingConfig(policy="selective", keep="attention"),
+    # The second of the three blocks is recomputed.
+    "every_k_offload": ActivationCheckpointingConfig(policy="every_k", k=2, offload=True),
 }
 
 Facts = dict[str, Tensor]
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
-    """All values as one vector in float32."""
+    """Returns all values as one vector in float32."""
     return torch.cat([tensor.detach().float().flatten() for tensor in tensors])
 
 
 def plain_loop(config: Config, precision: str, parts: int) -> Facts:
-    """One process, no DeepSpeed: gradients of `parts` equal shares of the batch, summed in fp32."""
-    model = objective_of(config)
+    """Trains in one process without DeepSpeed; sums gradients of `parts` equal shares in fp32."""
+    model = random_objective(config)
     weights = list(model.parameters())
     masters = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.AdamW(
         masters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, eps=EPSILON, foreach=False
     )
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    row = PRECISIONS[precision]
     autocast = torch.autocast("cpu", torch.bfloat16)
     facts: Facts = {}
     for step in STEPS:
         for weight, master in zip(weights, masters, strict=True):
-            weight.data, master.grad = master.to(dtype), torch.zeros_like(master)
+            weight.data, master.grad = master.to(row.weights), torch.zeros_like(master)
         shares = []
         for number in range(parts):
             model.zero_grad()
-            with autocast if precision == "bf16_autocast" else nullcontext():
+            with autocast if row.is_autocast else nullcontext():
                 losses = model(*share_of(global_batch(step), number, parts))
             (losses.total / parts).backward()
             for weight, master in zip(weights, masters, strict=True):
@@ -86,10 +88,10 @@ def plain_loop(config: Config, precision: str, parts: int) -> Facts:
     return facts | {"master": flat(masters)}
 
 
-def engine_facts(config: Config, remat: str, rank: Rank) -> Facts:
-    """The same steps taken by the engine."""
-    objective = objective_of(config)
-    objective.sit.set_remat(REMAT[remat])
+def engine_facts(config: Config, checkpointing: str, rank: Rank) -> Facts:
+    """Takes the same steps with the engine."""
+    objective = random_objective(config)
+    objective.sit.set_activation_checkpointing(CHECKPOINTING[checkpointing])
     shapes = {name: weight.shape for name, weight in objective.named_parameters()}
     engine = Engine(objective, config, rank)
     gradients = watched(engine)
@@ -105,7 +107,7 @@ def engine_facts(config: Config, remat: str, rank: Rank) -> Facts:
 
 
 def watched(engine: Engine) -> list[Tensor]:
-    """A list to which each optimizer step adds the whole gradient it is about to take."""
+    """Returns a list to which each optimizer step appends its whole gradient."""
     inner, found = engine._deepspeed, []
     take: Callable[[], None] = inner.step
 
@@ -123,7 +125,7 @@ def main(folder: Path, precision: str, cases: list[str]) -> None:
     rank = ranks.initialize()
     facts: Facts = {}
     config = experiment(folder, "0", "fp32", 1)
-    weights = list(objective_of(config).parameters())
+    weights = list(random_objective(config).parameters())
     facts["sizes"] = torch.tensor([weight.numel() for weight in weights])
     facts["initial"] = flat(weights)
     for parts in (1, rank.world_size, 2 * rank.world_size):
@@ -131,9 +133,9 @@ def main(folder: Path, precision: str, cases: list[str]) -> None:
         found = plain_loop(config, precision, parts)
         facts |= {f"plain.{parts}.{name}": value for name, value in found.items()}
     for case in cases:
-        arrangement, accumulation, remat = case.split(".")
+        arrangement, accumulation, checkpointing = case.split(".")
         config = experiment(folder, arrangement, precision, int(accumulation))
-        found = engine_facts(config, remat, rank)
+        found = engine_facts(config, checkpointing, rank)
         facts |= {f"{case}.{name}": value for name, value in found.items()}
     if rank.is_main:
         save_file(facts, folder / f"{precision}.safetensors")

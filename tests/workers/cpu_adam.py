@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from engine_facts import experiment, keep, objective_of, resumed, run_step, state_facts
+from engine_facts import experiment, keep, random_objective, resumed, run_step, state_facts
 from safetensors.torch import save_file
 
 from srepa_ds.distributed import ranks
@@ -18,11 +18,11 @@ SAVED_STEP, STEPS = 2, 5
 
 
 def compare(folder: Path, arrangement: str, rank: Rank) -> None:
-    """Five steps with torch's, the same with DeepSpeed's, and its last three after a resume."""
+    """Takes five steps with each AdamW, and DeepSpeed's last three again after a resume."""
     facts = {}
     for adam in ("torch", "deepspeed"):
         config = experiment(folder, arrangement, "fp32", 1, cpu_adam=adam)
-        objective = objective_of(config)
+        objective = random_objective(config)
         shapes = {name: weight.shape for name, weight in objective.named_parameters()}
         engine = Engine(objective, config, rank)
         facts |= state_facts(f"{adam}.0", engine, shapes)

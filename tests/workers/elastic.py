@@ -1,4 +1,4 @@
-"""Saves under one topology, or goes on under another, and writes down what came of it.
+"""Trains and saves under one topology, or resumes under another, and records the results.
 
 Usage: elastic.py FOLDER save STAGE...          (a source: FOLDER/RANKS-STAGE)
        elastic.py FOLDER resume STAGE:SOURCE... (a target: FOLDER/RANKS-STAGE-from-SOURCE)
@@ -7,18 +7,16 @@ FOLDER/shards holds the images. Each folder gets the checkpoint and, in `facts.s
 losses and samples of the steps after it.
 """
 
-import json
 import sys
 from contextlib import closing
 from pathlib import Path
 
 import torch
-from places import ROOT
+from builders import objective_of, odd_sizes, randomised, write_deepspeed_json
 from safetensors.torch import save_file
 from torch import Tensor
 
 from srepa_ds import noise
-from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.checkpoint.folder import step_folder
 from srepa_ds.checkpoint.reader import CheckpointReader
 from srepa_ds.checkpoint.saving import save
@@ -30,45 +28,23 @@ from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
 from srepa_ds.engine import Engine
-from srepa_ds.objective import Objective, TrainingInputs, draw_inputs
+from srepa_ds.objective import TrainingInputs, draw_inputs
 from srepa_ds.optim.adamw import learning_rate
 from srepa_ds.zero.settings import micro_batch_size
 
-TEACHER = TeacherShape(10, (2, 2))
+TEACHER_WIDTH = 10
 SAVED_STEP, LAST_STEP = 4, 7
 TERMS = ("total", "flow", "pointwise", "structural")
 
 
 def experiment(folder: Path, stage: int) -> Config:
-    """A model whose odd sizes make ranks' shares begin and end inside weights; three averages."""
-    document = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text())
-    settings = document["zero_optimization"]
-    if stage > 0:
-        # Several buckets, as a large model has.
-        settings["reduce_bucket_size"] = 5_000
-    if stage == 3:
-        # As in a large model: some weights stay gathered, others are fetched little by little and
-        # released after the forward pass.
-        settings["stage3_param_persistence_threshold"] = 500
-        settings["stage3_prefetch_bucket_size"] = 2_000
-        settings["stage3_max_reuse_distance"] = 1_000
-    deepspeed = folder / f"zero{stage}.json"
-    ranks.on_main(lambda: deepspeed.write_text(json.dumps(document)))
-    spec = {"architecture": "vit_tiny_patch16_224", "width": TEACHER.width}
-    alignment = {
-        "teacher": {"spec": {**spec, "patch_size": 2, "input_size": 4}, "weights": "unused.pt"},
-        "depth": 2,
-        "projector": {"hidden_width": 13},
-        "pointwise": {"weight": 1.0},
-        "structural": {"kind": "mse", "weight": 2.0},
-    }
-    model = {"variant": "SiT-S/2", "input_size": 4, "in_channels": 3, "num_classes": 6}
+    """Returns an experiment with the tests' odd sizes and three averages."""
+    deepspeed = ranks.on_main(write_deepspeed_json, folder, str(stage))
     return config_from(
         {
             "run": {"folder": "unused", "seed": 3},
             "data": {"folder": str(folder / "shards")},
-            "model": {**model, "depth": 3, "hidden_size": 20, "num_heads": 5},
-            "alignments": [alignment],
+            **odd_sizes(),
             "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.1, "epsilon": 1e-3},
             "ema": {"decay": 0.7, "more_decays": [0.3], "power_sigmas": [0.1]},
             "train": {"steps": LAST_STEP, "batch_size": 8},
@@ -79,17 +55,12 @@ def experiment(folder: Path, stage: int) -> Config:
 
 
 def engine_of(config: Config, rank: Rank, *, seed: int) -> Engine:
-    """All weights random, also those a run starts from zero."""
-    objective = Objective(config.model, config.objective, config.alignments, teachers=(TEACHER,))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in objective.parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return Engine(objective, config, rank)
+    """Returns an engine whose objective has random weights."""
+    return Engine(randomised(objective_of(config), seed=seed), config, rank)
 
 
 def loader_of(config: Config, engine: Engine, rank: Rank) -> BatchLoader:
-    """Goes on where the engine's state says."""
+    """Returns a loader that continues at the engine's position in the data."""
     return BatchLoader(
         ShardDataset(config.data.folder),
         config.data,
@@ -102,7 +73,7 @@ def loader_of(config: Config, engine: Engine, rank: Rank) -> BatchLoader:
 
 
 def inputs_of(config: Config, batch: Batch) -> TrainingInputs:
-    """With a teacher whose tokens are noise that belongs to the sample."""
+    """Returns inputs with teacher tokens that are noise, addressed by sample."""
     latents = build_codec(config.codec).encode(batch, seed=config.run.seed)
     drawn = draw_inputs(
         config.objective,
@@ -112,12 +83,12 @@ def inputs_of(config: Config, batch: Batch) -> TrainingInputs:
         positions=batch.positions,
         seed=config.run.seed,
     )
-    tokens = noise.normal(99, noise.Stream.NOISE, batch.sample_ids, (4, TEACHER.width))
+    tokens = noise.normal(99, noise.Stream.NOISE, batch.sample_ids, (4, TEACHER_WIDTH))
     return drawn._replace(teacher_patches=(tokens,))
 
 
 def train(config: Config, engine: Engine, rank: Rank, *, until: int) -> dict[str, Tensor]:
-    """Takes steps; returns each one's losses, and the samples in the order of their positions."""
+    """Takes steps; returns the losses of each, and the samples in the order of their positions."""
     losses, samples = [], []
     with loader_of(config, engine, rank) as batches:
         while engine.step_count < until:
@@ -133,7 +104,7 @@ def train(config: Config, engine: Engine, rank: Rank, *, until: int) -> dict[str
 
 
 def write(place: Path, config: Config, engine: Engine, rank: Rank) -> None:
-    """The state of now as a checkpoint, and the steps after it, with the masters they lead to."""
+    """Saves the state, takes the remaining steps, and saves again."""
     save(
         place,
         step=engine.step_count,
@@ -148,7 +119,7 @@ def write(place: Path, config: Config, engine: Engine, rank: Rank) -> None:
 
 
 def save_under(folder: Path, stage: int, rank: Rank) -> None:
-    """A run that is saved and goes on, uninterrupted."""
+    """Trains a run that saves and goes on without interruption."""
     config = experiment(folder, stage)
     with closing(engine_of(config, rank, seed=0)) as engine:
         train(config, engine, rank, until=SAVED_STEP)
@@ -156,11 +127,11 @@ def save_under(folder: Path, stage: int, rank: Rank) -> None:
 
 
 def resume_under(folder: Path, case: str, rank: Rank) -> None:
-    """A run with other weights that takes over a checkpoint."""
+    """Restores a checkpoint in a run that starts from other weights."""
     stage, source = case.split(":")
     config = experiment(folder, int(stage))
     with closing(engine_of(config, rank, seed=1)) as engine:
-        # So that what is to be replaced is there: moments, averages, a position.
+        # Creates what the checkpoint replaces: moments, averages, a position.
         train(config, engine, rank, until=1)
         reader = CheckpointReader(step_folder(folder / source, SAVED_STEP))
         engine.check(reader)

@@ -1,24 +1,21 @@
-"""Runs small engines one after the other and writes down what they did, for tests to judge.
+"""Runs small engines one after the other and records what they do, for tests to judge.
 
 Usage: engine_facts.py FOLDER ARRANGEMENT-PRECISION... The arrangement is the name of a file in
 ds_configs without `zero`. Case 3-offload-bf16 on 2 ranks is written to
-FOLDER/2-3-offload-bf16.safetensors. Two ranks' stage 2 leaves a checkpoint, which every later case
-of its precision restores.
+FOLDER/2-3-offload-bf16.safetensors. Stage 2 on two ranks leaves a checkpoint, which every later
+case of its precision restores.
 """
 
-import json
 import sys
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 
 import torch
-from places import ROOT
+from builders import DeviceReads, objective_of, odd_sizes, randomised, write_deepspeed_json
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.checkpoint.folder import step_folder
 from srepa_ds.checkpoint.reader import CheckpointReader
 from srepa_ds.checkpoint.saving import save
@@ -29,7 +26,6 @@ from srepa_ds.engine import Engine, StepReport
 from srepa_ds.objective import Losses, Objective, TrainingInputs
 
 BATCH, NUM_TOKENS, TEACHER_WIDTH = 8, 4, 10
-TEACHER = TeacherShape(TEACHER_WIDTH, (2, 2))
 LEARNING_RATE, WEIGHT_DECAY, EPSILON, CLIPPING = 1e-2, 0.1, 1e-3, 0.5
 TIMEOUT = timedelta(minutes=7)
 GOOD_STEPS = 4
@@ -39,52 +35,16 @@ KINDS = ("master", "ema", "exp_avg", "exp_avg_sq")
 Facts = dict[str, Tensor]
 
 
-class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for the device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += "_local_scalar_dense" in str(func)
-        return func(*args, **(kwargs or {}))
-
-
 def experiment(
     folder: Path, arrangement: str, precision: str, accumulation: int, **optimizer: str
 ) -> Config:
-    """A model whose odd sizes make ranks' shares begin and end inside weights."""
-    document = json.loads((ROOT / f"ds_configs/zero{arrangement}.json").read_text())
-    settings = document["zero_optimization"]
-    stage = settings["stage"]
-    if stage > 0:
-        # Several buckets, as a large model has.
-        settings["reduce_bucket_size"] = 5_000
-    if stage == 3:
-        # As in a large model: some weights stay gathered, others are fetched little by little and
-        # released after the forward pass.
-        settings["stage3_param_persistence_threshold"] = 500
-        settings["stage3_prefetch_bucket_size"] = 2_000
-        settings["stage3_max_reuse_distance"] = 1_000
-    deepspeed = folder / f"zero{arrangement}.json"
-    ranks.together(
-        lambda: deepspeed.write_text(json.dumps(document)) if ranks.rank() == 0 else None
-    )
-    spec = {"architecture": "vit_tiny_patch16_224", "width": TEACHER_WIDTH}
-    spec |= {"patch_size": 2, "input_size": 4}
-    alignment = {
-        "teacher": {"spec": spec, "weights": "unused.safetensors"},
-        "depth": 2,
-        "projector": {"hidden_width": 13},
-        "pointwise": {"weight": 1.0},
-        "structural": {"kind": "mse", "weight": 2.0},
-    }
-    model = {"variant": "SiT-S/2", "input_size": 4, "in_channels": 3, "num_classes": 6}
+    """Returns the experiment of an arrangement, with the tests' odd sizes."""
+    deepspeed = ranks.on_main(write_deepspeed_json, folder, arrangement)
     return config_from(
         {
             "run": {"folder": "unused"},
             "data": {"folder": "unused"},
-            "model": {**model, "depth": 3, "hidden_size": 20, "num_heads": 5},
-            "alignments": [alignment],
+            **odd_sizes(),
             "optimizer": {
                 "learning_rate": LEARNING_RATE,
                 "weight_decay": WEIGHT_DECAY,
@@ -100,18 +60,13 @@ def experiment(
     )
 
 
-def objective_of(config: Config) -> Objective:
-    """All weights random, also those a run starts from zero; bf16 holds hardly one of them."""
-    objective = Objective(config.model, config.objective, config.alignments, teachers=(TEACHER,))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in objective.parameters():
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return objective
+def random_objective(config: Config) -> Objective:
+    """Returns the objective with random weights, hardly one of which bf16 can hold."""
+    return randomised(objective_of(config))
 
 
 def global_batch(step: int) -> TrainingInputs:
-    """The inputs of step `step` (from 1), of all ranks and micro steps."""
+    """Returns the inputs of step `step` (from 1), of all ranks and micro steps."""
     generator = torch.Generator().manual_seed(step)
     latents, noise = torch.randn(2, BATCH, 3, 4, 4, generator=generator)
     labels = torch.randint(0, 7, (BATCH,), generator=generator)
@@ -121,12 +76,12 @@ def global_batch(step: int) -> TrainingInputs:
 
 
 def stacked(losses: Losses) -> torch.Tensor:
-    """The terms as one vector."""
+    """Returns the scalar terms as one vector."""
     return torch.stack([value.detach() for value in losses if value.ndim == 0])
 
 
 def share_of(batch: TrainingInputs, number: int, parts: int) -> TrainingInputs:
-    """Part `number` of `parts` equal ones."""
+    """Returns part `number` of `parts` equal parts."""
     size = BATCH // parts
     rows = slice(number * size, (number + 1) * size)
     latents, labels, t, noise, patches, *_ = batch
@@ -137,7 +92,7 @@ def share_of(batch: TrainingInputs, number: int, parts: int) -> TrainingInputs:
 def run_step(
     engine: Engine, rank: Rank, step: int, *, accumulation: int = 1, bad_micro_step: int = -1
 ) -> StepReport:
-    """Takes step `step`; the last rank's `bad_micro_step` has a sample that is not a number."""
+    """Takes step `step`; the last rank's `bad_micro_step` has a NaN in one sample."""
     micro_batches = []
     for micro_step in range(accumulation):
         number = micro_step * rank.world_size + rank.number
@@ -149,7 +104,7 @@ def run_step(
 
 
 def report_facts(prefix: str, report: StepReport) -> Facts:
-    """The report, losses averaged over ranks; what each rank says of the norm and of skipping."""
+    """Returns a report: losses averaged over ranks, and each rank's norm and whether it stepped."""
     losses = ranks.averaged(stacked(report.losses))
     said = ranks.gather((report.gradient_norm.item(), report.applied))
     return {
@@ -161,9 +116,9 @@ def report_facts(prefix: str, report: StepReport) -> Facts:
 
 
 def state_facts(prefix: str, engine: Engine, shapes: dict[str, torch.Size]) -> Facts:
-    """All ranks' fragments put together: a flat vector of each kind, and how often each is there.
+    """Returns all ranks' fragments joined: a flat vector per kind, and how often elements occur.
 
-    Elements nobody owns are not numbers.
+    Elements that no rank owns are NaN.
     """
     pieces = [(p.kind, p.name, p.start, p.values.detach().clone()) for p in engine.pieces()]
     facts: Facts = {}
@@ -184,7 +139,7 @@ def state_facts(prefix: str, engine: Engine, shapes: dict[str, torch.Size]) -> F
 
 
 def copies_facts(prefix: str, engine: Engine, arrangement: str) -> Facts:
-    """The weights every rank computes with, one row per rank; under stage 3 none has them all."""
+    """Returns the weights each rank computes with, a row per rank; nothing under stage 3."""
     if arrangement.startswith("3"):
         return {}
     module = engine._deepspeed.module
@@ -193,8 +148,8 @@ def copies_facts(prefix: str, engine: Engine, arrangement: str) -> Facts:
 
 
 def plain_loop(config: Config) -> Facts:
-    """The same training in fp32 without DeepSpeed: one process, whole batches, torch's AdamW."""
-    objective = objective_of(config)
+    """Trains in fp32 without DeepSpeed: one process, whole batches, torch's AdamW."""
+    objective = random_objective(config)
     parameters = list(objective.parameters())
     optimizer = torch.optim.AdamW(
         parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, eps=EPSILON
@@ -206,7 +161,7 @@ def plain_loop(config: Config) -> Facts:
     facts = {"plain.0.master": flat()}
     for step in range(1, GOOD_STEPS + 1):
         optimizer.zero_grad()
-        losses = objective(*global_batch(step))
+        losses = objective(global_batch(step))
         losses.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIPPING)
         optimizer.step()
@@ -222,8 +177,8 @@ def keep(engine: Engine, folder: Path, *, step: int, rank: Rank) -> None:
 
 
 def resumed(config: Config, folder: Path, *, step: int, rank: Rank) -> Engine:
-    """An engine built with other weights that has taken over a checkpoint."""
-    objective = objective_of(config)
+    """Returns an engine built with other weights that has restored a checkpoint."""
+    objective = random_objective(config)
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.add_(1.0)
@@ -235,10 +190,10 @@ def resumed(config: Config, folder: Path, *, step: int, rank: Rank) -> Engine:
 
 
 def train(folder: Path, arrangement: str, precision: str, rank: Rank) -> Facts:
-    """Three good steps, a checkpoint, a bad step, a good one; each step's state."""
+    """Takes three good steps, saves, takes a bad step and a good one; returns each state."""
     config = experiment(folder, arrangement, precision, accumulation=1)
     facts = plain_loop(config)
-    objective = objective_of(config)
+    objective = random_objective(config)
     shapes = {name: parameter.shape for name, parameter in objective.named_parameters()}
     engine = Engine(objective, config, rank)
     facts["timeout"] = torch.tensor(timeout_of(engine))
@@ -254,7 +209,7 @@ def train(folder: Path, arrangement: str, precision: str, rank: Rank) -> Facts:
         keep(engine, folder / f"saved-{precision}", step=SAVED_STEP, rank=rank)
     facts |= report_facts("bad", run_step(engine, rank, GOOD_STEPS, bad_micro_step=0))
     facts |= state_facts("bad", engine, shapes) | copies_facts("bad", engine, arrangement)
-    with Reads() as reads:
+    with DeviceReads() as reads:
         report = run_step(engine, rank, GOOD_STEPS)
     facts["reads"] = torch.tensor(ranks.gather(reads.count))
     facts |= report_facts(f"{GOOD_STEPS}", report)
@@ -265,16 +220,18 @@ def train(folder: Path, arrangement: str, precision: str, rank: Rank) -> Facts:
 
 
 def timeout_of(engine: Engine) -> float:
-    """The seconds for which DeepSpeed's collectives wait for other ranks."""
+    """Returns the seconds that DeepSpeed's collectives wait for other ranks."""
     group = engine._deepspeed.seq_data_parallel_group
     return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
 
 def accumulate(folder: Path, arrangement: str, precision: str, rank: Rank) -> Facts:
-    """The same steps in two micro steps each, with a checkpoint after two; then one step whose
-    first micro step alone is bad, and a good one, which a resumed engine takes as well."""
+    """Takes two steps of two micro steps each and saves, then takes two more.
+
+    Of the first of these, only the first micro step is bad; a resumed engine takes the second too.
+    """
     config = experiment(folder, arrangement, precision, accumulation=2)
-    objective = objective_of(config)
+    objective = random_objective(config)
     shapes = {name: parameter.shape for name, parameter in objective.named_parameters()}
     engine = Engine(objective, config, rank)
     facts: Facts = {}
@@ -296,9 +253,9 @@ def accumulate(folder: Path, arrangement: str, precision: str, rank: Rank) -> Fa
 
 
 def restore(folder: Path, arrangement: str, precision: str, rank: Rank) -> Facts:
-    """The checkpoint of two ranks' stage 2 taken over, and the step after it."""
+    """Restores the checkpoint of stage 2 on two ranks and takes the next step."""
     config = experiment(folder, arrangement, precision, accumulation=1)
-    shapes = {name: value.shape for name, value in objective_of(config).named_parameters()}
+    shapes = {name: value.shape for name, value in random_objective(config).named_parameters()}
     engine = resumed(config, folder / f"saved-{precision}", step=SAVED_STEP, rank=rank)
     facts = state_facts("restored", engine, shapes) | copies_facts("restored", engine, arrangement)
     facts |= report_facts("restored.next", run_step(engine, rank, GOOD_STEPS))

@@ -1,6 +1,6 @@
-"""Builds every structural kernel for a Hopper GPU, which needs none: DTYPE FIGURES.
+"""Builds every structural kernel for a Hopper GPU, without needing one.
 
-FIGURES gets, per kernel, what the assembler made of it.
+Usage: gram_triton_build.py DTYPE FIGURES. FIGURES gets the assembler's figures of each kernel.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Runs the structural kernels on stored tokens: DEVICE TOKENS RESULTS.
+"""Runs the structural kernels on stored tokens.
 
-TOKENS holds NAME.student and NAME.teacher; RESULTS gets NAME.LOSS.{value,gradient}, and below 64
-tokens also NAME.LOSS.value_alone, formed without the gradient.
-On a CPU the kernels run under Triton's interpreter.
+Usage: gram_triton_values.py DEVICE TOKENS RESULTS. TOKENS holds NAME.student and NAME.teacher.
+RESULTS gets NAME.LOSS.{value,gradient}, and below 64 tokens also NAME.LOSS.value_alone, computed
+without the gradient. On a CPU the kernels run under Triton's interpreter.
 """
 
 import os
@@ -38,7 +38,7 @@ def main(device, source, target):
     from srepa_ds.alignment.gram_algorithms import triton as gram_triton
     from srepa_ds.alignment.gram_algorithms.parts import Temperatures
 
-    # As documented: in time is before the first call.
+    # Triton reads it at the first call.
     os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
     warnings.filterwarnings("error", module="srepa_ds")
     assert gram_triton.unavailable(torch.device(device)) is None

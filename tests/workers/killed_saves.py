@@ -1,4 +1,4 @@
-"""Saves checkpoints over and over in child processes that are killed at random moments.
+"""Saves checkpoints repeatedly in child processes that are killed at random moments.
 
 Usage: killed_saves.py FOLDER KILLS MODE. After each kill the newest checkpoint must be readable.
 """
@@ -23,7 +23,7 @@ SAVE_EVERY = 6
 
 
 def save_for_ever(root: Path, first: int, mode: str) -> None:
-    """Each step's weights are all equal to the step; every sixth is saved."""
+    """Sets all weights to the step and saves every sixth step, until killed."""
     config = CheckpointConfig(keep_last=2, keep_every_steps=0, asynchronous=mode == "asynchronous")
     writer = CheckpointWriter(root, config, rank=0)
     weights = torch.empty(NUMEL)
@@ -38,7 +38,7 @@ def save_for_ever(root: Path, first: int, mode: str) -> None:
 
 
 def newest_step(root: Path) -> int:
-    """Returns the newest valid checkpoint's step, having read it; -1 without one."""
+    """Reads the newest valid checkpoint and returns its step, -1 without one."""
     folder = newest_valid(root)
     if folder is None:
         return -1

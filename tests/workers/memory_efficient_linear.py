@@ -1,8 +1,8 @@
-"""Says how far gradients lie from plain ones under DeepSpeed's stage 3 with products kept.
+"""Measures the error of gradients under DeepSpeed's stage 3 when products are kept.
 
-Usage: memory_efficient_linear.py FILE. Writes the largest relative distance of any weight, with
-`memory_efficient_linear` off and then on; in this order, since on replaces torch's linear map for
-the rest of the process.
+Usage: memory_efficient_linear.py FILE. Writes the largest relative distance of any weight's
+gradient from the plain one, with `memory_efficient_linear` off and then on; in this order, because
+"on" replaces torch's linear map for the rest of the process.
 """
 
 import json
@@ -10,26 +10,28 @@ import sys
 from pathlib import Path
 
 import deepspeed
-import deepspeed.ops
 import torch
+from builders import distance
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from srepa_ds.distributed import ranks
 from srepa_ds.model.activation_checkpointing import run_block
+from srepa_ds.zero import fixes
 
 WIDTH, DEPTH = 6, 3
 
 
 class Block(nn.Module):
-    """Two linear maps with biases: as little of a transformer block as is needed."""
+    """Two linear maps with biases: the part of a transformer block that shows the fault."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, stream: Tensor, activated: Tensor) -> Tensor:
-        return stream + self.fc2(torch.tanh(self.fc1(stream * activated[:, None])))
+    def forward(self, residual_stream: Tensor, conditioning: Tensor) -> Tensor:
+        hidden = torch.tanh(self.fc1(residual_stream * conditioning[:, None]))
+        return residual_stream + self.fc2(hidden)
 
 
 class Model(nn.Module):
@@ -50,7 +52,7 @@ class Model(nn.Module):
 
 
 def distance_under_deepspeed(inputs: Tensor, *, efficient: bool) -> float:
-    """The largest distance of a weight's gradient from that of plain PyTorch."""
+    """Returns the largest distance of a weight's gradient from that of plain PyTorch."""
     plain = Model("everything")
     plain(inputs).backward()
     expected = [weight.grad for weight in plain.parameters()]
@@ -67,14 +69,12 @@ def distance_under_deepspeed(inputs: Tensor, *, efficient: bool) -> float:
     found = [safe_get_full_grad(weight).clone() for weight in engine.module.parameters()]
     engine.destroy()
     pairs = zip(found, expected, strict=True)
-    return max(((one - other).norm() / other.norm()).item() for one, other in pairs)
+    return max(distance(one, other) for one, other in pairs)
 
 
 def main(file: Path) -> None:
     torch.set_num_threads(1)
-    # Otherwise DeepSpeed compiles a kernel that nothing here uses.
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    ranks.initialize()
+    fixes.prepare(ranks.initialize())
     inputs = torch.randn(4, 5, WIDTH, generator=torch.Generator().manual_seed(0))
     distances = [distance_under_deepspeed(inputs, efficient=choice) for choice in (False, True)]
     file.write_text(json.dumps(distances))

@@ -1,21 +1,23 @@
-"""Six steps of every mode from the golden weights, through the real engine.
+"""Takes six steps of every mode from the golden weights, through the real engine.
 
-Usage: trajectory.py GOLDEN_FOLDER DEEPSPEED_JSON OUTPUT
+Usage: trajectory.py DEEPSPEED_JSON OUTPUT
 """
 
 import sys
 from pathlib import Path
 
 import torch
+from builders import objective_of
+from golden_sit import GOLDEN_CONFIG, golden_weights
+from places import GOLDEN
 from safetensors.torch import load_file, save_file
 
-from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.checkpoint.reader import CheckpointReader
 from srepa_ds.checkpoint.saving import save
 from srepa_ds.config.experiment import Config, config_from
 from srepa_ds.distributed import ranks
 from srepa_ds.engine import Engine
-from srepa_ds.objective import Objective, TrainingInputs, official_name
+from srepa_ds.objective import TrainingInputs, official_name
 
 MODES = {
     "sit": None,
@@ -27,7 +29,7 @@ BATCH = 4
 
 
 def experiment(mode: str, deepspeed: str) -> Config:
-    """The golden experiment of `mode`."""
+    """Returns the golden experiment of `mode`."""
     teacher = {
         "spec": {
             "architecture": "vit_tiny_patch16_224",
@@ -43,15 +45,7 @@ def experiment(mode: str, deepspeed: str) -> Config:
         {
             "run": {"folder": "unused"},
             "data": {"folder": "unused"},
-            "model": {
-                "variant": "SiT-S/2",
-                "input_size": 8,
-                "in_channels": 4,
-                "num_classes": 10,
-                "depth": 4,
-                "hidden_size": 64,
-                "num_heads": 4,
-            },
+            "model": GOLDEN_CONFIG,
             "alignments": [alignment] if terms else [],
             "optimizer": {"learning_rate": 1e-3},
             "ema": {"decay": 0.99},
@@ -62,22 +56,17 @@ def experiment(mode: str, deepspeed: str) -> Config:
     )
 
 
-def main(golden: Path, deepspeed: str, output: Path) -> None:
+def main(deepspeed: str, output: Path) -> None:
     """Writes the log and the final masters and EMAs of all modes to `output`."""
     rank = ranks.initialize()
-    data = load_file(golden / "trajectory.safetensors")
-    weights = {
-        key.removeprefix("param."): value
-        for key, value in load_file(golden / "sit_qknorm0.safetensors").items()
-        if key.startswith("param.")
-    }
+    data = load_file(GOLDEN / "trajectory.safetensors")
+    weights = golden_weights("sit_qknorm0")
     share = BATCH // rank.world_size
     mine = slice(rank.number * share, (rank.number + 1) * share)
     result = {}
     for mode in MODES:
         config = experiment(mode, deepspeed)
-        teachers = tuple(TeacherShape(48, (4, 4)) for _ in config.alignments)
-        objective = Objective(config.model, config.objective, config.alignments, teachers=teachers)
+        objective = objective_of(config)
         with torch.no_grad():
             for name, parameter in objective.named_parameters():
                 parameter.copy_(weights[official_name(name)])
@@ -111,4 +100,4 @@ def main(golden: Path, deepspeed: str, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""DeepSpeed's own file: what it may say, and what is refused before anything is built."""
+"""DeepSpeed's own file: the settings it may have, and those refused before anything is built."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from places import ROOT
 
-from srepa_ds.config.cross_checks import _deepspeed_json_is_sound
-from srepa_ds.config.sections import EngineConfig
+from srepa_ds.config.experiment import config_from
 from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.zero.json_file import (
     ALLOWED,
@@ -69,7 +68,7 @@ def test_what_we_take_deepspeed_takes(tmp_path, name):
         DeepSpeedZeroConfig(**document["zero_optimization"])
 
 
-# A document of one setting, and what DeepSpeed makes of it.
+# A document with one setting, and a test that DeepSpeed reads it.
 READ = [
     ({"communication_data_type": "bf16"}, lambda c: c.communication_data_type is torch.bfloat16),
     ({"prescale_gradients": True}, lambda c: c.prescale_gradients),
@@ -77,7 +76,7 @@ READ = [
     ({"wall_clock_breakdown": True}, lambda c: c.wall_clock_breakdown),
     ({"zero_optimization": {"stage": 1}}, lambda c: c.zero_optimization_stage == 1),
     ({"comms_logger": {"enabled": True}}, lambda c: c.comms_config.comms_logger_enabled),
-    # It turns on what is printed after every step from then on.
+    # It turns on a message after every later step.
     ({"flops_profiler": {"enabled": True}}, lambda c: c.wall_clock_breakdown),
     ({"memory_breakdown": True}, lambda c: c.memory_breakdown),
     ({"dump_state": True}, lambda c: c.dump_state),
@@ -114,7 +113,7 @@ def test_a_deepspeed_json_that_repeats_the_yaml_is_refused(tmp_path, key):
     [
         ("{", "is not JSON"),
         ("[]", "must be a JSON object"),
-        ('{"prescale_gradients": true, "prescale_gradients": true}', "gradients' stands twice"),
+        ('{"prescale_gradients": true, "prescale_gradients": true}', "gradients' is given twice"),
         ('{"zero_optimisation": {"stage": 3}}', "did you mean 'zero_optimization'"),
         ('{"zero_optimization": 2}', r"must be an object \(given: 2\)"),
         ('{"zero_optimization": {"stage": 4}}', "must be 0, 1, 2 or 3"),
@@ -166,7 +165,7 @@ def test_all_faults_are_named_at_once(tmp_path):
             "offload_optimizer": {"device": "gpu", "pinned": True},
         },
     }
-    # A string in place of a number, and one where nothing is.
+    # Null in place of a number.
     document["zero_optimization"]["allgather_bucket_size"] = None
     assert {fault.path for fault in faults(tmp_path, document)} == {
         "train_batch_size",
@@ -191,9 +190,17 @@ def test_no_value_is_too_strange(tmp_path, value):
 def test_what_the_rest_of_the_engine_forbids_is_named(tmp_path):
     document = {"communication_data_type": "bf16", "zero_optimization": {"stage": 3}}
     path = written(tmp_path, document)
-    assert not list(_deepspeed_json_is_sound(EngineConfig(deepspeed=path)))
-    engine = EngineConfig(deepspeed=path, precision="bf16_autocast", compile=True)
-    compiled, communication = _deepspeed_json_is_sound(engine)
+    model = {"variant": "SiT-S/2", "input_size": 32, "in_channels": 4, "num_classes": 10}
+    experiment = {"run": {"folder": "run"}, "data": {"folder": "data"}, "model": model}
+    experiment["train"] = {"steps": 1}
+
+    def load(**engine) -> None:
+        config_from({**experiment, "engine": {"deepspeed": str(path), **engine}}, source="test")
+
+    load()
+    with pytest.raises(ConfigError) as caught:
+        load(precision="bf16_autocast", compile=True)
+    compiled, communication = caught.value.faults
     assert compiled.path == "engine.compile"
     assert "stage 3" in compiled.message
-    assert "communication_data_type means nothing" in communication.message
+    assert "communication_data_type has no effect" in communication.message

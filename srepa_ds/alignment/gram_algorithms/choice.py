@@ -1,4 +1,4 @@
-"""Which algorithm computes a structural loss, and for how many images at a time."""
+"""The choice of the algorithm for a structural loss, and of how many images it takes at a time."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,20 +27,21 @@ KL_ALGORITHMS: dict[str, Algorithm] = {
 }
 ALGORITHMS = {"mse": MSE_ALGORITHMS, "kl": KL_ALGORITHMS}
 
-# What `auto` stands for, by device: `dense` up to so many tokens, where whole Gram matrices are
-# small, and for mse `feature` above so many tokens per channel of mean width; `tiled` elsewhere.
+# The choice of `auto`, by device: `dense` up to this many tokens, where whole Gram matrices are
+# small, and for mse `feature` above this many tokens per channel of mean width; `tiled` elsewhere.
 # CPU: value and gradient timed on two cores of an AMD EPYC, widths 768 and 1024, 256 to 4,096
 # tokens, November 2026; `feature` and `tiled` were equal at about 2.0. CUDA: not measured.
 Row = dict[str, int | float]
 DENSE_UP_TO: dict[str, Row] = {"mse": {"cpu": 768, "cuda": 0}, "kl": {"cpu": 1024, "cuda": 0}}
 FEATURE_ABOVE: Row = {"cpu": 2.0, "cuda": 1.9}
 
-# Images are worked on together until their temporaries reach this many elements. CPU: with 256
+# Images are processed together until their temporaries reach this many elements. CPU: with 256
 # tokens `dense` KL was fastest on two to four images, MSE on eight or more. CUDA: not measured;
-# with what a bfloat16 student keeps, 32 images of 1,024 tokens at width 768 stay below 64 MiB.
+# 32 images of 1,024 tokens at width 768, with the gradient saved for a bfloat16 student, stay
+# below 64 MiB.
 WORKING_SET_ELEMENTS: Row = {"cpu": 7 << 18, "cuda": 3 << 20}
 
-# `triton` has a program for every 64 tokens: these are one for each multiprocessor of an H100.
+# `triton` has a program for every 64 tokens: one for each multiprocessor of an H100.
 TRITON_TOKENS = 1 << 13
 
 
@@ -50,7 +51,7 @@ def resolve_algorithm(
     student: Float[Tensor, "batch tokens d_student"],
     teacher: Float[Tensor, "batch tokens d_teacher"],
 ) -> str:
-    """Returns the algorithm that `auto` stands for here, or `algorithm` itself if it exists."""
+    """Returns the algorithm `auto` chooses here, or `algorithm` itself; ValueError if unknown."""
     table = ALGORITHMS[kind]
     if algorithm != "auto":
         if algorithm not in table:
@@ -72,7 +73,7 @@ def image_groups(
     algorithm: str,
     tile: int,
 ) -> Iterator[slice]:
-    """Returns groups of images small enough that temporaries do not grow with the batch."""
+    """Yields groups of images small enough that temporaries do not grow with the batch."""
     num_images, num_tokens, _ = student.shape
     if algorithm == "triton":
         size = TRITON_TOKENS // num_tokens
@@ -84,7 +85,7 @@ def image_groups(
 
 
 def _temporaries(student: Tensor, teacher: Tensor, kind: str, algorithm: str, tile: int) -> int:
-    """Returns how many elements an algorithm makes for an image, roughly."""
+    """Returns roughly how many temporary elements an algorithm makes for an image."""
     _, num_tokens, d_student = student.shape
     d_teacher = teacher.shape[2]
     if (kind, algorithm) == ("mse", "dense"):
@@ -101,7 +102,7 @@ def _temporaries(student: Tensor, teacher: Tensor, kind: str, algorithm: str, ti
 
 
 def working_set(tensor: Tensor) -> int:
-    """Returns how many elements temporaries should have at most, on the tensor's device."""
+    """Returns the most elements temporaries should have on the tensor's device."""
     return int(_row(WORKING_SET_ELEMENTS, tensor))
 
 

@@ -30,10 +30,10 @@ def mse_dense(
 ) -> Float[Tensor, ""]:
     """Returns the float64 sum of D_ij^2 = (S^S_ij - S^T_ij)^2 over i != j (Eq. 6).
 
-    Similarities are products of tokens, divided by both norms; each pair is computed once. So is
-    the gradient a product M s with the tokens as they are, M_ij = 4 D_ij / (|s_i| |s_j|), where
-    M_ii = -4 sum_j D_ij S^S_ij / |s_i|^2 takes away what would change a norm. `scale` times it is
-    written to `gradient`, if given. In float32 lengths must stay below 1e18.
+    Similarities are products of tokens, divided by both norms; each pair is computed once. The
+    gradient is a product M s with the raw tokens, M_ij = 4 D_ij / (|s_i| |s_j|), where
+    M_ii = -4 sum_j D_ij S^S_ij / |s_i|^2 removes the part that would change a norm. `scale` times
+    it is written to `gradient`, if given. In float32 lengths must stay below 1e18.
     """
     student, teacher = _wide(student, teacher)
     norm = norms(student)
@@ -56,7 +56,7 @@ def mse_dense(
             matrix[:, rows, right] = _divided(difference, inverse, start)
             matrix[:, below:, rows] = difference[:, :, BLOCK:].mT
     if gradient is not None and matrix is not None:
-        # Below the clamp the denominator is a constant and nothing is taken away.
+        # Below the clamp the denominator is a constant and nothing is removed.
         along.masked_fill_(norm < EPSILON, 0)
         diagonal(matrix, 0).copy_((along * inverse.square()).squeeze(-1).neg_())
         _multiply_into(gradient, matrix.mul_(4 * scale), student)

@@ -1,6 +1,6 @@
-"""What the structural losses' algorithms share: unit tokens, Gram matrices, sums.
+"""Parts shared by the algorithms of the structural losses: unit tokens, Gram matrices, sums.
 
-None of it leaves anything for autograd to remember.
+None of them saves anything for autograd.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Rows of a Gram matrix worked on at a time; of products, the half that is not yet known.
+# Rows of a Gram matrix computed at a time; of each product only the half that is not yet known.
 BLOCK = 128
 
 EPSILON = 1e-12
-"""The least norm a token is divided by, so that a zero vector stays zero."""
+"""The smallest norm a token is divided by, so that a zero vector stays zero."""
 
 
 class PairSum(NamedTuple):
@@ -40,7 +40,7 @@ def on_unit_tokens(
     gradient: Float[Tensor, "batch tokens d_student"] | None,
     **options: Any,
 ) -> Float[Tensor, ""]:
-    """Returns the float64 sum that `compute` gives of the unit tokens x / max(|x|, 1e-12).
+    """Returns the float64 sum `compute` gives for the unit tokens x / max(|x|, 1e-12).
 
     `scale` times its gradient with respect to `student` is written to `gradient`, if given.
     """
@@ -88,13 +88,13 @@ def gram(tokens: Tensor) -> Tensor:
 
 
 def diagonal(rows: Tensor, offset: int) -> Tensor:
-    """Returns a view of the elements where a row meets its own token, `offset` columns in."""
+    """Returns a view of the diagonal that starts `offset` columns in: each token with itself."""
     return rows.diagonal(offset=offset, dim1=-2, dim2=-1)
 
 
 def sum_of_squares(rows: Tensor, *, within_rows: torch.dtype | None = None) -> Tensor:
-    """Returns a float64 sum; a row is reduced in its own dtype unless told otherwise.
+    """Returns a float64 sum; each row is reduced in `within_rows`, by default its own dtype.
 
-    That needs no wide copy.
+    The default needs no wide copy.
     """
     return torch.linalg.vector_norm(rows, dim=-1, dtype=within_rows).double().square().sum()

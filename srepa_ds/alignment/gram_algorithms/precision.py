@@ -1,4 +1,4 @@
-"""Matrix products that keep float32's precision, whatever the surroundings have chosen."""
+"""Matrix products in full float32 precision, whatever autocast and TF32 settings surround them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ _PRECISION_LOCK = RLock()
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Returns a block without autocast whose float32 products are IEEE ones.
+    """Turns autocast and TF32 off while the block runs.
 
-    torch has no thread-local switch for TF32, so the process's is held while kernels are launched
-    and put back after; work of other threads can only become more precise by that.
+    torch has no thread-local switch for TF32, so the process's is set while kernels are launched
+    and restored afterwards; the work of other threads can only become more precise.
     """
     backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
     with torch.autocast(device_type, enabled=False), _PRECISION_LOCK:

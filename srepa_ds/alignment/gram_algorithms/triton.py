@@ -16,7 +16,7 @@ from srepa_ds.alignment.gram_algorithms.parts import PairSum, Temperatures
 
 
 class Tiling(NamedTuple):
-    """How a kernel divides its work: rows x columns of a Gram tile, channels read at a time."""
+    """The sizes of a kernel's pieces: rows x columns of a Gram tile, channels read at a time."""
 
     rows: int
     columns: int
@@ -37,7 +37,7 @@ class Tiling(NamedTuple):
 # the tensor cores, each chunk from zero and added to the tile in float32: with 768 channels an
 # emulation of that gives the value to 2e-7 and the gradient to 1e-7, where float32 gives 1e-8 and
 # 3e-8. "ieee" is float32 itself, on the ordinary cores at a several times lower peak. "tf32" alone
-# would keep three decimal digits and is no option.
+# would keep three decimal digits, too few.
 TILINGS = {
     torch.float32: Tiling(64, 64, 16, "tf32x3", num_warps=4, num_stages=4),
     torch.float64: Tiling(32, 32, 16, "ieee", num_warps=4, num_stages=3),
@@ -45,7 +45,7 @@ TILINGS = {
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Returns a sentence saying why the kernels cannot run on `device`, or None if they can."""
+    """Returns the reason why the kernels cannot run on `device`, or None if they can."""
     if find_spec("triton") is None:
         return "triton is not installed"
     from srepa_ds.alignment.gram_algorithms import triton_kernels as kernels

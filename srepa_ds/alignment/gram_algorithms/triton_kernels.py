@@ -113,7 +113,7 @@ def _logits(tokens, scale, rows, columns, num_tokens, width, CHUNK, PRECISION):
 @triton.jit
 @no_type_check
 def _without_self(logits, rows, columns, num_tokens):
-    """Returns logits with -inf where a row meets its own token or a column is no token."""
+    """Returns logits with -inf on the diagonal and in columns beyond the last token."""
     is_pair = (rows[:, None] != columns[None, :]) & (columns < num_tokens)[None, :]
     return tl.where(is_pair, logits, -float("inf"))
 
@@ -135,7 +135,7 @@ def kl_rows_kernel(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Writes each row's KL(P^T || P^S) and what makes probabilities of its logits.
+    """Writes each row's KL(P^T || P^S) and the statistics of its softmax.
 
     `statistics` is (images, 4, tokens): maximum and 1 / sum exp(logit - maximum) of the student's
     rows, then of the teacher's. A log-sum-exp would be one number instead of two, but its rounding
@@ -188,7 +188,7 @@ def kl_rows_kernel(
 @triton.jit
 @no_type_check
 def _both_ways(logits, statistics, rows, columns, num_tokens):
-    """Returns P_ij + P_ji of a tile from logits that are the same both ways."""
+    """Returns P_ij + P_ji of a tile, from its symmetric logits."""
     row_top = tl.load(statistics + rows, rows < num_tokens, 0.0)
     row_share = tl.load(statistics + num_tokens + rows, rows < num_tokens, 0.0)
     column_top = tl.load(statistics + columns, columns < num_tokens, 0.0)

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits."""
+"""The source `digits`: scikit-learn's handwritten digits."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from srepa_ds.errors import DataError
 
 
 class Digits:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey values that come inside the library."""
+    """1,797 handwritten digits of 8 x 8 grey values, contained in the library."""
 
     def __init__(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""What a source of labelled images is."""
+"""The `Source` protocol: a labelled collection of images in a fixed order."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SourceItem:
-    """One image as the source holds it."""
+    """One image of a source, with its label and its name."""
 
     image: Image.Image
     label: int
@@ -27,7 +27,7 @@ class Source(Protocol):
 
     @property
     def labels(self) -> Int64[Tensor, " samples"]:
-        """The label of every image, without decoding one."""
+        """The label of every image, known without decoding images."""
 
     def item(self, index: int) -> SourceItem:
         """Returns one image; raises DataError if it cannot be decoded."""

@@ -1,21 +1,21 @@
-"""The sources by name, a row each."""
+"""The table of sources: `SOURCES`, a row for each, and the section that chooses one."""
 
 from typing import Annotated
 
 from srepa_ds.data.sources.digits import Digits
 from srepa_ds.data.sources.source import Source
-from srepa_ds.schema import Section, known_in
+from srepa_ds.schema import Section, one_of
 
 SOURCES: dict[str, type[Source]] = {"digits": Digits}
 
 
 class SourceConfig(Section):
-    """Where the images come from."""
+    """The source of the images."""
 
-    kind: Annotated[str, known_in("source", SOURCES)]
+    kind: Annotated[str, one_of("source", SOURCES)]
     """`digits`: scikit-learn's handwritten digits."""
 
 
 def build_source(config: SourceConfig) -> Source:
-    """Returns the opened source; raises DataError if it is not there."""
+    """Returns the source that `config` names, opened; raises DataError if it is not available."""
     return SOURCES[config.kind]()

@@ -1,7 +1,4 @@
-"""Command lines that go wrong on one of two ranks only. Usage: differing_ranks.py FOLDER.
-
-FOLDER holds a small world. Rank 0 says once what is wrong, rank 1 nothing, and both end alike.
-"""
+"""What goes wrong on one rank of two is said once, and both end alike."""
 
 import contextlib
 import io
@@ -11,13 +8,17 @@ import shutil
 import sys
 from pathlib import Path
 
-from srepa_ds.cli import run
+import pytest
+import torch
+from ranks import run_function, start_function
+
+from srepa_ds.cli import main, run
 from srepa_ds.distributed import ranks
-from srepa_ds.training import run_folder
+from srepa_ds.training import claim
 
 
 def assert_one_voice(rank: int, arguments: list[str], *words: str) -> None:
-    """Runs a command line on this rank, and holds what both ranks did against what they should."""
+    """Runs a command line on this rank and checks what it says and returns."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         code = run(arguments)
@@ -31,30 +32,25 @@ def assert_one_voice(rank: int, arguments: list[str], *words: str) -> None:
     ranks.barrier()
 
 
-def main(folder: Path) -> None:
-    rank = int(os.environ["RANK"])
+def command_lines_that_differ(folder: Path, rank: int) -> None:
+    """Gives the ranks different files, and different overrides of the same one."""
     config = str(folder / "experiment.yaml")
-
     other = config if rank == 0 else str(folder / "nowhere.yaml")
     for command in (["train"], ["sample"], ["prepare", "--teacher"]):
         words = ("nowhere.yaml: 1 fault", "No such file", "met by rank 1 (")
         assert_one_voice(rank, [*command, other], *words)
     rate = f"optimizer.learning_rate={0.001 * (rank + 1)}"
     words = (
-        "ranks were given different settings; give all the same file and overrides: 2 faults",
+        "ranks were given different settings; give them all the same file and overrides: 2 faults",
         "optimizer.learning_rate: 0.001 on rank 0 (",
         "0.002 on rank 1 (",
         "run.seed: 0 on rank 0 (",
     )
     assert_one_voice(rank, ["train", config, rate, f"run.seed={7 * rank}"], *words)
-    files_that_differ(folder, rank)
-    run_folders_that_differ(folder, rank)
-    a_record_that_cannot_be_written(folder, rank)
-    ranks.leave(0)
 
 
 def files_that_differ(folder: Path, rank: int) -> None:
-    """Each rank's working directory has data and DeepSpeed's JSON of its own."""
+    """Gives each rank its own working directory with its own data and DeepSpeed JSON."""
     own = folder / f"of-{rank}"
     shutil.copytree(folder / "shards", own / "shards")
     if rank == 1:
@@ -75,8 +71,8 @@ def files_that_differ(folder: Path, rank: int) -> None:
 
 
 def run_folders_that_differ(folder: Path, rank: int) -> None:
-    """In each rank's working directory, as on disks of their own."""
-    run_folder._NEWS_SECONDS = 0.2
+    """Writes to each rank's own working directory, as if each had its own disk."""
+    claim._NEWS_SECONDS = 0.2
     words = ("does not see the run's folder", "of-1/runs/mine", "met by rank 1 (")
     where = "run.folder=runs/mine"
     assert_one_voice(rank, ["train", str(folder / "experiment.yaml"), where], *words)
@@ -84,7 +80,7 @@ def run_folders_that_differ(folder: Path, rank: int) -> None:
 
 
 def a_record_that_cannot_be_written(folder: Path, rank: int) -> None:
-    """The main rank alone writes it."""
+    """Puts a folder where the main rank writes its record."""
     if rank == 0:
         (folder / "run" / "metrics.jsonl").mkdir(parents=True)
     ranks.barrier()
@@ -92,5 +88,45 @@ def a_record_that_cannot_be_written(folder: Path, rank: int) -> None:
     assert_one_voice(rank, ["train", str(folder / "experiment.yaml")], *words)
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def all_that_differs(name: str) -> None:
+    """Goes through all of these cases on this rank: starting ranks takes longer than any."""
+    folder, rank = Path(name), int(os.environ["RANK"])
+    command_lines_that_differ(folder, rank)
+    files_that_differ(folder, rank)
+    run_folders_that_differ(folder, rank)
+    a_record_that_cannot_be_written(folder, rank)
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_on_one_rank_is_said_once(small_world, tmp_path):
+    run_function(all_that_differs, 2, small_world.copied_to(tmp_path / "world").folder)
+
+
+def train_with_gpus(seen_by_rank_1: int) -> None:
+    """Trains where rank 1 sees GPUs and rank 0 none."""
+    if os.environ["RANK"] == "1":
+        torch.cuda.is_available = lambda: True
+        torch.cuda.device_count = lambda: seen_by_rank_1
+        torch.cuda.set_device = lambda _: None
+    else:
+        torch.cuda.is_available = lambda: False
+    sys.argv[1:] = ["train", "nowhere.yaml"]
+    main()
+
+
+@pytest.mark.parametrize(
+    ("seen", "words"),
+    [
+        # Local rank 1 needs the second one.
+        (1, ("rank 1 (", "local rank 1 has no GPU: this node shows 1;")),
+        (2, ("rank 0 (", "sees no GPU, rank 1 (", "has one; repair its driver")),
+    ],
+)
+def test_ranks_that_cannot_join_say_so_once_and_end_together(seen, words, tmp_path):
+    processes = start_function(train_with_gpus, 2, seen, results=tmp_path)
+    outputs = [process.output() for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert outputs[0].count("error:") == 1
+    assert not [word for word in words if word not in outputs[0]], outputs
+    assert "error" not in outputs[1]
+    assert "Traceback" not in outputs[0] + outputs[1]

@@ -1,13 +1,15 @@
-"""A run's folder: one training at a time, and no other experiment in the same place."""
+"""A resumed run is the same experiment: which settings may change, and what else must be equal."""
 
-import json
+from fnmatch import fnmatch
 
 import pytest
 
+from srepa_ds.checkpoint.saving import save
 from srepa_ds.config.experiment import Config, config_from
-from srepa_ds.errors import ConfigError, OutputError
-from srepa_ds.schema import to_tree
-from srepa_ds.training.run_folder import check_shared, checkpoint_to_resume, claimed, unsafe_changes
+from srepa_ds.errors import ConfigError
+from srepa_ds.schema import may_change, to_tree
+from srepa_ds.training.resume import checkpoint_to_resume, unsafe_changes
+from srepa_ds.trees import leaves
 
 TEACHER = {"name": "dinov2-vit-b", "weights": "dinov2.safetensors"}
 ALIGNMENT = {"teacher": TEACHER, "depth": 4, "structural": {"kind": "mse", "weight": 2.0}}
@@ -28,6 +30,41 @@ def built(**changes) -> Config:
 def lines_of(config: Config) -> list[str]:
     faults = unsafe_changes(to_tree(built()), config)
     return [f"{fault.path}: {fault.message}" for fault in faults]
+
+
+MAY_CHANGE = (
+    *("run.folder", "engine.*", "checkpoint.*", "export.*", "sample.*", "evaluate.*", "monitor.*"),
+    *("data.folder", "data.num_workers", "data.prefetch_batches"),
+    *("train.steps", "train.log_every_steps", "train.accumulation_steps"),
+    *("train.max_skipped_steps", "train.max_rollbacks", "train.init_from.*"),
+    *("model.attention", "optimizer.cpu_adam"),
+    *("alignments.*.teacher.weights", "alignments.*.teacher.compile"),
+    *("alignments.*.structural.algorithm", "alignments.*.structural.tile"),
+)
+"""All settings that may change between a run and its resumption."""
+
+
+def test_exactly_these_settings_may_change():
+    plain = {**ALIGNMENT, "structural": None, "pointwise": {"weight": 1.0}}
+    config = built(
+        alignments=[ALIGNMENT, plain],
+        train={"steps": 10, "batch_size": 8, "init_from": {"path": "weights.safetensors"}},
+        evaluate={"reference": "data/test", "extractor": TEACHER},
+    )
+    paths = [path for path, _ in leaves(to_tree(config))]
+    expected = [path for path in paths if any(fnmatch(path, rule) for rule in MAY_CHANGE)]
+    assert all(any(fnmatch(path, rule) for path in expected) for rule in MAY_CHANGE)
+    assert [path for path in paths if may_change(Config, path)] == expected
+
+
+def test_sections_that_are_off_and_unknown_settings_follow_the_section_around_them():
+    assert may_change(Config, "evaluate")
+    assert may_change(Config, "train.init_from")
+    assert may_change(Config, "engine.setting_of_another_version")
+    assert not may_change(Config, "alignments.0.structural")
+    assert not may_change(Config, "alignments")
+    assert not may_change(Config, "train.setting_of_another_version")
+    assert not may_change(Config, "section_of_another_version.steps")
 
 
 @pytest.mark.parametrize(
@@ -64,59 +101,15 @@ def test_a_dropped_alignment_is_listed():
     assert "alignments.0.teacher.name: was 'dinov2-vit-b', is None" in lines
 
 
-def test_a_second_training_is_kept_out(tmp_path):
-    with claimed(tmp_path / "run", is_main=True):
-        second = claimed(tmp_path / "run", is_main=True)
-        with pytest.raises(OutputError, match="another process is training"), second:
-            raise AssertionError("two trainings share a folder")
-        with claimed(tmp_path / "run", is_main=False):
-            pass
-    with claimed(tmp_path / "run", is_main=True):
-        pass
-
-
-def test_a_folder_that_stays_empty_goes_again(tmp_path):
-    folder = tmp_path / "runs" / "run"
-    with claimed(folder, is_main=True):
-        assert folder.is_dir()
-    assert not list(tmp_path.iterdir())
-    with claimed(folder, is_main=True):
-        (folder / "kept").touch()
-    assert (folder / "kept").exists()
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    with claimed(mine, is_main=True):
-        pass
-    assert mine.is_dir()
-
-
-def test_looking_whether_the_folder_is_shared_leaves_nothing(tmp_path):
-    check_shared(tmp_path)
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(OutputError, match="cannot write to the run's folder"):
-        check_shared(tmp_path / "none")
-
-
-def test_other_data_behind_the_same_path_is_refused(tmp_path, write_checkpoint):
+def test_other_data_behind_the_same_path_is_refused(tmp_path):
     config = built(run={"folder": str(tmp_path)})
     state = {"config": to_tree(config), "identity": {"data": "a", "alignments.0.teacher": "b"}}
-    source = write_checkpoint(config.checkpoints, step=3, state=state)
+    source = save(config.run_folder.checkpoints, step=3, pieces=[], state=state, rank=0)
     same = {"data": "a", "alignments.0.teacher": "b"}
     assert checkpoint_to_resume(config, same, allow_change=False) == source
     other = {**same, "data": "c"}
-    with pytest.raises(ConfigError, match=r"1 fault\n  data: other .* hash was a, is c$"):
+    with pytest.raises(ConfigError, match=r"1 fault\n  data: the contents .* hash was a, is c$"):
         checkpoint_to_resume(config, other, allow_change=False)
     # A checkpoint from before something was compared.
     assert checkpoint_to_resume(config, {**same, "data.shards": "d"}, allow_change=False) == source
     assert checkpoint_to_resume(config, other, allow_change=True) == source
-
-
-@pytest.fixture
-def write_checkpoint():
-    from srepa_ds.checkpoint.saving import save
-
-    def write(root, *, step, state):
-        json.dumps(state)
-        return save(root, step=step, pieces=[], state=state, rank=0)
-
-    return write

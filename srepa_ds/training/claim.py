@@ -1,0 +1,69 @@
+"""Claims the folder of a run: one training at a time, in a folder that all ranks see."""
+
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from srepa_ds.distributed import ranks
+from srepa_ds.errors import OutputError
+from srepa_ds.files import locked, make_folder, remove_empty
+from srepa_ds.run_folder import RunFolder
+
+# NFS caches negative lookups for up to this long.
+_NEWS_SECONDS = 90.0
+_POLL_SECONDS = 0.1
+
+
+@contextmanager
+def claimed(run: RunFolder, *, is_main: bool) -> Iterator[None]:
+    """Keeps other trainings out of the run's folder while the block runs, on the main rank.
+
+    Makes the folder, and removes it if the block leaves it empty. Raises OutputError if another
+    process is training there, or the folder cannot be written to.
+    """
+    with ExitStack() as stack:
+        if is_main:
+            with run.writing():
+                made = make_folder(run.path)
+                try:
+                    stack.enter_context(locked(run.path))
+                except BlockingIOError as error:
+                    raise OutputError(
+                        f"another process is training in {run.path}; wait for it or end it, or "
+                        "choose another run.folder"
+                    ) from error
+            stack.callback(remove_empty, made)
+        yield
+
+
+def check_shared(run: RunFolder) -> None:
+    """Checks that every rank sees the files that the main rank writes to the folder. Collective.
+
+    Raises OutputError on all ranks, naming the first rank that does not.
+    """
+    token = run.path / ranks.broadcast(f".seen-by-all-{uuid.uuid4().hex}")
+    try:
+        ranks.on_main(_touch, run, token)
+        ranks.together(_find, token)
+    finally:
+        if ranks.rank() == 0:
+            with suppress(OSError):
+                token.unlink(missing_ok=True)
+
+
+def _touch(run: RunFolder, token: Path) -> None:
+    with run.writing():
+        token.touch()
+
+
+def _find(token: Path) -> None:
+    deadline = time.monotonic() + _NEWS_SECONDS
+    while not token.exists():
+        if time.monotonic() > deadline:
+            raise OutputError(
+                f"this rank does not see the run's folder {token.parent.absolute()} that the main "
+                "rank writes to; choose a run.folder that all nodes share"
+            )
+        time.sleep(_POLL_SECONDS)

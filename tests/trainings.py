@@ -1,0 +1,44 @@
+"""Trainings for `ranks.run_function`: each rank of a test calls them."""
+
+from pathlib import Path
+
+import torch
+
+
+def train_runs(*runs: list[str]) -> None:
+    """Trains one run after another: a configuration file and its overrides each."""
+    # Not in the tests' own process: DeepSpeed takes seconds to import.
+    from srepa_ds.commands.train import train
+    from srepa_ds.config.experiment import load_config
+
+    for config, *overrides in runs:
+        assert train(load_config(Path(config), overrides))
+
+
+def train_on_faulty_data(config: str, spans: list[list[int]], *overrides: str) -> str | None:
+    """Trains with a codec that makes some samples' latents infinite, as broken memory would.
+
+    `spans` are positions in the data, each from its first to before its second. Returns the
+    message if training gives up.
+    """
+    from srepa_ds.codec.identity import IdentityCodec
+    from srepa_ds.codec.table import LATENT_CODECS
+    from srepa_ds.errors import DivergedError
+
+    class FaultyCodec(IdentityCodec):
+        """Encodes pixels as themselves, except inside the spans."""
+
+        def encode(self, batch, *, seed):
+            """Returns infinite latents inside the spans."""
+            latents = super().encode(batch, seed=seed)
+            for first, end in spans:
+                inside = (batch.positions >= first) & (batch.positions < end)
+                latents[inside] = torch.inf
+            return latents
+
+    LATENT_CODECS["faulty"] = FaultyCodec
+    try:
+        train_runs([config, *overrides, "codec.kind=faulty"])
+    except DivergedError as error:
+        return str(error)
+    return None
