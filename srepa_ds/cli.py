@@ -218,15 +218,16 @@ def _on_ranks(action: Callable[[], int], ranks: int, *, command: Sequence[str]) 
     """Runs `action` on this rank, or starts `ranks` processes that each run `command`."""
     if ranks != 1 and not launched():
         raise typer.Exit(run_ranks(command, ranks, port=free_port()))
-    from srepa_ds.distributed import devices, ranks
+    from srepa_ds.distributed.devices import choose_accelerator
+    from srepa_ds.distributed.ranks import close
 
     _log()
-    devices.choose_accelerator()
+    choose_accelerator()
     try:
         code = action()
     finally:
         if not launched():
-            ranks.close()
+            close()
     raise typer.Exit(code)
 
 
@@ -242,7 +243,7 @@ def _config_of_all_ranks(path: Path, overrides: list[str] | None) -> "Config":
     from srepa_ds.trees import leaves
 
     ranks.initialize()
-    config = ranks.together(lambda: load_config(path, overrides or ()))
+    config = ranks.together(load_config, path, overrides or ())
     advice = "ranks were given different settings; give them all the same file and overrides"
     ranks.check_same(dict(leaves(to_tree(config))), what=advice)
     return config

@@ -61,7 +61,7 @@ class WarningsOnce:
             log.warning("%s", text)
 
     def agree_by(self, is_first: Callable[[str], bool] | None) -> None:
-        """Decides by `is_first(text)`, True on one rank per text; None before the ranks part."""
+        """Decides by `is_first(text)`, True on one rank per text; None once the ranks part."""
         self._is_first = is_first
         if is_first is not None:
             # The main rank has already shown these, so the others must not.
@@ -102,7 +102,10 @@ class _SharedSet:
         self._marks = mmap.mmap(-1, size)
 
     def add(self, text: str) -> bool:
-        """Adds `text` and returns whether it is new; two texts collide once in a million."""
+        """Adds `text` and returns whether it is new.
+
+        Two texts collide with a chance of one in a million.
+        """
         mark = zlib.crc32(text.encode(errors="replace")) % len(self._marks)
         is_new = self._marks[mark] == 0
         self._marks[mark] = 1

@@ -109,7 +109,7 @@ def normal(
     """Returns standard normal numbers by Box-Muller, shape (batch, *shape).
 
     The underlying integers are equal on every device; the normals agree up to the last bit or two,
-    in which devices differ on log and cos.
+    where devices' log and cos differ.
     """
     numel = math.prod(shape)
     pairs = _open_unit(seed, noise_stream, ids, numel + numel % 2, draw, dtype)

@@ -83,5 +83,5 @@ class RunFolder:
 
     def writing(self) -> AbstractContextManager[None]:
         """Turns an OSError in the block into an OutputError that names the folder."""
-        cure = "choose another run.folder or mend its permissions"
+        cure = "choose another run.folder or fix its permissions"
         return writing(f"to the run's folder {self.path}", cure=cure)

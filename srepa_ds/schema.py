@@ -84,7 +84,7 @@ def load_section(
     Raises ConfigError with every fault at once. Logs a warning for each former name of a key.
     """
     renamings: dict[str, str] = {}
-    tree = with_current_names(schema, load_tree(path), renamings)
+    tree = load_tree(path, each=lambda file: with_current_names(schema, file, renamings))
     # Before they are applied: an override under the former name edits the value of the current one.
     current = [_current_override(schema, override, renamings) for override in overrides]
     tree = with_current_names(schema, apply_overrides(tree, current), renamings)
@@ -192,7 +192,9 @@ def _below(sections: Iterable[type[Section]], name: Any) -> list[type[Section]]:
 
 def _valid_parts(schema: type[Section], tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of `schema` that are valid on their own, defaults included."""
-    parts = {}
+    parts: dict[str, Any] = {}
+    if not isinstance(tree, Mapping):
+        return parts
     for name, field in schema.model_fields.items():
         if name not in tree and field.is_required():
             continue
@@ -225,7 +227,7 @@ def _fault(schema: type[Section], detail: Any) -> Fault:
         key = str(location[-1])
         path = ".".join([*place, key])
         if current := _former_names(sections).get(key):
-            return Fault(path, f"is the former name of '{current}', given too; remove one of them")
+            return Fault(path, f"is the former name of '{current}', and both are given; remove one")
         fields = [name for section in sections for name in section.model_fields]
         return Fault(path, f"unknown key; {nearest(key, fields)}")
     path = ".".join(_located(schema, location)[0])

@@ -1,7 +1,7 @@
 """Trees of plain values: read from YAML, edited by overrides, flattened and compared."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,16 +49,17 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=YamlLoader)
 
 
-def load_tree(path: Path) -> Tree:
+def load_tree(path: Path, *, each: Callable[[Tree], Tree] = dict) -> Tree:
     """Returns the tree of a YAML file, merged over the file its `base:` key names (if any).
 
     `base` is relative to the file itself; mappings merge key by key, anything else replaces.
+    `each` may change the tree of each file before they are merged.
     Raises ConfigError if a file is missing, is not YAML, is no mapping, or bases form a circle.
     """
-    return _load(path, seen=())
+    return _load(path, each, seen=())
 
 
-def _load(path: Path, seen: tuple[Path, ...]) -> Tree:
+def _load(path: Path, each: Callable[[Tree], Tree], seen: tuple[Path, ...]) -> Tree:
     if path.resolve() in seen:
         raise ConfigError(str(path), [Fault("base", "the chain of base files is a circle")])
     try:
@@ -74,8 +75,8 @@ def _load(path: Path, seen: tuple[Path, ...]) -> Tree:
         raise ConfigError(str(path), [Fault("", "must be a mapping of sections")])
     base = tree.pop("base", None)
     if base is None:
-        return tree
-    return merged(_load(path.parent / str(base), (*seen, path.resolve())), tree)
+        return each(tree)
+    return merged(_load(path.parent / str(base), each, (*seen, path.resolve())), each(tree))
 
 
 def merged(base: Tree, changes: Mapping[str, Any]) -> Tree:
@@ -152,7 +153,21 @@ class Difference(NamedTuple):
 
 
 def differences(old: Any, new: Any) -> list[Difference]:
-    """Returns the values that differ between two trees, in the order of the trees."""
+    """Returns the values that differ between two trees, in the order of the trees.
+
+    A filled mapping or list differs from an empty one by the values in it.
+    """
     old_leaves, new_leaves = dict(leaves(old)), dict(leaves(new))
-    pairs = ((path, old_leaves.get(path), new_leaves.get(path)) for path in old_leaves | new_leaves)
-    return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
+    paths = old_leaves | new_leaves
+    found = [Difference(path, old_leaves.get(path), new_leaves.get(path)) for path in paths]
+    return [
+        difference
+        for difference in found
+        if difference.old != difference.new
+        and not (paths[difference.path] in ({}, []) and _has_leaves_below(difference.path, paths))
+    ]
+
+
+def _has_leaves_below(path: str, paths: Iterable[str]) -> bool:
+    below = f"{path}." if path else ""
+    return any(other != path and other.startswith(below) for other in paths)

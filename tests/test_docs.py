@@ -54,7 +54,9 @@ def test_links_between_pages_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_no_placeholder_is_left(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert not re.findall(r"\bTIME_[A-Z]+\b|VERSIONS_SEEN|TODO|FIXME", text)
+    # TIME_WEIGHTINGS is a table of the package.
+    placeholder = r"\bTIME_(?!WEIGHTINGS\b)[A-Z]+\b|VERSIONS_SEEN|TODO|FIXME"
+    assert not re.findall(placeholder, text)
 
 
 def top_of_the_package() -> list[str]:

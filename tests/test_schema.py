@@ -359,7 +359,7 @@ def test_a_fault_below_a_former_name_is_found():
 
 def test_a_former_name_beside_the_current_one_is_a_fault():
     found = faults({"rate": 1, "kernel": {"size": 3, "width": 3}, "core": {}})
-    message = "is the former name of '{}', given too; remove one of them"
+    message = "is the former name of '{}', and both are given; remove one"
     assert found == [
         Fault("kernel.width", message.format("size")),
         Fault("core", message.format("kernel")),
@@ -397,6 +397,15 @@ def test_overrides_under_former_names_are_merged_with_the_file(tmp_path):
     path = write(tmp_path, main="rate: 1\nkernel: {name: box}\nspare: null\n")
     found = load_section(Filter, path, ["core.width=7", "reserve.width=2"])
     assert found == build({"rate": 1, "kernel": {"name": "box", "size": 7}, "spare": {"size": 2}})
+
+
+@pytest.mark.parametrize("base", ["kernel: {size: 5, name: box}", "core: {width: 5, name: box}"])
+@pytest.mark.parametrize("child", ["kernel: {size: 7}", "core: {width: 7}"])
+def test_a_file_is_merged_over_its_base_under_either_name(tmp_path, base, child):
+    write(tmp_path, base=f"rate: 1\n{base}\n")
+    path = write(tmp_path, main=f"base: base.yaml\n{child}\n")
+    found = load_section(Filter, path)
+    assert found == build({"rate": 1, "kernel": {"size": 7, "name": "box"}})
 
 
 def test_replaced_validates():

@@ -38,8 +38,8 @@ class AlignmentLosses(NamedTuple):
 class TermWeights(NamedTuple):
     """The factors of an alignment's terms in the total loss at one optimizer step.
 
-    None for a term that is absent or over; 0.0 for one that is only measured. Numbers of the host,
-    so that a term that is over costs nothing.
+    None for a term that is absent or over; 0.0 for one that is only measured. Python
+    numbers, not tensors, so that a term that is over costs nothing.
     """
 
     pointwise: float | None
@@ -47,7 +47,7 @@ class TermWeights(NamedTuple):
 
     @property
     def are_over(self) -> bool:
-        """Whether no term is left, so that no teacher is needed."""
+        """Whether no term is left; with REG the model still needs the teacher's class token."""
         return self.pointwise is None and self.structural is None
 
     def total(self, losses: AlignmentLosses) -> Float[Tensor, ""]:
@@ -149,13 +149,13 @@ class _Side(NamedTuple):
 class Alignment:
     """One alignment at work between the token grids of the model and of a teacher.
 
-    It holds no weights: inside another module the projector's would lose the names
+    It holds no weights: as a submodule's, the projector's weights would lose the names
     `projectors.<i>...` that checkpoints and exports use. `Objective` owns the projectors.
     """
 
     config: AlignmentConfig
     grid: Grid
-    """Of the model's patch tokens."""
+    """The grid of the model's patch tokens."""
     teacher: TeacherShape
 
     def new_projector(self, hidden_size: int, generator: torch.Generator | None) -> nn.Module:

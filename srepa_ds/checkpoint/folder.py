@@ -42,7 +42,7 @@ def step_of(folder: Path) -> int:
 def writing(place: Path) -> AbstractContextManager[None]:
     """Turns an OSError in the block into an OutputError about the checkpoint under `place`."""
     cure = (
-        "earlier checkpoints are whole; make room or fix the permissions, and run the command again"
+        "earlier checkpoints are whole; make room or fix its permissions, and run the command again"
     )
     return files.writing(f"the checkpoint under {place}", cure=cure)
 
@@ -63,7 +63,7 @@ def steps_in(root: Path) -> list[Path]:
 def restore_names(root: Path) -> None:
     """Renames checkpoints that a kill left under a temporary name, so that retention counts them.
 
-    Call it from one process, before any rank opens a checkpoint. Raises OutputError.
+    Call it from one process, once every rank has read the one it resumes from. Raises OutputError.
     """
     with writing(root):
         for path in _orphans(root):

@@ -74,8 +74,8 @@ class CheckpointReader:
                 reached = last
         if reached != stop:
             raise CheckpointError(
-                f"{self.folder}: {kind} of '{name}' has no elements from {reached} on, but needs "
-                f"them up to {stop}; the checkpoint is incomplete, resume from an earlier one"
+                f"{self.folder}: {kind} of '{name}' is missing elements {reached} to {stop - 1}"
+                f"; the checkpoint is incomplete, resume from an earlier one"
             )
         return result
 

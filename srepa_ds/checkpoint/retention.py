@@ -36,8 +36,8 @@ class CheckpointConfig(Section):
     is due at a skipped step, it is written after the next step that is not skipped."""
 
     keep_last: int = Field(default=2, ge=1)
-    """Newest checkpoints to keep. The newest good one, from which a later step was applied, is
-    always kept too."""
+    """Number of newest checkpoints to keep. The newest good one, from which a later step was
+    applied, is always kept too."""
 
     keep_every_steps: int = Field(default=50_000, ge=0)
     """The first checkpoint at or after each multiple of this is kept forever; 0 keeps none."""

@@ -35,7 +35,7 @@ def report(config: Config) -> Path:
     title = f"{run.folder.name}: {mode_of(run.trained)}"
     text = page(title, header=_header(run), sections=_sections(run))
     path = config.run_folder.report
-    with writing(path, cure="mend its permissions"):
+    with writing(path, cure="fix its permissions"):
         write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
     log.info("wrote %s", path)
     return path

@@ -41,7 +41,7 @@ class Config(Section):
     """The training images."""
 
     codec: CodecConfig = CodecConfig()
-    """The map from images to the latents that the model learns."""
+    """The frozen map between images and latents."""
 
     model: SiTConfig
     """The diffusion transformer."""

@@ -48,7 +48,7 @@ class TrainConfig(Section):
     the run, one is enough."""
 
     max_rollbacks: Annotated[int, MayChange] = Field(default=3, ge=0)
-    """Rollbacks that may count before the run gives up, over all restarts. A rollback counts until
+    """Rollbacks allowed before the run gives up, counted over all restarts. A rollback counts until
     a checkpoint of the step that failed, or of a later one, is good."""
 
 
@@ -62,10 +62,10 @@ class EngineConfig(Section):
 
     precision: Precision = "bf16"
     """`bf16`: weights and activations in bf16 with fp32 masters, moments and EMA. `bf16_autocast`:
-    fp32 weights and matrix products in bf16, as in the paper's runs."""
+    fp32 weights, but matrix products in bf16, as in the paper's runs."""
 
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
-    """Activation checkpointing: saves memory by a second forward pass of the blocks."""
+    """Activation checkpointing: saves memory at the cost of a second forward pass."""
 
     compile: bool = False
     """Whether torch.compile makes one graph that all blocks share, which takes a minute or so at
@@ -90,9 +90,9 @@ class MonitorConfig(Section):
     against `evaluate.reference`; 0 measures none."""
 
     num_evaluated: int = Field(default=2_000, ge=2)
-    """Images drawn for a distance; distances of different numbers cannot be compared."""
+    """Images drawn for a distance; distances over other numbers of images cannot be compared."""
 
-    num_steps: int | None = Field(default=None, ge=1)
+    num_steps: int | None = Field(default=None, ge=1, lt=1 << 24)
     """Steps of the sampler; without it those of `sample`."""
 
 

@@ -95,6 +95,9 @@ class ShardWriter:
                     f"{self._folder}: another process is writing shards into it; wait for it or "
                     "end it"
                 ) from error
+            except OSError:
+                remove_empty(self._made_folders)
+                raise
         try:
             with writing(self._folder, cure=_CURE):
                 self._claim()

@@ -25,7 +25,7 @@ from srepa_ds.errors import DataError, OutputError
 from srepa_ds.files import locked, make_folder, remove_empty, sha256_of, write_aside, writing
 from srepa_ds.schema import to_tree
 
-_CURE = "make room or correct its permissions, then run the same command again"
+_CURE = "make room or fix its permissions, then run the same command again"
 _FILE = Kind("token file", "it is written again")
 
 

@@ -87,8 +87,8 @@ def _device_fault(told: list[dict[str, str]]) -> str:
     gpu = next(rank["where"] for rank in told if rank["kind"] == "cuda")
     none = next(rank["where"] for rank in told if rank["kind"] != "cuda")
     return (
-        f"{none} sees no GPU, {gpu} has one; repair its driver, or set CUDA_VISIBLE_DEVICES= "
-        "(empty) on all nodes to train on their CPUs"
+        f"{none} sees no GPU, {gpu} has one; repair the driver where it is missing, or set "
+        "CUDA_VISIBLE_DEVICES= (empty) on all nodes to train on their CPUs"
     )
 
 

@@ -52,7 +52,7 @@ def _repaired(key: str) -> str:
 
 
 def from_ijepa(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the context encoder of an I-JEPA training: neither its average nor the predictor."""
+    """Returns the context encoder of an I-JEPA training, without its average and the predictor."""
     state = _state_dict_in(checkpoint, "encoder")
     return {key.removeprefix("module."): value for key, value in state.items()}
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: runs blocks that keep little for the backward pass and recompute it."""
+"""Activation checkpointing: blocks keep little for the backward pass and recompute the rest."""
 
 import inspect
 from contextlib import AbstractContextManager
@@ -21,7 +21,7 @@ Kept = Literal["everything", "nothing", "attention", "products"]
 
 
 class ActivationCheckpointingConfig(Section):
-    """Activation checkpointing: memory for a second forward pass of the blocks."""
+    """Activation checkpointing: saves memory at the cost of a second forward pass."""
 
     policy: Literal["none", "full", "every_k", "selective"] = "none"
     """`full` recomputes every block in the backward pass, `every_k` every k-th, `selective` every

@@ -107,7 +107,7 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, num_classes: int, hidden_size: int):
         super().__init__()
-        # The ordinary constructor draws at random; on "meta" that imports a module for seconds.
+        # The ordinary constructor draws at random; on "meta" it also takes seconds.
         unset = torch.empty(num_classes + 1, hidden_size)
         self.embedding_table = nn.Embedding.from_pretrained(unset, freeze=False)
 

@@ -1,6 +1,5 @@
-"""AdamW and its learning rate schedule; the defaults are the paper's (Appendix A)."""
+"""AdamW: its settings, by default as the paper trains (Appendix A), and how it is built."""
 
-import math
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
@@ -83,19 +82,3 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[Parameter]) ->
         # On a CPU too: 10 times faster than the loop over weights (24 ms per 30 million).
         fused=True,
     )
-
-
-def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """Returns the learning rate of optimizer step `step` (counted from 0).
-
-    A pure function of the step, so that a resumed run needs no scheduler state.
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.decay_steps is None:
-        return config.learning_rate
-    # Only `cosine` has decay_steps, and they exceed the warmup.
-    progress = (step - config.warmup_steps) / (config.decay_steps - config.warmup_steps)
-    share = (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    lowest = config.minimum_learning_rate
-    return lowest + (config.learning_rate - lowest) * share

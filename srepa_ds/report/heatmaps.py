@@ -23,8 +23,8 @@ def similarity_section(comparisons: tuple[Comparison, ...], seen: Probe, *, weig
         "Each map shows the cosine similarity of one token, outlined in red, to all tokens of "
         "the image: in the teacher, which sees the real image, and in the student "
         f"({weights} weights), which sees it noised at t = {seen.t:g}. The first query is the "
-        "token in the middle; each next one is the token that resembles the earlier ones least "
-        "in the teacher."
+        "token in the middle; each further one is the token that, for the teacher, resembles "
+        "the earlier ones least."
     )
     legend = element(
         "p", "low", image(_legend(), alt="colour scale from low to high"), "high", class_="scale"

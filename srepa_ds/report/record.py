@@ -25,7 +25,7 @@ def read_metrics(path: Path) -> tuple[Line, ...]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise DataError(
-            f"{path}: {error.strerror}, so there is no run to report; {hint}"
+            f"{path}: {error.strerror}, so there is no run to report on; {hint}"
         ) from error
     lines = tuple(line for line in map(_parsed, text.splitlines()) if line)
     if not lines:

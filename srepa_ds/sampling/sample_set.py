@@ -73,7 +73,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise DataError(f"{path}: {_reason(error)}; mend its permissions") from error
+        raise DataError(f"{path}: {_reason(error)}; fix its permissions") from error
     except ValueError as error:
         raise _of_unknown_origin(path, f"is not JSON ({error})") from error
     if not isinstance(document, dict):

@@ -7,7 +7,8 @@ from srepa_ds.checkpoint.writer import CheckpointWriter
 from srepa_ds.config.sections import TrainConfig
 from srepa_ds.distributed import ranks
 from srepa_ds.engine import Engine
-from srepa_ds.optim.adamw import OptimizerConfig, learning_rate
+from srepa_ds.optim.adamw import OptimizerConfig
+from srepa_ds.optim.learning_rate import learning_rate
 from srepa_ds.training.feed import Feed
 from srepa_ds.training.monitor import Monitor
 from srepa_ds.training.records import Records

@@ -53,7 +53,7 @@ class Rollbacks:
             add_skipped(self.config.run_folder, step, not_finite=culprits, sample_ids=sample_ids)
 
     def roll_back(self) -> int:
-        """Returns to the last good checkpoint, and returns its step; the data continues.
+        """Rolls back to the last good checkpoint and returns its step; the data is not rewound.
 
         Raises DivergedError without a checkpoint, or after too many rollbacks.
         """
@@ -81,7 +81,7 @@ class Rollbacks:
         return step
 
     def _save_without_checkpoint(self) -> str:
-        """Saves a run that only its last steps keep from its end; returns the rest of a message."""
+        """Saves a run without checkpoints if only its last steps failed; returns what to tell."""
         engine, last_applied = self.engine, self.writer.last_applied
         if engine.step_count - last_applied >= self.config.train.max_skipped_steps:
             return "is no checkpoint yet"

@@ -93,7 +93,7 @@ def read_initial_weights(path: Path, *, which: WeightsKind) -> dict[str, Tensor]
     broken = [name for name, value in tensors.items() if not value.isfinite().all()]
     if broken:
         raise CheckpointError(
-            f"{path}: {listed(broken)} not finite; choose weights from before the run diverged"
+            f"{path}: {listed(broken)} are not finite; choose weights from before the run diverged"
         )
     return tensors
 
@@ -119,7 +119,8 @@ def fill(objective: Objective, tensors: Mapping[str, Tensor]) -> FillReport:
     ]
     if faults:
         raise CheckpointError(
-            f"does not fit the model: {listed(faults, '; ')}; set `model` as it was trained"
+            f"does not fit the model: {listed(faults, '; ')}; set the section `model` to "
+            "the one these weights were trained with"
         )
     partly = {_projector_of(name) for name in names if name not in fitting}
     loaded = [name for name in own if name in fitting and _projector_of(name) not in partly]

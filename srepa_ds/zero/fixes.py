@@ -24,7 +24,7 @@ class Fix:
     """One change to DeepSpeed. The attributes it relies on are checked before it is applied."""
 
     name: str
-    """What it achieves: the message about a missing attribute says it."""
+    """Its effect, quoted in the message about a missing attribute."""
 
     changes: str
     why: str

@@ -73,7 +73,7 @@ def fragments(engine: deepspeed.DeepSpeedEngine, *, whole: bool = False) -> list
 def gathered(engine: deepspeed.DeepSpeedEngine, values: Sequence[Tensor]) -> list[Tensor]:
     """Returns values over the `whole` fragments, given this rank's over those it owns. Collective.
 
-    Only under stage 0 of several ranks do the two differ: there the ranks' values are put together.
+    The two differ only under stage 0 on several ranks: there the ranks' values are put together.
     """
     if engine.zero_optimization_stage() > 0 or ranks.world_size() == 1:
         return list(values)

@@ -4,7 +4,7 @@ from typing import Any
 
 import deepspeed
 
-from srepa_ds.errors import SRepaError
+from srepa_ds.errors import SRepaError, raised_on_all_ranks
 
 TESTED = ("0.19.8",)
 """The versions of DeepSpeed whose private attributes have been read and tested."""
@@ -20,8 +20,10 @@ def private(owner: Any, name: str, *, needed_for: str) -> Any:
         return getattr(owner, name)
     except AttributeError as error:
         kind = getattr(owner, "__name__", None) or type(owner).__name__
-        raise SRepaError(
+        unknown = SRepaError(
             f"DeepSpeed {deepspeed.__version__} has no {kind}.{name}, which srepa_ds needs for "
             f"{needed_for}; tested with DeepSpeed {', '.join(TESTED)}: "
             f'pip install "deepspeed~={TESTED[-1]}"'
-        ) from error
+        )
+        # All ranks have the same DeepSpeed: one message is enough.
+        raise raised_on_all_ranks(unknown) from error

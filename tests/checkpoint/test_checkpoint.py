@@ -77,9 +77,9 @@ def test_incomplete_pieces_are_an_error(tmp_path, missing):
     repeated = Piece("master", "w", (30,), 4, torch.zeros(10))
     stored = [*pieces[:missing], *pieces[missing + 1 :], repeated]
     reader = CheckpointReader(save(tmp_path, step=1, pieces=stored, state={}, rank=0))
-    with pytest.raises(CheckpointError, match=r"of 'w' has no elements from \d+ on"):
+    with pytest.raises(CheckpointError, match=r"of 'w' is missing elements \d+ to"):
         reader.tensor("master", "w")
-    with pytest.raises(CheckpointError, match="exp_avg of 'w' has no elements from 0 on"):
+    with pytest.raises(CheckpointError, match="exp_avg of 'w' is missing elements 0 to"):
         reader.run("exp_avg", "w", start=0, numel=1)
 
 

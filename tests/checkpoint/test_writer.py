@@ -1,4 +1,4 @@
-"""Saving beside training: the same guarantee, on real ranks."""
+"""Saving in the background: the same guarantee, on real ranks."""
 
 import signal
 

@@ -119,7 +119,7 @@ def train_with_gpus(seen_by_rank_1: int) -> None:
     [
         # Local rank 1 needs the second one.
         (1, ("rank 1 (", "local rank 1 has no GPU: this node shows 1;")),
-        (2, ("rank 0 (", "sees no GPU, rank 1 (", "has one; repair its driver")),
+        (2, ("rank 0 (", "sees no GPU, rank 1 (", "has one; repair the driver")),
     ],
 )
 def test_ranks_that_cannot_join_say_so_once_and_end_together(seen, words, tmp_path):

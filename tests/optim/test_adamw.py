@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from srepa_ds.optim.adamw import OptimizerConfig, build_optimizer, learning_rate
+from srepa_ds.optim.adamw import OptimizerConfig, build_optimizer
+from srepa_ds.optim.learning_rate import learning_rate
 
 
 def test_it_is_adamw():

@@ -1,4 +1,4 @@
-"""What a run that diverges keeps, tells and goes back to: on the command line of two ranks."""
+"""Runs that diverge, on the command line of two ranks: what they keep, log and roll back to."""
 
 import re
 import signal
@@ -23,7 +23,7 @@ def start(world, folder: Path, *overrides: str) -> list[RankProcess]:
 
 
 def train(world, folder: Path, *overrides: str) -> tuple[list[int], str]:
-    """Returns the ranks' exit codes, and all they said."""
+    """Returns the exit codes of the ranks, and their output."""
     ranks = start(world, folder, *overrides)
     said = [process.output(seconds=200) for process in ranks]
     return [process.returncode for process in ranks], "".join(said)

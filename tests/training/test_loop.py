@@ -1,4 +1,4 @@
-"""What a run does besides stepping: it looks at itself, and comes back from what is not finite."""
+"""A run between its steps: it monitors itself, and recovers from values that are not finite."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module", params=ARRANGEMENTS)
 def watched(request, small_world, tmp_path_factory) -> tuple[Path, Path]:
-    """The same run, left alone and looked at."""
+    """Returns the folders of the same run, without and with a monitor."""
     root = tmp_path_factory.mktemp("watched")
     world_size, arrangement, precision = ARRANGEMENTS[request.param]
     (root / "released.json").write_text(json.dumps(RELEASED))

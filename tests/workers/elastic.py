@@ -29,7 +29,7 @@ from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
 from srepa_ds.engine import Engine
 from srepa_ds.objective import TrainingInputs, draw_inputs
-from srepa_ds.optim.adamw import learning_rate
+from srepa_ds.optim.learning_rate import learning_rate
 from srepa_ds.zero.settings import micro_batch_size
 
 TEACHER_WIDTH = 10
