@@ -61,7 +61,8 @@ def test_stored_tokens_train_as_the_teacher_does(trained):
     assert len(live) == len(stored) == 3
     for one, other in zip(live, stored, strict=True):
         assert one.keys() >= {"loss_flow", "loss_total"}
-        assert other == pytest.approx(one, rel=2e-3)
+        # bf16 moves a cosine near 0 by more than its own share.
+        assert other == pytest.approx(one, rel=2e-3, abs=1e-4)
         assert all(np.isfinite(value) for value in one.values())
 
 

@@ -76,7 +76,7 @@ def plain_loop(config: Config, precision: str, parts: int) -> Facts:
         for number in range(parts):
             model.zero_grad()
             with autocast if row.is_autocast else nullcontext():
-                losses = model(*share_of(global_batch(step), number, parts))
+                losses = model(share_of(global_batch(step), number, parts))
             (losses.total / parts).backward()
             for weight, master in zip(weights, masters, strict=True):
                 master.grad += weight.grad

@@ -83,7 +83,7 @@ def inputs_of(config: Config, batch: Batch) -> TrainingInputs:
         positions=batch.positions,
         seed=config.run.seed,
     )
-    tokens = noise.normal(99, noise.Stream.NOISE, batch.sample_ids, (4, TEACHER_WIDTH))
+    tokens = noise.normal(99, noise.NoiseStream.NOISE, batch.sample_ids, (4, TEACHER_WIDTH))
     return drawn._replace(teacher_patches=(tokens,))
 
 
