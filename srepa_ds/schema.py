@@ -8,12 +8,13 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from srepa_ds.errors import ConfigError, Fault, nearest
 from srepa_ds.trees import Tree, YamlDumper, apply_overrides, load_tree
@@ -21,6 +22,18 @@ from srepa_ds.trees import Tree, YamlDumper, apply_overrides, load_tree
 _LOG = logging.getLogger("srepa_ds")
 
 S = TypeVar("S", bound="Section")
+
+
+@dataclass(frozen=True)
+class OnlyFor:
+    """Marks a field that only some choices have: `Annotated[float, OnlyFor("kind", "kl")]`.
+
+    With another choice it must keep its default, as files of resolved settings do.
+    """
+
+    chooser: str
+    """The field that makes the choice."""
+    choice: str
 
 
 class Section(BaseModel):
@@ -32,6 +45,21 @@ class Section(BaseModel):
 
     former_names: ClassVar[Mapping[str, str]] = {}
     """Keys that fields had in earlier versions, and the fields they name; still accepted."""
+
+    @model_validator(mode="after")
+    def _has_only_settings_of_its_choices(self) -> "Section":
+        for name, field in type(self).model_fields.items():
+            for mark in field.metadata:
+                if not isinstance(mark, OnlyFor) or getattr(self, name) == field.default:
+                    continue
+                # A field that is checked alone, because others are invalid, has no chooser beside it.
+                chosen = getattr(self, mark.chooser, mark.choice)
+                if chosen != mark.choice:
+                    raise ValueError(
+                        f"{name} belongs to {mark.chooser} '{mark.choice}', and {mark.chooser} is "
+                        f"'{chosen}'; remove it, or set {mark.chooser}: {mark.choice}"
+                    )
+        return self
 
 
 class MayChange:

@@ -18,7 +18,7 @@ from srepa_ds.alignment.gram import (
 from srepa_ds.alignment.gram_algorithms.parts import EPSILON, compute_dtype
 from srepa_ds.alignment.schedule import ScheduleConfig
 from srepa_ds.errors import nearest
-from srepa_ds.schema import MayChange, Section
+from srepa_ds.schema import MayChange, OnlyFor, Section
 
 
 class PointwiseConfig(Section):
@@ -59,21 +59,17 @@ class StructuralConfig(Section):
     tile: Annotated[int, MayChange] = Field(default=DEFAULT_TILE, ge=1)
     """Rows per block of the tiled algorithm; it changes speed and memory only."""
 
-    tau_student: float = Field(default=0.2, gt=0)
+    tau_student: Annotated[float, OnlyFor("kind", "kl")] = Field(default=0.2, gt=0)
     """Softmax temperature of the student's rows (kl only)."""
 
-    tau_teacher: float = Field(default=0.2, gt=0)
+    tau_teacher: Annotated[float, OnlyFor("kind", "kl")] = Field(default=0.2, gt=0)
     """Softmax temperature of the teacher's rows (kl only)."""
 
-    reduction: Reduction = "token_mean"
+    reduction: Annotated[Reduction, OnlyFor("kind", "kl")] = "token_mean"
     """Mean of kl over tokens (token_mean, Eq. 8) or their sum (batch_mean, Algorithm 1)."""
 
     @model_validator(mode="after")
     def _algorithm_exists(self) -> "StructuralConfig":
-        kl_only = ("tau_student", "tau_teacher", "reduction")
-        defaults = {name: type(self).model_fields[name].default for name in kl_only}
-        if self.kind == "mse" and any(getattr(self, n) != d for n, d in defaults.items()):
-            raise ValueError(f"{', '.join(kl_only)} belong to kl; mse has none of them")
         known = ["auto", *ALGORITHMS[self.kind]]
         if self.algorithm in known:
             return self

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from srepa_ds.alignment.tokens import Grid
-from srepa_ds.schema import Section, one_of
+from srepa_ds.schema import OnlyFor, Section, one_of
 
 
 class TokenProjector(nn.Sequential):
@@ -114,18 +114,15 @@ class ProjectorConfig(Section):
     """`mlp`: Linear, SiLU, Linear, SiLU, Linear on every token, as in REPA and sREPA; `linear`: one
     Linear; `conv`: one convolution over the grid of tokens, as in iREPA."""
 
-    hidden_width: int = Field(default=2048, ge=1)
+    hidden_width: Annotated[int, OnlyFor("kind", "mlp")] = Field(default=2048, ge=1)
     """Width of the hidden layers (mlp only)."""
 
-    kernel: int = Field(default=3, ge=1)
+    kernel: Annotated[int, OnlyFor("kind", "conv")] = Field(default=3, ge=1)
     """Side of the convolution's window, odd (conv only); iREPA's paper: 3, its trainer's default
     for latents: 1."""
 
     @model_validator(mode="after")
-    def _settings_belong_to_the_kind(self) -> "ProjectorConfig":
-        for name, kind in (("hidden_width", "mlp"), ("kernel", "conv")):
-            if self.kind != kind and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} belongs to {kind}; {self.kind} has none")
+    def _kernel_is_odd(self) -> "ProjectorConfig":
         if self.kernel % 2 == 0:
             raise ValueError(
                 f"kernel {self.kernel} is even, which would shift the grid; 3 is usual"

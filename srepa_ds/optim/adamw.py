@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from torch.nn import Parameter
 from torch.optim import AdamW
 
-from srepa_ds.schema import MayChange, Section
+from srepa_ds.schema import MayChange, OnlyFor, Section
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -37,10 +37,12 @@ class OptimizerConfig(Section):
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate grows linearly from zero; the paper uses none."""
 
-    decay_steps: int | None = Field(default=None, ge=1)
+    decay_steps: Annotated[int | None, OnlyFor("schedule", "cosine")] = Field(default=None, ge=1)
     """For `cosine`: the step, warmup included, at which the learning rate reaches its minimum."""
 
-    minimum_learning_rate: float = Field(default=0.0, ge=0)
+    minimum_learning_rate: Annotated[float, OnlyFor("schedule", "cosine")] = Field(
+        default=0.0, ge=0
+    )
     """For `cosine`: the learning rate from `decay_steps` on."""
 
     cpu_adam: Annotated[Literal["torch", "deepspeed"], MayChange] = "torch"
@@ -51,10 +53,6 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def _schedule_is_whole(self) -> "OptimizerConfig":
         if self.schedule == "constant":
-            if self.decay_steps is not None or self.minimum_learning_rate > 0:
-                raise ValueError(
-                    "decay_steps and minimum_learning_rate belong to schedule: cosine; remove them"
-                )
             return self
         if self.decay_steps is None or self.decay_steps <= self.warmup_steps:
             raise ValueError(

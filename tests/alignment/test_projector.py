@@ -147,8 +147,11 @@ def test_faults_of_the_configuration():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "conv", "hidden_width": 64}, "hidden_width belongs to mlp; conv has none"),
-        ({"kind": "linear", "kernel": 1}, "kernel belongs to conv; linear has none"),
+        (
+            {"kind": "conv", "hidden_width": 64},
+            "hidden_width belongs to kind 'mlp', and kind is 'conv'",
+        ),
+        ({"kind": "linear", "kernel": 1}, "kernel belongs to kind 'conv', and kind is 'linear'"),
         ({"kind": "conv", "kernel": 2}, "kernel 2 is even"),
     ],
 )

@@ -66,8 +66,8 @@ def test_the_learning_rate_falls_along_half_a_cosine():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"decay_steps": 5}, "belong to schedule: cosine"),
-        ({"minimum_learning_rate": 1e-5}, "belong to schedule: cosine"),
+        ({"decay_steps": 5}, "decay_steps belongs to schedule 'cosine'"),
+        ({"minimum_learning_rate": 1e-5}, "belongs to schedule 'cosine'"),
         ({"schedule": "cosine"}, "needs decay_steps beyond warmup_steps 0"),
         ({"schedule": "cosine", "warmup_steps": 5, "decay_steps": 5}, "beyond warmup_steps 5"),
         (

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank of two is said once, and both end alike."""
+"""An error on one rank of two is reported once, and both ranks end alike."""
 
 import contextlib
 import io
