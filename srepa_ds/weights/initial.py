@@ -93,7 +93,7 @@ def read_initial_weights(path: Path, *, which: WeightsKind) -> dict[str, Tensor]
     broken = [name for name, value in tensors.items() if not value.isfinite().all()]
     if broken:
         raise CheckpointError(
-            f"{path}: {listed(broken)} are not finite; choose weights from before the run diverged"
+            f"{path}: not finite: {listed(broken)}; choose weights from before the run diverged"
         )
     return tensors
 

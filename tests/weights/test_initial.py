@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_changed(config, small_world, 
     assert table in message
     assert "blocks.3.attn.qkv.weight: none in the file, (144, 48) in the model" in message
     # The table and ten of the fourth block.
-    assert "and 6 more; set `model` as it was trained" in message
+    assert "and 6 more; set the section `model` to the one these" in message
     assert_same(module, before)
     state["blocks.9.extra"] = torch.zeros(2)
     with pytest.raises(
@@ -275,7 +275,7 @@ FAULTS = {
         lambda path, state: torch.save(
             {**state, "x_embedder.proj.bias": torch.full((48,), torch.nan)}, path
         ),
-        "x_embedder.proj.bias not finite",
+        "not finite: x_embedder.proj.bias",
     ),
     "a checkpoint": (lambda path, state: path.mkdir(), "make one with `srepa-ds export CONFIG`"),
 }
