@@ -52,7 +52,7 @@ class Section(BaseModel):
             for mark in field.metadata:
                 if not isinstance(mark, OnlyFor) or getattr(self, name) == field.default:
                     continue
-                # A field that is checked alone, because others are invalid, has no chooser beside it.
+                # A field checked alone, because others are invalid, has no chooser beside it.
                 chosen = getattr(self, mark.chooser, mark.choice)
                 if chosen != mark.choice:
                     raise ValueError(
