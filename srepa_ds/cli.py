@@ -42,7 +42,7 @@ RankCount = Annotated[
 @app.command()
 def config(path: ConfigPath, overrides: Overrides = None) -> None:
     """Print the resolved configuration with the documentation of every field."""
-    from srepa_ds.schema import to_yaml
+    from srepa_ds.config.yaml_text import to_yaml
 
     typer.echo(to_yaml(_any_config(path, overrides), documented=True), nl=False)
 

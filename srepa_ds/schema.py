@@ -1,4 +1,4 @@
-"""Strict configuration sections: loading, validating, changing and printing them.
+"""Strict configuration sections: loading, validating and changing them.
 
 Every component owns its `Section`; `config/` composes them. One validator, one error format, all
 faults at once, whether a value came from a file or from the command line.
@@ -13,11 +13,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from srepa_ds.errors import ConfigError, Fault, nearest
-from srepa_ds.trees import Tree, YamlDumper, apply_overrides, load_tree
+from srepa_ds.trees import Tree, apply_overrides, load_tree
 
 _LOG = logging.getLogger("srepa_ds")
 
@@ -296,34 +295,3 @@ def _sections_in(annotation: Any) -> list[type[Section]]:
 def to_tree(config: Section) -> Tree:
     """Returns `config` as plain JSON values; `validated` of it gives an equal config."""
     return config.model_dump(mode="json")
-
-
-def to_yaml(config: Section, *, documented: bool = False) -> str:
-    """Returns `config` as YAML; with `documented`, each field under its documentation."""
-    if documented:
-        return "\n".join(_documented(config, indent="")) + "\n"
-    return yaml.dump(to_tree(config), Dumper=YamlDumper, sort_keys=False, width=100)
-
-
-def _documented(section: Section, indent: str) -> list[str]:
-    lines = []
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        text = " ".join((field.description or "").split())
-        lines += [f"{indent}# {text}"] if text else []
-        lines += _documented_value(name, value, section, indent)
-    return lines
-
-
-def _documented_value(name: str, value: Any, section: Section, indent: str) -> list[str]:
-    if isinstance(value, Section):
-        return [f"{indent}{name}:", *_documented(value, indent + "  ")]
-    if isinstance(value, tuple) and value and isinstance(value[0], Section):
-        lines = [f"{indent}{name}:"]
-        for item in value:
-            body = _documented(item, indent + "    ")
-            lines += [f"{indent}  -", *body]
-        return lines
-    plain = section.model_dump(mode="json", include={name})[name]
-    dumped = yaml.dump(plain, Dumper=YamlDumper, default_flow_style=True, width=10_000).strip()
-    return [f"{indent}{name}: {dumped.removesuffix('...').strip()}"]

@@ -9,11 +9,12 @@ import torch
 from builders import objective_of, randomised
 
 from srepa_ds.config.experiment import Config, samples_folder
+from srepa_ds.config.yaml_text import to_yaml
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.files import sha256_of
 from srepa_ds.objective import Objective, official_name
 from srepa_ds.sampling.sheet import SheetBuilder
-from srepa_ds.schema import to_tree, to_yaml
+from srepa_ds.schema import to_tree
 from srepa_ds.weights.exported import WEIGHTS, write_model
 
 

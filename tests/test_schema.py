@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+from srepa_ds.config.yaml_text import to_yaml
 from srepa_ds.errors import ConfigError, Fault, nearest
 from srepa_ds.schema import (
     Section,
@@ -14,7 +15,6 @@ from srepa_ds.schema import (
     one_of,
     replaced,
     to_tree,
-    to_yaml,
     validated,
     with_current_names,
 )

@@ -84,7 +84,7 @@ def named(root: Path, prefix: str = "") -> list[Path]:
 
 
 def newest_valid(root: Path) -> Path | None:
-    """Returns the newest valid checkpoint under `root`, or None if there is no checkpoint at all.
+    """Returns the newest valid checkpoint under `root`, or None if it is empty.
 
     Logs each one it skips, and why. Raises CheckpointError if none of the checkpoints is valid, or
     a newer one has another format: resuming from an earlier one would throw good training away.

@@ -33,7 +33,7 @@ class Piece:
     """A run of one flattened tensor, as stored."""
 
     kind: str
-    """What is stored of the weight: master, exp_avg, exp_avg_sq, or an average such as ema."""
+    """The kind of value: master, exp_avg, exp_avg_sq, or an average such as ema."""
 
     name: str
     shape: tuple[int, ...]

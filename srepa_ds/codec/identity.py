@@ -16,7 +16,7 @@ class IdentityCodec:
         return image_shape
 
     def encode(self, batch: Encodable, *, seed: int) -> Float[Tensor, "batch c h w"]:
-        """Returns x / 127.5 - 1 in fp32; there is no posterior, so `seed` changes nothing.
+        """Returns x / 127.5 - 1 in fp32; without a posterior, `seed` has no effect.
 
         Raises DataError if the shards hold no pixels.
         """

@@ -14,6 +14,7 @@ from srepa_ds.checkpoint.folder import restore_names
 from srepa_ds.checkpoint.reader import CheckpointReader
 from srepa_ds.checkpoint.writer import CheckpointWriter
 from srepa_ds.config.experiment import Config
+from srepa_ds.config.yaml_text import to_yaml
 from srepa_ds.data.loader import BatchLoader
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import ranks
@@ -25,7 +26,7 @@ from srepa_ds.files import write_aside
 from srepa_ds.model.precision import PRECISIONS
 from srepa_ds.objective import Objective
 from srepa_ds.run_folder import RunFolder
-from srepa_ds.schema import to_tree, to_yaml
+from srepa_ds.schema import to_tree
 from srepa_ds.telemetry.environment import environment
 from srepa_ds.telemetry.metrics_log import Telemetry
 from srepa_ds.training.claim import check_shared, claimed

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from srepa_ds.config.experiment import Config
+from srepa_ds.config.yaml_text import to_yaml
 from srepa_ds.report.markup import Markup, details, element, joined, note, section, table
 from srepa_ds.report.record import Line, part, training_seconds
-from srepa_ds.schema import to_tree, to_yaml
+from srepa_ds.schema import to_tree
 from srepa_ds.training.resume import unsafe_changes
 
 SCORES = {

@@ -7,6 +7,7 @@ import torch
 from places import ROOT
 from teacher_models import PLAIN, SMALL, images, plain_encoder, preprocessed, saved, scrambled
 
+from srepa_ds.config.yaml_text import to_yaml
 from srepa_ds.encoders.teacher import (
     TEACHERS,
     TeacherConfig,
@@ -15,7 +16,7 @@ from srepa_ds.encoders.teacher import (
     load_teacher,
 )
 from srepa_ds.errors import ConfigError
-from srepa_ds.schema import to_tree, to_yaml, validated
+from srepa_ds.schema import to_tree, validated
 from srepa_ds.trees import parse_yaml
 
 DOCUMENT = ROOT / "docs" / "teachers.md"
