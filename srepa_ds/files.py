@@ -7,7 +7,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +17,8 @@ import srepa_ds
 from srepa_ds.errors import OutputError
 
 PARTIAL = ".partial"
+
+_MOST_DOCUMENT_BYTES = 64 << 20
 
 log = logging.getLogger("srepa_ds")
 
@@ -31,7 +33,9 @@ def write_aside(path: Path, write: Callable[[Path], object], *, concurrent: bool
     process = f".{socket.gethostname()}-{os.getpid()}" if concurrent else ""
     aside = path.with_name(path.name + process + PARTIAL)
     try:
-        aside.touch()
+        # A new file: what lies there may be a link that leads elsewhere.
+        aside.unlink(missing_ok=True)
+        aside.touch(exist_ok=False)
         # safetensors makes its files private; ours get the usual permissions.
         mode = stat.S_IMODE(aside.stat().st_mode)
         write(aside)
@@ -79,6 +83,18 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def read_document(path: Path) -> str:
+    """Returns the text of a YAML or JSON file, which is opened once: it may be a pipe.
+
+    Raises OSError, and ValueError if it is not UTF-8 or has more than 64 MiB.
+    """
+    with path.open("rb") as file:
+        content = file.read(_MOST_DOCUMENT_BYTES + 1)
+    if len(content) > _MOST_DOCUMENT_BYTES:
+        raise ValueError(f"it has more than {_MOST_DOCUMENT_BYTES >> 20} MiB")
+    return content.decode("utf-8")
+
+
 def sha256_of(path: Path) -> str:
     """Returns the sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
@@ -105,6 +121,46 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def claimed(folder: Path, *, doing: str, cure: str, otherwise: str = "") -> Iterator[None]:
+    """Makes `folder`, keeps other processes out while the block runs, removes it if it stays empty.
+
+    Raises OutputError if it cannot be written to (with `cure`), or if another process holds it; the
+    message says which one and that it is `doing` the folder ("training in"), and ends with
+    `otherwise`.
+    """
+    with ExitStack() as lock:
+        with writing(folder, cure=cure):
+            made = make_folder(folder)
+            try:
+                lock.enter_context(locked(folder))
+            except BlockingIOError as error:
+                raise OutputError(
+                    f"another process ({_holder_of(folder)}) is {doing} {folder}; wait for it or "
+                    f"end it{otherwise}"
+                ) from error
+            except OSError:
+                remove_empty(made)
+                raise
+        try:
+            yield
+        finally:
+            remove_empty(made)
+
+
+def _holder_of(folder: Path) -> str:
+    """Returns the process that holds the lock on `folder`, as far as this machine knows it."""
+    number = folder.stat().st_ino
+    try:
+        locks = Path("/proc/locks").read_text().split("\n")
+        found = (line.split() for line in locks if " FLOCK " in line and f":{number} " in line)
+        process = next(fields[4] for fields in found if fields[1] == "FLOCK")
+        words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except (OSError, StopIteration):
+        return "on another machine or in another container"
+    return f"{process}: {' '.join(words).strip()}"
 
 
 def make_folder(folder: Path) -> list[Path]:

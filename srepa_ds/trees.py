@@ -1,5 +1,6 @@
-"""Trees of plain values: read from YAML, edited by overrides, flattened and compared."""
+"""Trees of plain values: read from YAML and JSON, edited by overrides, flattened and compared."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from srepa_ds.errors import ConfigError, Fault
+from srepa_ds.files import read_document
 
 Tree = dict[str, Any]
 
@@ -47,6 +49,37 @@ for _resolver in (YamlLoader, YamlDumper):
 def parse_yaml(text: str) -> Any:
     """Returns the value of a YAML document; raises yaml.YAMLError."""
     return yaml.load(text, Loader=YamlLoader)
+
+
+def read_json(path: Path) -> Any:
+    """Returns the value of a JSON file; raises OSError, and ValueError as `parse_json` does."""
+    return parse_json(read_document(path))
+
+
+def parse_json(text: str) -> Any:
+    """Returns the value of a JSON document.
+
+    Raises ValueError if it is not JSON, gives a key twice, is nested too deeply, or holds text that
+    is not Unicode.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_without_twins)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if "\\ud" in text.lower():
+        for path, leaf in leaves(value):
+            # Half of a surrogate pair fails only later, when it is printed or written.
+            f"{path}{leaf}".encode()
+    return value
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twin = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key '{twin}' is given twice")
+    return result
 
 
 def load_tree(path: Path, *, each: Callable[[Tree], Tree] = dict) -> Tree:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from srepa_ds.files import flush_to_disk, sha256_of
+from srepa_ds.trees import read_json
 
 MANIFEST = "manifest.json"
 FOREIGN = "of format"
@@ -36,7 +37,7 @@ def write_manifest(
 def fault_in(folder: Path, *, format: str, version: int, needed: str) -> str | None:
     """Returns why `folder` is not whole, or None if it is; its manifest must name `needed`."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST)
         if manifest["format"] != format or manifest["version"] != version:
             mark = f"{manifest['format']} {manifest['version']}"
             return f"{FOREIGN} {mark}, not {format} {version}"

@@ -1,6 +1,5 @@
 """Reads a checkpoint: its state, and any run of any stored tensor, whatever topology wrote it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from srepa_ds.checkpoint.folder import STATE
 from srepa_ds.checkpoint.manifest import MANIFEST
 from srepa_ds.errors import CheckpointError
 from srepa_ds.files import sha256_of
+from srepa_ds.trees import read_json
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Returns what a checkpoint holds besides the fragments; raises OSError or ValueError."""
-    return json.loads((folder / STATE).read_text())
+    return read_json(folder / STATE)
 
 
 class CheckpointReader:

@@ -14,6 +14,7 @@ from srepa_ds.distributed.launcher import STOP_SIGNALS, start_child
 from srepa_ds.errors import ConfigError, Fault, nearest
 from srepa_ds.files import shipped, write_aside
 from srepa_ds.run_folder import RunFolder
+from srepa_ds.trees import read_json
 
 MODES = (
     *("sit", "repa", "srepa-mse", "srepa-kl"),
@@ -96,7 +97,7 @@ def _run(arguments: Sequence[str]) -> int:
 def _read_timings(path: Path) -> dict[str, float]:
     """Returns the seconds each step has taken so far, summed over earlier runs of the demo."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):
         return {}
 

@@ -1,11 +1,11 @@
 """Reads the JSON index of a folder; it is written last, so a folder without one is unfinished."""
 
-import json
 from pathlib import Path
 from typing import TypeVar
 
 from srepa_ds.errors import ConfigError, DataError
 from srepa_ds.schema import Section, validated
+from srepa_ds.trees import read_json
 
 Index = TypeVar("Index", bound=Section)
 INDEX_NAME = "index.json"
@@ -21,7 +21,7 @@ def read_index_document(
     """
     path = folder / INDEX_NAME
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = read_json(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing, so {missing}") from error
     except (OSError, ValueError) as error:

@@ -33,6 +33,7 @@ from srepa_ds.files import (
     writing,
 )
 from srepa_ds.schema import to_tree
+from srepa_ds.trees import read_json
 
 MARKER_NAME = "preparing.json"
 _CURE = "choose a folder you may write to, with free space"
@@ -154,7 +155,7 @@ class ShardWriter:
         if (self._folder / INDEX_NAME).exists() or not marker.exists():
             return False
         try:
-            found = json.loads(marker.read_text())
+            found = read_json(marker)
         except ValueError:
             return False
         return found == {"format": FORMAT, "dataset_id": self._description.dataset_id}

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from srepa_ds import files
 from srepa_ds.data.headers import Header, Kind, check_header, read_header
 from srepa_ds.data.shard_index import INDEX_NAME, ShardEntry
 from srepa_ds.data.stored_tokens import StoredTokens
@@ -21,8 +22,8 @@ from srepa_ds.data.token_index import (
     form_bytes,
     token_file_name,
 )
-from srepa_ds.errors import DataError, OutputError
-from srepa_ds.files import locked, make_folder, remove_empty, sha256_of, write_aside, writing
+from srepa_ds.errors import DataError
+from srepa_ds.files import sha256_of, write_aside, writing
 from srepa_ds.schema import to_tree
 
 _CURE = "make room or fix its permissions, then run the same command again"
@@ -35,20 +36,9 @@ def claimed(folder: Path) -> Iterator[None]:
 
     Raises OutputError if it cannot be written to or another process is writing the same store.
     """
-    with ExitStack() as lock:
-        with writing(folder, cure=_CURE):
-            made = make_folder(folder)
-            try:
-                lock.enter_context(locked(folder))
-            except BlockingIOError as error:
-                raise OutputError(
-                    f"{folder}: another process is storing these tokens; wait for it or end it, "
-                    "then run the same command again"
-                ) from error
-        try:
-            yield
-        finally:
-            remove_empty(made)
+    again = ", then run the same command again"
+    with files.claimed(folder, doing="storing tokens in", cure=_CURE, otherwise=again):
+        yield
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import nn
 from srepa_ds import __version__
 from srepa_ds.errors import OutputError
 from srepa_ds.files import PARTIAL, make_folder, remove_empty, sha256_of, write_aside, writing
+from srepa_ds.trees import read_json
 
 WEIGHTS_NAME = "model.safetensors"
 REPORT_NAME = "teacher.json"
@@ -31,7 +32,7 @@ def finished_accuracy(folder: Path, identity: dict[str, Any]) -> float | None:
     if not path.is_file():
         return None
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
         found, accuracy = dict(report["identity"]), float(report["heldout_accuracy"])
         expected_hash = str(report["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:

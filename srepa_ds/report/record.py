@@ -10,7 +10,7 @@ from srepa_ds.alignment.alignment import AlignmentConfig
 from srepa_ds.config.experiment import Config
 from srepa_ds.errors import DataError
 from srepa_ds.schema import validated
-from srepa_ds.trees import load_tree
+from srepa_ds.trees import load_tree, read_json
 
 Line = Mapping[str, float]
 
@@ -47,7 +47,7 @@ def _parsed(text: str) -> Line:
 def read_document(path: Path, *, hint: str = "") -> dict[str, Any]:
     """Returns the JSON object in a file; raises DataError, with `hint`, if it holds none."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
     except OSError as error:
         raise DataError(f"{path.name}: {error.strerror}; {hint}") from error
     except ValueError as error:

@@ -1,7 +1,6 @@
 """Reads a finished sample set: images, labels, contact sheet and provenance."""
 
 import io
-import json
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.lib.npyio import NpzFile
 from PIL import Image
 
 from srepa_ds.errors import DataError
+from srepa_ds.trees import read_json
 
 SAMPLES = "samples.npz"
 PROVENANCE = "provenance.json"
@@ -69,7 +69,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     """
     path = folder / PROVENANCE
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
     except FileNotFoundError:
         return {}
     except OSError as error:

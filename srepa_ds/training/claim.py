@@ -3,12 +3,12 @@
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from srepa_ds import files
 from srepa_ds.distributed import ranks
 from srepa_ds.errors import OutputError
-from srepa_ds.files import locked, make_folder, remove_empty
 from srepa_ds.run_folder import RunFolder
 
 # NFS caches negative lookups for up to this long.
@@ -23,18 +23,15 @@ def claimed(run: RunFolder, *, is_main: bool) -> Iterator[None]:
     Makes the folder, and removes it if the block leaves it empty. Raises OutputError if another
     process is training there, or the folder cannot be written to.
     """
-    with ExitStack() as stack:
-        if is_main:
-            with run.writing():
-                made = make_folder(run.path)
-                try:
-                    stack.enter_context(locked(run.path))
-                except BlockingIOError as error:
-                    raise OutputError(
-                        f"another process is training in {run.path}; wait for it or end it, or "
-                        "choose another run.folder"
-                    ) from error
-            stack.callback(remove_empty, made)
+    if not is_main:
+        yield
+        return
+    with files.claimed(
+        run.path,
+        doing="training in",
+        cure="choose another run.folder or fix its permissions",
+        otherwise=", or choose another run.folder",
+    ):
         yield
 
 

@@ -17,6 +17,7 @@ from srepa_ds.files import sha256_of
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.schema import replaced, validated
+from srepa_ds.trees import read_json
 
 FORMAT = "srepa_ds.model"
 VERSION = 1
@@ -91,7 +92,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _is_document(path: Path) -> bool:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
         return document["format"] == FORMAT
     except (OSError, ValueError, TypeError, KeyError):
         return False
@@ -115,7 +116,7 @@ def _replace(folder: Path, aside: Path) -> None:
 def exported_step(folder: Path) -> int | None:
     """Returns the training step of the exported model in `folder`, or None if there is none."""
     try:
-        step = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))["provenance"]["step"]
+        step = read_json(folder / DOCUMENT)["provenance"]["step"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return step if isinstance(step, int) else None
@@ -127,7 +128,7 @@ def read_model(folder: Path) -> ExportedModel:
     Raises CheckpointError that says what is missing or does not fit.
     """
     try:
-        document = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
+        document = read_json(folder / DOCUMENT)
         sha256 = sha256_of(folder / WEIGHTS)
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:

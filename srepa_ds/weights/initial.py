@@ -1,6 +1,5 @@
 """Initialises a training from existing weights: an exported model or a REPA checkpoint."""
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 from srepa_ds.errors import CheckpointError, ConfigError, listed
 from srepa_ds.objective import Objective, official_name
 from srepa_ds.schema import Section, validated
+from srepa_ds.trees import read_json
 from srepa_ds.weight_file import read_weight_file
 from srepa_ds.weights.exported import DOCUMENT, WEIGHTS
 
@@ -142,7 +142,7 @@ def _shape(tensor: Tensor | None) -> str:
 def _check_folder(path: Path, which: WeightsKind) -> None:
     """Raises CheckpointError unless `path` is an exported model of the kind `which`."""
     try:
-        label = json.loads((path / DOCUMENT).read_text(encoding="utf-8"))["provenance"]["weights"]
+        label = read_json(path / DOCUMENT)["provenance"]["weights"]
         kind = "model" if label == "master" else "ema"
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
@@ -159,7 +159,7 @@ def _check_heads(path: Path, objective: Objective) -> None:
     """Raises CheckpointError if the number of heads differs, which no weight's shape shows."""
     if not path.is_dir():
         return
-    tree = json.loads((path / DOCUMENT).read_text(encoding="utf-8"))["config"]["model"]
+    tree = read_json(path / DOCUMENT)["config"]["model"]
     own = objective.sit.config
     try:
         there = validated(type(own), tree, source=str(path / DOCUMENT)).shape.num_heads

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from srepa_ds.errors import ConfigError, Fault, nearest
 from srepa_ds.files import shipped
+from srepa_ds.trees import read_json
 
 OWNED_BY_YAML = {
     "train_batch_size": "train.batch_size",
@@ -123,8 +124,7 @@ def load_deepspeed_json(path: Path) -> dict[str, Any]:
     belong to the YAML or to another ZeRO stage, and values that a setting does not take.
     """
     try:
-        text = shipped(path).read_text(encoding="utf-8")
-        document = json.loads(text, object_pairs_hook=_without_twins)
+        document = read_json(shipped(path))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or f"is not JSON: {error}"
         raise ConfigError(str(path), [Fault("", reason)]) from error
@@ -145,14 +145,6 @@ def offloads_optimizer(document: Mapping[str, Any]) -> bool:
     """Returns whether a checked document keeps masters and Adam's moments on the CPU."""
     offload = document.get("zero_optimization", {}).get("offload_optimizer", {})
     return offload.get("device", "none") == "cpu"
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for number, name in enumerate(names):
-        if name in names[:number]:
-            raise ValueError(f"the key '{name}' is given twice")
-    return dict(pairs)
 
 
 def _faults(document: Mapping[str, Any]) -> Iterator[Fault]:
