@@ -1,6 +1,8 @@
 """The command line: `srepa-ds COMMAND CONFIG [section.field=value ...]`."""
 
 import os
+import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -10,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from srepa_ds.console import show_warnings_once
-from srepa_ds.distributed.launcher import free_port, launched, run_ranks
-from srepa_ds.errors import SRepaError
+from srepa_ds.distributed.launcher import run_ranks
+from srepa_ds.distributed.surroundings import check_surroundings, launched
+from srepa_ds.errors import SRepaError, TopologyError
 
 if TYPE_CHECKING:
     from srepa_ds.config.experiment import Config
@@ -66,7 +69,7 @@ def prepare(
     from srepa_ds.commands.prepare import prepare as run
     from srepa_ds.schema import load_section
 
-    _log()
+    _in_one_process("prepare")
     run(load_section(PrepareConfig, path, overrides or ()))
 
 
@@ -86,7 +89,7 @@ def teacher(path: ConfigPath, overrides: Overrides = None) -> None:
     from srepa_ds.commands.teacher import TeacherTrainingConfig, train_teacher
     from srepa_ds.schema import load_section
 
-    _log()
+    _in_one_process("teacher")
     train_teacher(load_section(TeacherTrainingConfig, path, overrides or ()))
 
 
@@ -118,7 +121,7 @@ def export(path: ConfigPath, overrides: Overrides = None) -> None:
     from srepa_ds.commands.export import export as run
     from srepa_ds.config.experiment import load_config
 
-    _log()
+    _in_one_process("export")
     run(load_config(path, overrides or ()))
 
 
@@ -141,7 +144,7 @@ def evaluate(path: ConfigPath, overrides: Overrides = None) -> None:
     from srepa_ds.commands.evaluate import evaluate as run
     from srepa_ds.config.experiment import load_config
 
-    _log()
+    _in_one_process("evaluate")
     run(load_config(path, overrides or ()))
 
 
@@ -151,7 +154,7 @@ def report(path: ConfigPath, overrides: Overrides = None) -> None:
     from srepa_ds.commands.report import report as run
     from srepa_ds.config.experiment import load_config
 
-    _log()
+    _in_one_process("report")
     run(load_config(path, overrides or ()))
 
 
@@ -182,7 +185,8 @@ def version() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line and returns its exit code; an SRepaError becomes one message."""
     try:
-        return app(list(arguments), standalone_mode=False) or 0
+        check_surroundings()
+        return app(_without_local_rank(arguments), standalone_mode=False) or 0
     except SRepaError as error:
         _print_error(error)
         return error.exit_code
@@ -191,19 +195,39 @@ def run(arguments: Sequence[str]) -> int:
         typer.echo(f"error: {text} See `srepa-ds --help`." if arguments else text, err=True)
         return 2
     except (typer.Abort, KeyboardInterrupt):
-        typer.echo("interrupted; run the same command again to continue", err=True)
+        _say("interrupted; run the same command again to continue")
         return 130
+    except BrokenPipeError:
+        # The reader of the output, such as `head`, has enough. Nothing may be flushed to it later.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
 
 
 def main() -> None:
     """Runs this process's command line and exits."""
     show_warnings_once()
     code = run(sys.argv[1:])
-    if launched():
+    if launched() and "srepa_ds.distributed.ranks" in sys.modules:
         from srepa_ds.distributed import ranks
 
         ranks.leave(code)
     sys.exit(code)
+
+
+def _without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """Returns `arguments` without the option that DeepSpeed's launcher adds.
+
+    It gives the same number in LOCAL_RANK.
+    """
+    if arguments and re.fullmatch(r"--local[_-]rank=\d+", arguments[0]):
+        return list(arguments[1:])
+    return list(arguments)
+
+
+def _say(text: str) -> None:
+    """Prints `text` to the terminal, on one rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(text, err=True)
 
 
 def _print_error(error: SRepaError) -> None:
@@ -217,18 +241,32 @@ def _print_error(error: SRepaError) -> None:
 def _on_ranks(action: Callable[[], int], ranks: int, *, command: Sequence[str]) -> NoReturn:
     """Runs `action` on this rank, or starts `ranks` processes that each run `command`."""
     if ranks != 1 and not launched():
-        raise typer.Exit(run_ranks(command, ranks, port=free_port()))
+        raise typer.Exit(run_ranks(command, ranks))
     from srepa_ds.distributed.devices import choose_accelerator
-    from srepa_ds.distributed.ranks import close
+    from srepa_ds.distributed.ranks import close, lost_connection
 
     _log()
     choose_accelerator()
     try:
         code = action()
+    except Exception as error:
+        if launched() and (lost := lost_connection(error)):
+            raise lost from error
+        raise
     finally:
         if not launched():
             close()
     raise typer.Exit(code)
+
+
+def _in_one_process(command: str) -> None:
+    """Sets up logging for a command that runs once; raises TopologyError on one rank of several."""
+    if launched() and os.environ["WORLD_SIZE"] != "1":
+        raise TopologyError(
+            f"`srepa-ds {command}` runs in one process, but a launcher started "
+            f"{os.environ['WORLD_SIZE']}; run it once, without a launcher"
+        )
+    _log()
 
 
 def _config_of_all_ranks(path: Path, overrides: list[str] | None) -> "Config":

@@ -132,6 +132,11 @@ class Engine:
         means = [torch.stack(values).mean(0) for values in zip(*reports, strict=True)]
         return StepReport(Losses(*means), norm, applied)
 
+    def untake_step(self) -> None:
+        """Counts the last step, which was skipped and changed nothing, as not taken."""
+        self.step_count -= 1
+        self.samples_seen -= self._batch_size
+
     def pieces(self) -> Iterator[Piece]:
         """Yields this rank's share of the state: masters, Adam's moments and the averages."""
         for number, fragment in enumerate(fragments(self._deepspeed)):

@@ -14,7 +14,7 @@ from typing import Any
 
 from places import ROOT, WORKERS
 
-from srepa_ds.distributed.launcher import free_port
+from srepa_ds.distributed.launcher import environment_of, listening_socket
 
 SECONDS = 240
 
@@ -26,7 +26,9 @@ class RankProcess(subprocess.Popen[str]):
     stop in the middle of a warning, and the others would wait for it in a collective.
     """
 
-    def __init__(self, command: list[str], environment: dict[str, str], cwd: Path | None):
+    def __init__(
+        self, command: list[str], environment: dict[str, str], cwd: Path | None, handed: list[int]
+    ):
         super().__init__(
             command,
             env=environment,
@@ -34,6 +36,7 @@ class RankProcess(subprocess.Popen[str]):
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            pass_fds=handed,
         )
         self._said = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -54,21 +57,16 @@ def start_ranks(
     command: list[str], world_size: int, *, cwd: Path | None = None
 ) -> list[RankProcess]:
     """Starts `python COMMAND` as `world_size` ranks."""
-    port = str(free_port())
-    common = {
-        **os.environ,
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-    }
-    return [
-        RankProcess(
-            [sys.executable, *command], {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd
-        )
-        for rank in range(world_size)
-    ]
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    started = []
+    with listening_socket() as listening:
+        for rank in range(world_size):
+            environment = environment_of(rank, world_size, listening) | own
+            # A script's own folder.
+            environment.pop("PYTHONSAFEPATH", None)
+            handed = [listening.fileno()] if rank == 0 else []
+            started.append(RankProcess([sys.executable, *command], environment, cwd, handed))
+    return started
 
 
 def start_function(

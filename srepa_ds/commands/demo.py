@@ -3,14 +3,13 @@
 import json
 import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
-from srepa_ds.distributed.launcher import STOP_SIGNALS, start_child
+from srepa_ds.distributed.launcher import start_child
+from srepa_ds.distributed.signals import handled
 from srepa_ds.errors import ConfigError, Fault, nearest
 from srepa_ds.files import shipped, write_aside
 from srepa_ds.run_folder import RunFolder
@@ -81,16 +80,12 @@ def _run(arguments: Sequence[str]) -> int:
     command = [sys.executable, "-m", "srepa_ds", *arguments]
     child = start_child(command, {**os.environ, "PYTHONUNBUFFERED": "1"})
 
-    def forward(number: int, _frame: FrameType | None) -> None:
+    def forward(number: int) -> None:
         if child.poll() is None:
             child.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-    try:
+    with handled(forward):
         code = child.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     return 128 - code if code < 0 else code
 
 

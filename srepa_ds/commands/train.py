@@ -18,8 +18,8 @@ from srepa_ds.config.yaml_text import to_yaml
 from srepa_ds.data.loader import BatchLoader
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import ranks
-from srepa_ds.distributed.launcher import stop_requested
 from srepa_ds.distributed.ranks import Rank
+from srepa_ds.distributed.signals import stop_requested
 from srepa_ds.encoders.teacher import Teacher
 from srepa_ds.engine import Engine, deepspeed_settings
 from srepa_ds.files import write_aside

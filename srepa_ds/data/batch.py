@@ -47,6 +47,13 @@ class Batch:
         """Returns the batch in page-locked memory; the data loader's pinning calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def shared(self) -> "Batch":
+        """Returns the batch in memory that other processes can map.
+
+        Raises RuntimeError if there is no room for it in /dev/shm.
+        """
+        return self._map(lambda tensor: tensor.share_memory_())
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         moved = {name: change(v) for name, v in own.items() if isinstance(v, Tensor)}

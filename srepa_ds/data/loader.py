@@ -4,8 +4,12 @@ The position of training in the data is one integer, the global sample counter. 
 on the number of ranks nor on that of workers, so a run can resume with other numbers of both.
 """
 
+import shutil
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +17,13 @@ import torch
 from jaxtyping import Int64
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from srepa_ds.data.batch import Batch
 from srepa_ds.data.shards import ShardDataset
+from srepa_ds.distributed.launcher import die_with_parent
+from srepa_ds.distributed.signals import leave_signals_to_parent
+from srepa_ds.errors import DataError
 from srepa_ds.noise import NoiseStream, bits
 from srepa_ds.schema import MayChange, Section
 
@@ -95,7 +102,7 @@ class BatchLoader:
         self._accumulation = accumulation
         self._start_position = start_position
         self._delivered = 0
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[Batch | DataError] | None = None
 
     @property
     def position(self) -> int:
@@ -109,7 +116,7 @@ class BatchLoader:
     def __next__(self) -> Batch:
         if self._batches is None:
             self._batches = self._transport()
-        batch = next(self._batches)
+        batch = self._next_of(self._batches)
         self._delivered += 1
         return batch
 
@@ -123,11 +130,23 @@ class BatchLoader:
         """Ends the workers; the next batch would start them again."""
         self._batches = None
 
+    def _next_of(self, batches: Iterator[Batch | DataError]) -> Batch:
+        """Returns the next batch; raises DataError if it cannot be read or a worker has died."""
+        try:
+            batch = next(batches)
+        except (RuntimeError, OSError, EOFError) as error:
+            if not self._config.num_workers:
+                raise
+            raise DataError(_fault_of_workers(error)) from error
+        if isinstance(batch, DataError):
+            raise batch
+        return batch
+
     @property
     def _samples_per_micro_step(self) -> int:
         return self._micro_batch_size * self._world_size
 
-    def _transport(self) -> Iterator[Batch]:
+    def _transport(self) -> Iterator[Batch | DataError]:
         # Imported here because it imports all of torch's data loading.
         from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -140,12 +159,14 @@ class BatchLoader:
                 batch_size=None,
                 sampler=self._requests(),
                 num_workers=workers,
+                worker_init_fn=_end_with_rank,
                 prefetch_factor=self._config.prefetch_batches if workers else None,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),
                 snapshot_every_n_steps=_NEVER,
             )
-            return iter(loader)
+            with _death_told_at_next():
+                return iter(loader)
 
     def _requests(self) -> "_Requests":
         taken = self._delivered * self._samples_per_micro_step
@@ -155,6 +176,40 @@ class BatchLoader:
             stride=self._samples_per_micro_step,
             micro_batch_size=self._micro_batch_size,
         )
+
+
+def _end_with_rank(_number: int) -> None:
+    leave_signals_to_parent()
+    die_with_parent()
+
+
+@contextmanager
+def _death_told_at_next() -> Iterator[None]:
+    """Keeps torch from interrupting this process, wherever it is, when a worker dies.
+
+    The next batch tells it as well, some seconds later; in the middle of a step an exception would
+    leave other ranks waiting.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+def _fault_of_workers(error: Exception) -> str:
+    """Returns what happened to a worker, and what to do."""
+    reason = str(error).split("\n")[0].strip()
+    text = f"a data worker has failed ({reason})"
+    try:
+        room = shutil.disk_usage("/dev/shm").total
+    except OSError:
+        return f"{text}; look at the log above, or set data.num_workers=0"
+    return (
+        f"{text}; workers pass batches through /dev/shm, which has {room / 2**20:.4g} MiB in all: "
+        "raise it (docker run --shm-size=8g), or set data.num_workers=0"
+    )
 
 
 class _Requests:
@@ -175,15 +230,23 @@ class _Requests:
             start += self._stride
 
 
-class _Rows(Dataset[Batch]):
+class _Rows(Dataset[Batch | DataError]):
     """A shard data set addressed by whole micro batches."""
 
     def __init__(self, dataset: ShardDataset):
         self._dataset = dataset
 
-    def __getitem__(self, index: tuple[list[int], list[int]]) -> Batch:
+    def __getitem__(self, index: tuple[list[int], list[int]]) -> Batch | DataError:
         samples, positions = index
-        return self._dataset.read(torch.tensor(samples), positions=torch.tensor(positions))
+        try:
+            batch = self._dataset.read(torch.tensor(samples), positions=torch.tensor(positions))
+            return batch.shared() if get_worker_info() else batch
+        except DataError as error:
+            # As a value: torch would put a worker's traceback into the message of what it raises.
+            return error
+        except RuntimeError as error:
+            # Sharing fails here and not, without a word, in the thread that passes batches on.
+            return DataError(_fault_of_workers(error))
 
     def __len__(self) -> int:
         return len(self._dataset)

@@ -6,88 +6,89 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
+from pathlib import Path
 
+import srepa_ds
+from srepa_ds.distributed.signals import Requests, handled
+from srepa_ds.distributed.surroundings import STORE_DESCRIPTOR
 from srepa_ds.errors import TopologyError
 
 _POLL_SECONDS = 0.1
-_SAME_SIGNAL_SECONDS = 3.0
 _PR_SET_PDEATHSIG = 1
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""The signals that ask a run to stop: from Ctrl-C, a scheduler, a closed terminal."""
-
-
-def launched() -> bool:
-    """Returns whether a launcher (torchrun, deepspeed, Slurm, ours) started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def free_port() -> int:
-    """Returns a TCP port that was free on the loopback interface a moment ago."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+# More ranks than this on one machine may have to try again to reach rank 0.
+_WAITING_CONNECTIONS = 1024
+# Otherwise `python -m` imports Python files that lie in the working directory; which is right only
+# where this package itself is imported from there.
+_SAFE_PATH = {} if Path(srepa_ds.__file__).parents[1] == Path.cwd() else {"PYTHONSAFEPATH": "1"}
+_CAUSES = {
+    signal.SIGKILL: "by hand, by a scheduler, or by the system because memory ran out",
+    signal.SIGBUS: "a file that it had mapped became shorter, or shared memory (/dev/shm) is full",
+}
 
 
 def run_ranks(
     arguments: Sequence[str],
     num_ranks: int,
     *,
-    port: int,
     leave_seconds: float = 3.0,
     kill_seconds: float = 60.0,
 ) -> int:
     """Runs `srepa-ds ARGUMENTS` as `num_ranks` local processes and returns the exit code.
 
-    Stop signals reach every rank once, so that all can save. When a rank has failed, the others are
-    asked to stop after `leave_seconds` and killed after `kill_seconds`. The code is that of the
-    first rank that failed, else 0. Raises TopologyError for fewer than one rank.
+    A stop signal reaches every rank once, so that all can save; a second one ends all at once.
+    When a rank has failed, the others are asked to stop after `leave_seconds` and killed after
+    `kill_seconds`. The code is that of the first rank that failed, else 0. Raises TopologyError for
+    fewer than one rank.
     """
     if num_ranks < 1:
         raise TopologyError(f"--ranks must be at least 1, got {num_ranks}")
-    command = [sys.executable, "-m", "srepa_ds", *arguments]
-    ranks: list[subprocess.Popen[bytes]] = []
-    previous = {
-        number: signal.signal(number, _forwarding(ranks))
-        for number in STOP_SIGNALS
-        if threading.current_thread() is threading.main_thread()
-    }
+    ranks = _Ranks(leave_seconds, kill_seconds)
     try:
-        for rank in range(num_ranks):
-            environment = _environment(rank, num_ranks, port)
-            ranks.append(start_child(command, environment))
-        return _wait(ranks, leave_seconds, kill_seconds)
+        with handled(ranks.receive):
+            ranks.start(arguments, num_ranks)
+            return ranks.wait()
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        for process in ranks:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        ranks.end()
 
 
-def start_child(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def start_child(
+    command: Sequence[str], environment: dict[str, str], *, descriptors: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
     """Starts a process that gets stop signals only from this one, and returns it.
 
-    It has its own session, so that a terminal's Ctrl-C does not reach it twice. On Linux it is
-    asked to stop when this process dies, so that it is never left behind.
+    It has its own session, so that a terminal's Ctrl-C does not reach it twice. On Linux it dies
+    with this process, so that it is never left behind. `descriptors` stay open in it.
     """
     return subprocess.Popen(
-        command, env=environment, start_new_session=True, preexec_fn=_stop_with_parent
+        command,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+        pass_fds=descriptors,
     )
 
 
-def _stop_with_parent() -> None:
+def die_with_parent() -> None:
+    """Makes the system kill this process when its parent dies; only Linux can do that.
+
+    SIGKILL, because a rank that is stopped or waits in a collective heeds nothing else.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
-def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+def listening_socket() -> socket.socket:
+    """Returns a socket that listens on a free port of the loopback interface.
+
+    Rank 0 inherits it. A port that is only looked up may be taken before rank 0 opens it.
+    """
+    return socket.create_server(("127.0.0.1", 0), backlog=_WAITING_CONNECTIONS)
+
+
+def environment_of(rank: int, num_ranks: int, listening: socket.socket) -> dict[str, str]:
+    """Returns the environment that tells a rank its place, for ranks that meet at `listening`."""
     # The cores this process may use: a container's share, not the whole machine.
     threads = str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
     return {
@@ -98,69 +99,107 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(listening.getsockname()[1]),
+        STORE_DESCRIPTOR: str(listening.fileno()),
+        **_SAFE_PATH,
     }
 
 
-@contextmanager
-def stop_requested() -> Iterator[list[int]]:
-    """Yields a list that holds the signal once one of `STOP_SIGNALS` has arrived.
+class _Ranks:
+    """The processes of a run, from their start to their end."""
 
-    The first signal asks for a stop at the next good moment. Another one some seconds later ends
-    the process at once. A sooner one counts as the same request: a scheduler that signals every
-    process reaches a rank twice, directly and through its launcher.
-    """
-    received: list[int] = []
-    first_came: list[float] = []
+    def __init__(self, leave_seconds: float, kill_seconds: float):
+        self._leave_seconds = leave_seconds
+        self._kill_seconds = kill_seconds
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._requests = Requests()
+        self._ended_by: int | None = None
 
-    def note(number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if received and now - first_came[0] > _SAME_SIGNAL_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        received.append(number)
-        first_came.append(now)
+    def start(self, arguments: Sequence[str], num_ranks: int) -> None:
+        command = [sys.executable, "-m", "srepa_ds", *arguments]
+        with listening_socket() as listening:
+            for rank in range(num_ranks):
+                environment = environment_of(rank, num_ranks, listening)
+                handed = [listening.fileno()] if rank == 0 else []
+                self._processes.append(start_child(command, environment, descriptors=handed))
 
-    previous = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def receive(self, number: int) -> None:
+        """Passes a first stop signal on to all ranks, and kills them on a second one."""
+        if self._requests.is_second():
+            self._ended_by = number
+            self._kill()
+            return
+        if sys.stderr is not None:
+            # Not print: the signal may have interrupted one.
+            os.write(2, b"stopping; a second signal ends the ranks at once\n")
+        for process in self._alive():
+            process.send_signal(number)
+
+    def wait(self) -> int:
+        """Waits for all ranks and returns the code of the first that failed, else 0.
+
+        After a failure the others have time to report and leave by themselves.
+        """
+        first: int | None = None
+        failed_at, asked, named = 0.0, False, False
+        while alive := self._alive():
+            time.sleep(_POLL_SECONDS)
+            if first is None and (first := self._failed()) is not None:
+                failed_at = time.monotonic()
+            if first is None:
+                continue
+            waited = time.monotonic() - failed_at
+            is_killed = self._processes[first].returncode < 0
+            if not named and (is_killed or waited > self._leave_seconds):
+                named = True
+                self._name(first)
+            if waited > self._kill_seconds:
+                self._kill()
+            elif waited > self._leave_seconds and not asked:
+                asked = True
+                for process in alive:
+                    process.terminate()
+        first = self._failed() if first is None else first
+        if self._ended_by is not None:
+            return 128 + self._ended_by
+        if first is None:
+            return 0
+        code = self._processes[first].returncode
+        if code < 0 and not named:
+            self._name(first)
+        return 128 - code if code < 0 else code
+
+    def end(self) -> None:
+        """Kills the ranks that are left, with their own processes."""
+        self._kill()
+        for process in self._processes:
+            process.wait()
+
+    def _alive(self) -> list[subprocess.Popen[bytes]]:
+        return [process for process in self._processes if process.poll() is None]
+
+    def _failed(self) -> int | None:
+        """Returns the rank that failed; of several, one that was killed: it took others along."""
+        codes = [process.poll() for process in self._processes]
+        failed = [rank for rank, code in enumerate(codes) if code]
+        killed = [rank for rank in failed if (codes[rank] or 0) < 0]
+        return next(iter([*killed, *failed]), None)
+
+    def _kill(self) -> None:
+        for process in self._alive():
+            # The session's number is that of its first process. Data workers belong to it too.
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def _name(self, rank: int) -> None:
+        code = self._processes[rank].returncode
+        if self._ended_by is None and sys.stderr is not None:
+            others = "; ending the other ranks" if self._alive() else ""
+            print(f"rank {rank} {_end_of(code)}{others}", file=sys.stderr, flush=True)
 
 
-def _forwarding(
-    ranks: Sequence[subprocess.Popen[bytes]],
-) -> Callable[[int, FrameType | None], None]:
-    def forward(number: int, _frame: FrameType | None) -> None:
-        for process in ranks:
-            if process.poll() is None:
-                process.send_signal(number)
-
-    return forward
-
-
-def _wait(
-    ranks: Sequence[subprocess.Popen[bytes]], leave_seconds: float, kill_seconds: float
-) -> int:
-    """Waits for all ranks and returns the code of the first that failed, else 0.
-
-    After a failure the others have time to report and leave by themselves.
-    """
-    first_failure, failed_at, asked = 0, 0.0, False
-    while any(process.poll() is None for process in ranks):
-        time.sleep(_POLL_SECONDS)
-        failed = [process.poll() for process in ranks if process.poll()]
-        if failed and not first_failure:
-            first_failure, failed_at = failed[0] or 0, time.monotonic()
-        waited = time.monotonic() - failed_at if first_failure else 0.0
-        alive = [process for process in ranks if process.poll() is None]
-        if waited > kill_seconds:
-            for process in alive:
-                process.kill()
-        elif waited > leave_seconds and not asked:
-            asked = True
-            for process in alive:
-                process.terminate()
-    failure = first_failure or next((code for p in ranks if (code := p.wait())), 0)
-    return 128 - failure if failure < 0 else failure
+def _end_of(code: int) -> str:
+    if code >= 0:
+        return f"ended with code {code}"
+    number = signal.Signals(-code)
+    cause = f" ({_CAUSES[number]})" if number in _CAUSES else ""
+    return f"was ended by {number.name}{cause}"

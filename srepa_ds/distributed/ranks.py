@@ -1,9 +1,11 @@
 """The process group: this process's rank, collectives, and errors shared by all ranks."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import wraps
@@ -20,7 +22,8 @@ from srepa_ds.distributed.devices import (
     take_device,
     use_exact_float32,
 )
-from srepa_ds.distributed.launcher import free_port, launched
+from srepa_ds.distributed.heartbeat import Heartbeat, moved, stuck_seconds
+from srepa_ds.distributed.surroundings import STORE_DESCRIPTOR, Place, launched, place
 from srepa_ds.errors import (
     ConfigError,
     Fault,
@@ -33,7 +36,8 @@ from srepa_ds.errors import (
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What ends with the process group.
+_joined = ExitStack()
 
 
 @dataclass(frozen=True)
@@ -54,50 +58,88 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> Rank:
     """Joins the process group (NCCL on GPUs, gloo elsewhere) and returns this process's `Rank`.
 
     Without a launcher the process is a group of one. Raises TopologyError when the launcher's
-    variables are incomplete, and on all ranks when one has no GPU or their devices differ in kind.
+    variables make no sense or the ranks cannot meet, and on all ranks when one has no GPU or their
+    devices differ in kind.
     """
+    own = place()
     # DeepSpeed reads LOCAL_RANK on its own.
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    os.environ.setdefault("LOCAL_RANK", str(own.local_rank))
     use_exact_float32()
     if not dist.is_initialized():
         try:
-            place = _from_launcher(local_rank, timeout) if launched() else _alone(local_rank)
-            device: torch.device = place.pop("device")
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            device_id = device if device.type == "cuda" else None
-            dist.init_process_group(backend, timeout=timeout, device_id=device_id, **place)
+            _join(own, timeout)
         finally:
             # Also when this rank cannot join: a warning may say why.
             show_waiting_warnings()
-    return Rank(dist.get_rank(), dist.get_world_size(), take_device(local_rank))
+    return Rank(dist.get_rank(), dist.get_world_size(), take_device(own.local_rank))
 
 
-def _from_launcher(local_rank: int, timeout: timedelta) -> dict[str, Any]:
-    missing = [name for name in _VARIABLES if name not in os.environ]
-    if missing:
-        raise TopologyError(f"the launcher did not set {', '.join(missing)}; start with torchrun")
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    let_ranks_agree(lambda key: store.add(f"shown/{key}", 1) == 1)
-    return {
-        "device": agreed_device(store, rank, world_size, local_rank),
-        "store": dist.PrefixStore("default_pg", store),
-        "rank": rank,
-        "world_size": world_size,
-    }
+def _join(own: Place, timeout: timedelta) -> None:
+    seconds = stuck_seconds()
+    store: dist.Store = _meet(own, timeout) if launched() else dist.HashStore()
+    if launched():
+        let_ranks_agree(lambda key: store.add(f"shown/{key}", 1) == 1)
+        device = agreed_device(store, own.rank, own.world_size, own.local_rank)
+    else:
+        device = take_device(own.local_rank)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+        store=dist.PrefixStore("default_pg", store),
+        rank=own.rank,
+        world_size=own.world_size,
+    )
+    heartbeat = Heartbeat(
+        _another_client(store, seconds),
+        rank=own.rank,
+        world_size=own.world_size,
+        where=place_of(own.rank),
+        seconds=seconds,
+    )
+    _joined.enter_context(heartbeat)
 
 
-def _alone(local_rank: int) -> dict[str, Any]:
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        raise TopologyError(
-            "srun started several tasks that do not know of each other; start one task per node "
-            "and torchrun inside it"
-        )
-    return {
-        "device": take_device(local_rank),
-        "init_method": f"tcp://127.0.0.1:{free_port()}",
-        "rank": 0,
-        "world_size": 1,
-    }
+def _meet(own: Place, timeout: timedelta) -> dist.Store:
+    """Returns the store in which the ranks meet; raises TopologyError if they cannot."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        if own.rank == 0 and STORE_DESCRIPTOR in os.environ:
+            return dist.TCPStore(
+                address,
+                port,
+                own.world_size,
+                is_master=True,
+                timeout=timeout,
+                wait_for_workers=False,
+                multi_tenant=True,
+                # Taken out, because a store can be opened on it only once.
+                master_listen_fd=int(os.environ.pop(STORE_DESCRIPTOR)),
+            )
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        return store
+    except (dist.DistError, ValueError) as error:
+        raise TopologyError(_why_apart(own, error)) from error
+
+
+def _why_apart(own: Place, error: Exception) -> str:
+    where = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+    text = str(error).split("\n")[0]
+    if "EADDRINUSE" in str(error) or "in use" in str(error):
+        return f"{place_of(own.rank)}: MASTER_PORT of {where} is in use; choose another"
+    return (
+        f"{place_of(own.rank)} cannot meet the other ranks at {where}: {text}; check that "
+        "MASTER_ADDR and MASTER_PORT are rank 0's, and that all ranks are started"
+    )
+
+
+def _another_client(store: dist.Store, seconds: float) -> dist.Store:
+    """Returns another connection to `store`, which gives up after a while."""
+    if not isinstance(store, dist.PrefixStore | dist.TCPStore):
+        return store
+    client = store.clone()
+    client.set_timeout(timedelta(seconds=seconds))
+    return client
 
 
 def joined() -> bool:
@@ -117,6 +159,7 @@ def world_size() -> int:
 
 def barrier() -> None:
     """Waits until every rank has arrived here."""
+    moved()
     if world_size() > 1:
         dist.barrier()
 
@@ -132,6 +175,7 @@ def broadcast(value: T, *, source: int = 0) -> T:
 
 def gather(value: T) -> list[T]:
     """Returns every rank's value, in rank order, on every rank."""
+    moved()
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
@@ -163,6 +207,7 @@ def averaged(tensor: Tensor) -> Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Returns whether `flag` is true on at least one rank."""
+    moved()
     if world_size() == 1:
         return flag
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -259,6 +304,19 @@ def check_same(facts: Mapping[str, Any], *, what: str) -> None:
         raise raised_on_all_ranks(ConfigError(what, faults.values()))
 
 
+def lost_connection(error: Exception) -> RankError | None:
+    """Returns the error to raise if `error` means that another rank has gone; else None."""
+    text = str(error)
+    if not (isinstance(error, dist.DistError) or "/gloo/" in text or "NCCL" in text):
+        return None
+    # The place in the library's source comes first, in brackets.
+    reason = re.sub(r"^\[\S*\] *", "", text.split("\n")[0])
+    return RankError(
+        f"{place_of(rank())} lost the connection to another rank ({reason}); the rank that ended "
+        "first says why in its own output, and the same command continues from the last checkpoint"
+    )
+
+
 def another_group() -> Any:
     """Returns a new group of all ranks with the timeout of the group they joined. Collective.
 
@@ -271,6 +329,7 @@ def another_group() -> Any:
 
 def close() -> None:
     """Leaves the process group, if this process is in one."""
+    _joined.close()
     if dist.is_initialized():
         let_ranks_agree(None)
         dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """Turns batches into training inputs: latents, noise, and the teachers' tokens."""
 
+import math
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -16,6 +17,7 @@ from srepa_ds.data.batch import Batch
 from srepa_ds.data.stored_tokens import StoredTokens
 from srepa_ds.encoders.teacher import Teacher, TeacherTokens
 from srepa_ds.objective import TrainingInputs, draw_inputs
+from srepa_ds.training.guarded import GuardedBatches
 from srepa_ds.training.side_stream import SideStream, one_ahead
 
 
@@ -55,7 +57,8 @@ class Feed:
         self._waited = 0.0
         # Micro batches since `first_step`.
         self._num_prepared = self._num_delivered = 0
-        prepared = self._prepared(batches)
+        self._batches = GuardedBatches(batches)
+        prepared = self._prepared()
         self._ready = one_ahead(prepared, ahead_on) if ahead_on else prepared
 
     def step(self) -> Iterator[TrainingInputs]:
@@ -66,6 +69,20 @@ class Feed:
             # The inputs are not kept: with accumulation they would pile up.
             self._last_step.append((prepared.sample_ids, prepared.finite))
             yield prepared.inputs
+
+    def open(self) -> None:
+        """Starts reading: returns once the first batch is there, raises DataError if it is not."""
+        self._batches.open()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank cannot read its batches; its steps are not finite from then on."""
+        return self._batches.failure is not None
+
+    def raise_failure(self) -> None:
+        """Raises the DataError that this rank has met, if any."""
+        if self._batches.failure is not None:
+            raise self._batches.failure
 
     def continue_at(self, step: int) -> None:
         """Counts the next micro batches from optimizer step `step` (from 0) on."""
@@ -95,16 +112,17 @@ class Feed:
                     found[number] = sorted({*found.get(number, []), *ids})
         return found
 
-    def _prepared(self, batches: Iterator[Batch]) -> Iterator[Prepared]:
+    def _prepared(self) -> Iterator[Prepared]:
         while True:
             asked_at = time.perf_counter()
-            batch = next(batches, None)
+            batch = next(self._batches, None)
             self._waited += time.perf_counter() - asked_at
             if batch is None:
                 return
             step = self._first_step + self._num_prepared // self._config.train.accumulation_steps
             self._num_prepared += 1
-            yield self._prepare(batch.to(self._device, non_blocking=True), step)
+            prepared = self._prepare(batch.to(self._device, non_blocking=True), step)
+            yield _spoilt(prepared) if self.has_failed else prepared
 
     def _prepare(self, batch: Batch, step: int) -> Prepared:
         config = self._config
@@ -141,6 +159,12 @@ class Feed:
                 needed, self._teachers, batch.teacher_tokens, strict=True
             )
         )
+
+
+def _spoilt(prepared: Prepared) -> Prepared:
+    """Returns inputs whose losses are not finite, so that no rank applies their step."""
+    latents = torch.full_like(prepared.inputs.latents, math.nan)
+    return prepared._replace(inputs=prepared.inputs._replace(latents=latents))
 
 
 def _tokens_of(teacher: Teacher | None, stored: StoredTokens | None, batch: Batch) -> TeacherTokens:

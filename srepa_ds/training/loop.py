@@ -44,6 +44,8 @@ class TrainingLoop:
         engine, writer, total = self.engine, self.writer, self.train.steps
         if engine.step_count >= total:
             log.info("already trained to step %d, nothing to do", engine.step_count)
+        else:
+            ranks.together(self.feed.open)
 
         while engine.step_count < total:
             # Take a step.
@@ -52,6 +54,7 @@ class TrainingLoop:
             step, is_last = engine.step_count, engine.step_count == total
             self.records.add(report, waited=self.feed.waited())
             if not report.applied:
+                self._stop_if_data_failed()
                 self.rollbacks.explain(report)
 
             # Write a line of the record.
@@ -95,6 +98,16 @@ class TrainingLoop:
     def _look(self, *, since: int) -> None:
         step = self.engine.step_count
         self.records.write_look(step, *self.monitor.look(self.engine, step, since=since))
+
+    def _stop_if_data_failed(self) -> None:
+        """Raises, on all ranks, the DataError of a rank that could not read; saves before that."""
+        if not ranks.any_rank(self.feed.has_failed):
+            return
+        self.engine.untake_step()
+        if self.writer.last_applied > self.writer.last_saved:
+            self._save()
+        self.writer.wait()
+        ranks.together(self.feed.raise_failure)
 
     def _stop_early(self) -> None:
         """Saves, unless every step since the last checkpoint was skipped and changed nothing."""

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from srepa_ds.distributed import launcher
-from srepa_ds.distributed.launcher import free_port, run_ranks
+from srepa_ds.distributed.launcher import run_ranks
+from srepa_ds.distributed.surroundings import launched
 from srepa_ds.errors import TopologyError
 
 # Stands where Python would: the launcher runs `PROGRAM -m srepa_ds BEHAVIOURS FOLDER`.
@@ -51,7 +52,7 @@ def launch(tmp_path, monkeypatch):
     def run(*behaviours: str, **settings: float) -> int:
         settings = {"leave_seconds": 0.3, **settings}
         arguments = [",".join(behaviours), str(tmp_path)]
-        return run_ranks(arguments, len(behaviours), port=free_port(), **settings)
+        return run_ranks(arguments, len(behaviours), **settings)
 
     return run
 
@@ -153,12 +154,12 @@ def test_an_exception_leaves_no_rank_behind(launch, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [0, -1])
 def test_fewer_than_one_rank_is_an_error(number):
     with pytest.raises(TopologyError, match="--ranks must be at least 1"):
-        run_ranks(["train"], number, port=1)
+        run_ranks(["train"], number)
 
 
 def test_a_launcher_is_known_by_its_variables(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not launcher.launched()
+    assert not launched()
     monkeypatch.setenv("RANK", "0")
-    assert launcher.launched()
+    assert launched()
