@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -197,10 +196,6 @@ def run(arguments: Sequence[str]) -> int:
     except (typer.Abort, KeyboardInterrupt):
         _say("interrupted; run the same command again to continue")
         return 130
-    except BrokenPipeError:
-        # The reader of the output, such as `head`, has enough. Nothing may be flushed to it later.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + signal.SIGPIPE
 
 
 def main() -> None:

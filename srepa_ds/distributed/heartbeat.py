@@ -11,11 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NamedTuple
 
 import torch.distributed as dist
 
+import srepa_ds
 from srepa_ds.errors import TopologyError
 
 log = logging.getLogger("srepa_ds")
@@ -23,7 +25,9 @@ log = logging.getLogger("srepa_ds")
 STUCK_SECONDS = "SREPA_STUCK_SECONDS"
 """Names the seconds without a sign of movement after which a rank is named; 300 by default."""
 
-_FRAMES_SHOWN = 8
+# Of a stack: the innermost frames, and those of this package.
+_INNERMOST, _OWN = 4, 8
+_PACKAGE = str(Path(srepa_ds.__file__).parent)
 _RANKS_NAMED = 4
 # A rank whose main thread is in one of these waits for others.
 _WAITING = (os.path.join("torch", "distributed"), os.path.join("srepa_ds", "distributed"))
@@ -62,7 +66,7 @@ class Beat(NamedTuple):
     """Whether that place is a collective, so that another rank is at fault."""
 
     stack: tuple[str, ...]
-    """The innermost frames of the main thread, as far out as they are shown."""
+    """The frames of the main thread that are shown, innermost first."""
 
 
 _moves = 0
@@ -137,7 +141,7 @@ class Heartbeat:
         if place != self._place:
             self._place, self._there_since = place, now
         self._count += 1
-        stack = tuple(map(_line, frames[:_FRAMES_SHOWN]))
+        stack = tuple(map(_line, _shown(frames)))
         waits = any(folder in frame.f_code.co_filename for frame in frames for folder in _WAITING)
         return Beat(self._where, self._count, round(now - self._there_since, 1), waits, stack)
 
@@ -196,6 +200,11 @@ def _frames(frame: FrameType | None) -> Iterable[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _shown(frames: list[FrameType]) -> list[FrameType]:
+    own = [frame for frame in frames if frame.f_code.co_filename.startswith(_PACKAGE)][:_OWN]
+    return [frame for frame in frames if frame in own or frame in frames[:_INNERMOST]]
 
 
 def _line(frame: FrameType) -> str:
