@@ -11,19 +11,24 @@ from pathlib import Path
 import pytest
 
 from srepa_ds.distributed import launcher
+from srepa_ds.distributed import signals as launcher_signals
 from srepa_ds.distributed.launcher import run_ranks
 from srepa_ds.distributed.surroundings import launched
 from srepa_ds.errors import TopologyError
 
 # Stands where Python would: the launcher runs `PROGRAM -m srepa_ds BEHAVIOURS FOLDER`.
 PROGRAM = f"""#!{sys.executable} -SE
-import json, os, signal, sys, time
+import json, os, signal, socket, sys, time
 behaviours, folder = sys.argv[3].split(","), sys.argv[4]
 rank = int(os.environ["RANK"])
 behaviour, received = behaviours[rank], []
 if behaviour in ("count", "stubborn"):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: received.append(number))
+if rank == 0:
+    given = socket.socket(fileno=int(os.environ["SREPA_STORE_DESCRIPTOR"]))
+    assert given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    assert given.getsockname() == ("127.0.0.1", int(os.environ["MASTER_PORT"]))
 document = {{"pid": os.getpid(), "sid": os.getsid(0), "env": dict(os.environ)}}
 with open(f"{{folder}}/{{rank}}.new", "w") as file:
     json.dump(document, file)
@@ -111,14 +116,16 @@ def test_a_rank_that_will_not_leave_is_made_to(launch, tmp_path):
     assert_gone(tmp_path, 2)
 
 
-def send_when_ready(folder: Path, rank: int, number: int) -> threading.Thread:
-    """Sends this process a signal as soon as all ranks are there."""
+def send_when_ready(folder: Path, rank: int, *numbers: int) -> threading.Thread:
+    """Sends this process signals, one second after the other, once all ranks are there."""
 
     def wait_and_send() -> None:
         deadline = time.monotonic() + 20
         while len(list(folder.glob("*.json"))) < rank and time.monotonic() < deadline:
             time.sleep(0.02)
-        os.kill(os.getpid(), number)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(launcher_signals.SAME_REQUEST_SECONDS + 0.3)
 
     thread = threading.Thread(target=wait_and_send)
     thread.start()
@@ -133,6 +140,40 @@ def test_a_signal_reaches_every_rank_exactly_once(launch, tmp_path, number):
     thread.join()
     assert signal.getsignal(number) is before
     assert_gone(tmp_path, 2)
+
+
+def test_a_second_signal_ends_ranks_that_do_not_heed_the_first(launch, tmp_path, capfd):
+    thread = send_when_ready(tmp_path, 2, signal.SIGTERM, signal.SIGINT)
+    began = time.monotonic()
+    assert launch("stubborn", "stubborn") == 128 + signal.SIGINT
+    assert time.monotonic() - began < 15
+    thread.join()
+    assert_gone(tmp_path, 2)
+    assert capfd.readouterr().err == "stopping; a second signal ends the ranks at once\n"
+
+
+def test_a_rank_that_was_killed_is_named(launch, capfd):
+    launch("stubborn", "crash", kill_seconds=0.5)
+    said = capfd.readouterr().err
+    assert said.startswith("rank 1 was ended by SIGKILL (by hand, by a scheduler, or by the system")
+    assert said.endswith("; ending the other ranks\n")
+
+
+def test_a_rank_that_failed_is_named_only_if_others_must_be_ended(launch, capfd):
+    assert launch("2", "2") == 2
+    assert capfd.readouterr().err == ""
+    assert launch("sleep", "3") == 3
+    assert capfd.readouterr().err == "rank 1 ended with code 3; ending the other ranks\n"
+
+
+def test_an_ignored_signal_stays_ignored(launch, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        thread = send_when_ready(tmp_path, 2, signal.SIGHUP, signal.SIGTERM)
+        assert launch("count", "count") == 71
+        thread.join()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_an_exception_leaves_no_rank_behind(launch, tmp_path, monkeypatch):
