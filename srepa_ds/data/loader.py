@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from srepa_ds.data.batch import Batch
 from srepa_ds.data.shards import ShardDataset
+from srepa_ds.errors import DataError
 from srepa_ds.noise import NoiseStream, bits
 from srepa_ds.schema import MayChange, Section
 
@@ -95,7 +96,7 @@ class BatchLoader:
         self._accumulation = accumulation
         self._start_position = start_position
         self._delivered = 0
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[Batch | DataError] | None = None
 
     @property
     def position(self) -> int:
@@ -110,6 +111,8 @@ class BatchLoader:
         if self._batches is None:
             self._batches = self._transport()
         batch = next(self._batches)
+        if isinstance(batch, DataError):
+            raise batch
         self._delivered += 1
         return batch
 
@@ -127,7 +130,7 @@ class BatchLoader:
     def _samples_per_micro_step(self) -> int:
         return self._micro_batch_size * self._world_size
 
-    def _transport(self) -> Iterator[Batch]:
+    def _transport(self) -> Iterator[Batch | DataError]:
         # Imported here because it imports all of torch's data loading.
         from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -175,15 +178,19 @@ class _Requests:
             start += self._stride
 
 
-class _Rows(Dataset[Batch]):
+class _Rows(Dataset[Batch | DataError]):
     """A shard data set addressed by whole micro batches."""
 
     def __init__(self, dataset: ShardDataset):
         self._dataset = dataset
 
-    def __getitem__(self, index: tuple[list[int], list[int]]) -> Batch:
+    def __getitem__(self, index: tuple[list[int], list[int]]) -> Batch | DataError:
         samples, positions = index
-        return self._dataset.read(torch.tensor(samples), positions=torch.tensor(positions))
+        try:
+            return self._dataset.read(torch.tensor(samples), positions=torch.tensor(positions))
+        except DataError as error:
+            # As a value: torch would put a worker's traceback into the message of what it raises.
+            return error
 
     def __len__(self) -> int:
         return len(self._dataset)
