@@ -122,9 +122,10 @@ class ContentCheck:
     def close(self) -> None:
         """Ends the thread, and says if files are left to compare."""
         self._ended.set()
-        if self._thread.is_alive():
-            # Where the disk hangs, so does the thread.
-            self._thread.join(_SECONDS_TO_END)
+        if self._thread.ident is None:
+            return
+        # Where the disk hangs, so does the thread.
+        self._thread.join(_SECONDS_TO_END)
         if self._failure is None and not self.is_finished():
             log.info(
                 "compared the contents of %d of %d data files with their index; `srepa-ds verify` "
@@ -165,7 +166,7 @@ class ContentCheck:
         if self._known.get(key) == [*mark, claim.sha256]:
             return claim.sha256
         found = _sha256_of(claim.path, lambda: not self._ended.is_set())
-        if found == claim.sha256 and Identity.of(claim.path) == identity:
+        if found is not None and found == claim.sha256 and Identity.of(claim.path) == identity:
             self._known[key] = [*mark, found]
             self._has_news = True
             if time.monotonic() - self._remembered_at > _SECONDS_BETWEEN_NOTES:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -81,6 +80,18 @@ class ShardDataset:
             positions=indices if positions is None else positions,
             teacher_tokens=tuple(s if s is None else s.read(indices) for s in self._token_stores),
         )
+
+    def samples_in(self, path: Path) -> range | None:
+        """Returns the samples whose images or tokens lie in a file, None for any other file."""
+        entries = [(self.folder, self.index.shards)]
+        entries += [(store.folder, store.index.files) for store in self._token_stores if store]
+        for folder, files in entries:
+            end = 0
+            for entry in files:
+                start, end = end, end + entry.num_samples
+                if folder / entry.file == path:
+                    return range(start, end)
+        return None
 
     def verify(self) -> None:
         """Checks the hash and the labels of every shard; reads the whole data set.
