@@ -57,6 +57,11 @@ def is_prepared(folder: Path, description: DatasetDescription) -> bool:
     )
 
 
+def shard_name(number: int) -> str:
+    """Returns the name of a shard's file."""
+    return f"shard-{number:05d}.safetensors"
+
+
 def remove_marker(folder: Path) -> None:
     """Removes what a kill between the writer's last two moments leaves in a finished folder."""
     with suppress(OSError):
@@ -150,7 +155,7 @@ class ShardWriter:
         return found == {"format": FORMAT, "dataset_id": self._description.dataset_id}
 
     def _write_shard(self) -> None:
-        path = self._folder / f"shard-{len(self._entries):05d}.safetensors"
+        path = self._folder / shard_name(len(self._entries))
         tensors = {
             "images": torch.from_numpy(np.stack(self._images)),
             "labels": torch.tensor(self._labels, dtype=torch.int64),

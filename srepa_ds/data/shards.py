@@ -137,6 +137,12 @@ def _forms(num_samples: int, index: ShardIndex) -> dict[str, Form]:
     return {"images": ("U8", (num_samples, *index.image_shape)), "labels": ("I64", (num_samples,))}
 
 
+def labels_of(file: StoredFile, num_samples: int) -> Int64[Tensor, " samples"]:
+    """Returns the labels of one shard; raises DataError."""
+    rows = rows_of({"labels": ("I64", (num_samples,))})
+    return SampleFiles([file], [num_samples], rows).tensor("labels")
+
+
 def check_labels(path: Path, labels: Int64[Tensor, " samples"], *, num_classes: int) -> None:
     """Checks that every label of a shard names a class; raises DataError."""
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:

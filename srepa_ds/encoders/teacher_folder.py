@@ -93,6 +93,20 @@ def check_reported(weights: Path, sha256: str) -> None:
         )
 
 
+def check_teacher(folder: Path) -> None:
+    """Compares the weights in `folder` with the report; raises DataError if they differ."""
+    weights, report = folder / WEIGHTS_NAME, folder / REPORT_NAME
+    try:
+        str(read_json(report)["sha256"])
+        found = sha256_of(weights)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder}: {WEIGHTS_NAME} and {REPORT_NAME} cannot be compared ({error!r}); delete "
+            "the folder and train the teacher again with `srepa-ds teacher CONFIG`"
+        ) from error
+    check_reported(weights, found)
+
+
 def save(folder: Path, encoder: nn.Module, facts: dict[str, Any]) -> None:
     """Writes the weights of `encoder` in timm's names, then `facts` with hash and versions.
 

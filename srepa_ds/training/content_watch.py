@@ -13,6 +13,11 @@ from srepa_ds.engine import Engine
 from srepa_ds.errors import DataError
 
 
+def is_first_on_machine() -> bool:
+    """Returns whether this rank reads for all ranks of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 class ContentWatch:
     """Runs a content check beside a training, on one rank of each machine.
 
@@ -37,7 +42,7 @@ class ContentWatch:
         self._first_position = engine.samples_seen
 
     def __enter__(self) -> "ContentWatch":
-        if self._check is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        if self._check is not None and is_first_on_machine():
             self._check.start()
         return self
 

@@ -26,6 +26,7 @@ from srepa_ds.errors import ConfigError, DataError, Fault
 from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.model.attention_backends import choose_backend
 from srepa_ds.model.precision import PRECISIONS
+from srepa_ds.training.content_watch import is_first_on_machine
 from srepa_ds.training.monitor import Monitor
 from srepa_ds.training.stored_teachers import open_stores, weights_hash
 
@@ -62,7 +63,7 @@ def open_inputs(config: Config, rank: Rank) -> RunInputs:
 def _check_contents(
     dataset: ShardDataset, stores: Sequence[TokenStore | None], monitor: Monitor
 ) -> ContentCheck | None:
-    """Compares small data with their index, once for all ranks; returns the check of large data.
+    """Compares small data with their index at once; returns the check of large data.
 
     Collective. Raises DataError for a damaged file.
     """
@@ -70,13 +71,15 @@ def _check_contents(
     claims = tuple(dict.fromkeys((*dataset.claims, *of_stores, *monitor.claims)))
     if not are_small(claims):
         return ContentCheck(claims, remembered_in=dataset.folder / CHECKED_NAME)
-    ranks.on_main(_compare, claims)
+    ranks.together(_compare, claims)
     return None
 
 
 def _compare(claims: Iterable[Claim]) -> None:
-    for claim in claims:
-        check_contents(claim)
+    """Checks the files on one rank of each machine, which may have its own copies."""
+    if is_first_on_machine():
+        for claim in claims:
+            check_contents(claim)
 
 
 @ranks.collective
