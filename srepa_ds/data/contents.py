@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from srepa_ds.data.sample_files import Identity
 from srepa_ds.errors import DataError
@@ -184,10 +184,11 @@ class ContentCheck:
             write_aside(self._place, lambda aside: aside.write_text(text), concurrent=True)
 
 
-def _remembered(path: Path) -> dict[str, list[int | str]]:
+def _remembered(path: Path) -> dict[str, Any]:
     """Returns the facts of the files compared earlier; none if they cannot be read."""
     try:
         known = read_json(path)
     except (OSError, ValueError):
         return {}
+    # Whatever else stands there equals no facts of a file.
     return known if isinstance(known, dict) else {}

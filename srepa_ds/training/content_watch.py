@@ -2,6 +2,7 @@
 
 import os
 from types import TracebackType
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -9,13 +10,20 @@ from srepa_ds.data.contents import ContentCheck, Damage
 from srepa_ds.data.loader import DataOrder, steps_that_read
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import ranks
-from srepa_ds.engine import Engine
 from srepa_ds.errors import DataError
 
 
 def is_first_on_machine() -> bool:
     """Returns whether this rank reads for all ranks of its machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """The part of an engine that tells how far a training is."""
+
+    step_count: int
+    samples_seen: int
 
 
 class ContentWatch:
@@ -28,7 +36,7 @@ class ContentWatch:
         self,
         check: ContentCheck | None,
         dataset: ShardDataset,
-        engine: Engine,
+        engine: Progress,
         *,
         seed: int,
         batch_size: int,
