@@ -2,54 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
 from builders import contents
 from kills import killed_at
+from small_data import DESCRIBED, prepare, store
 from torch import nn
 
-from srepa_ds.data.shard_index import DatasetDescription
-from srepa_ds.data.shard_writer import ShardWriter, is_prepared, remove_marker
-from srepa_ds.data.shards import ShardDataset
-from srepa_ds.data.stored_tokens import as_stored
-from srepa_ds.data.token_index import TokenDescription, is_finished
-from srepa_ds.data.token_store import TokenStore
-from srepa_ds.data.token_writer import TokenStoreWriter, claimed
+from srepa_ds.data.shard_writer import ShardWriter
 from srepa_ds.encoders import teacher_folder
-
-DESCRIBED = DatasetDescription({"name": "test"}, (3, 2, 2), ("zero", "one"))
-
-
-def prepare(folder, *, samples_per_shard=2):
-    """Does what `srepa-ds prepare` does for one part."""
-    if is_prepared(folder, DESCRIBED):
-        remove_marker(folder)
-        return
-    with ShardWriter(folder, description=DESCRIBED, samples_per_shard=samples_per_shard) as writer:
-        for number in range(3):
-            writer.add(np.full((2, 2, 3), number, dtype=np.uint8), number % 2)
-        writer.attach("preview.png", b"picture")
-
-
-def store(shards, folder):
-    """Does what `srepa-ds prepare --teacher` does for one store."""
-    if is_finished(folder):
-        TokenStore(folder).verify()
-        return
-    index = ShardDataset(shards).index
-    described = TokenDescription(
-        dataset_id=index.dataset_id,
-        teacher={"name": "test"},
-        storage="bf16",
-        grid=(1, 2),
-        width=3,
-        has_cls=False,
-    )
-    writer = TokenStoreWriter(folder, described, index.shards)
-    with claimed(folder):
-        for number in writer.missing():
-            count = index.shards[number].num_samples
-            writer.write(number, [as_stored(torch.ones(count, 2, 3), None, storage="bf16")])
-        writer.finish(writer.entry(number) for number in range(len(writer.shards)))
 
 
 def teach(folder):
@@ -83,17 +42,14 @@ def test_killed_at_any_moment_the_next_run_completes(command, tmp_path):
 
 def test_killed_twice_the_third_run_completes(tmp_path):
     prepare(tmp_path / "undisturbed")
-    expected, moment = contents(tmp_path / "undisturbed"), 0
-    while True:
-        moment += 1
+    expected = contents(tmp_path / "undisturbed")
+    for moment in range(1, 20, 3):
         folder = tmp_path / str(moment)
-        # With its shards written and its index not.
+        # With its first shard written and its index not.
         assert killed_at(16, lambda folder=folder: prepare(folder), folder)
-        if not killed_at(moment, lambda folder=folder: prepare(folder), folder):
-            break
+        assert killed_at(moment, lambda folder=folder: prepare(folder), folder)
         prepare(folder)
         assert contents(folder) == expected, moment
-    assert moment > 8
 
 
 def test_killed_while_it_clears_up_the_next_run_completes(tmp_path):
