@@ -4,6 +4,7 @@ A folder holds `shard-00000.safetensors`, ... (images uint8 (n, 3, h, w), labels
 `index.json`, which is written last: a folder without one is not a data set.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from srepa_ds.data.batch import Batch
-from srepa_ds.data.contents import Claim, check_contents
+from srepa_ds.data.contents import Claim, are_small, check_contents
 from srepa_ds.data.headers import Form, Header, Kind, check_header, read_header, rows_of
 from srepa_ds.data.sample_files import SampleFiles, StoredFile
 from srepa_ds.data.shard_index import FORMAT, VERSION, ShardEntry, ShardIndex, again, read_index
 from srepa_ds.data.token_store import TokenStore
 from srepa_ds.errors import DataError
+
+log = logging.getLogger("srepa_ds")
 
 
 class ShardDataset:
@@ -80,6 +83,17 @@ class ShardDataset:
             positions=indices if positions is None else positions,
             teacher_tokens=tuple(s if s is None else s.read(indices) for s in self._token_stores),
         )
+
+    def compare_if_small(self) -> None:
+        """Compares the shards with the index if that takes a moment, and says so otherwise.
+
+        Raises DataError naming the first shard that is damaged.
+        """
+        if not are_small(self.claims):
+            log.info("%s: not compared with its index; `srepa-ds verify` does it", self.folder)
+            return
+        for claim in self.claims:
+            check_contents(claim)
 
     def samples_in(self, path: Path) -> range | None:
         """Returns the samples whose images or tokens lie in a file, None for any other file."""
