@@ -174,6 +174,19 @@ def demo(
 
 
 @app.command()
+def verify(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="Data, stored tokens, a run, a model, a teacher.")
+    ],
+) -> None:
+    """Read all of a folder and compare it with the hashes that were written with it."""
+    from srepa_ds.commands.verify import verify as run
+
+    _log()
+    typer.echo(run(path))
+
+
+@app.command()
 def version() -> None:
     """Print the versions of all packages, next to those this release was tested with."""
     from srepa_ds.commands.version import version as run

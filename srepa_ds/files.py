@@ -95,6 +95,11 @@ def read_document(path: Path) -> str:
     return content.decode("utf-8")
 
 
+def is_plain_name(name: str) -> bool:
+    """Returns whether `name` can only be a file in the folder that it is joined to."""
+    return name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
+
+
 def sha256_of(path: Path) -> str:
     """Returns the sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

@@ -22,6 +22,7 @@ from srepa_ds.cli import run
 from srepa_ds.config.experiment import Config, load_config
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import ranks
+from srepa_ds.files import sha256_of
 from srepa_ds.model.sit import SiT
 from srepa_ds.schema import to_tree
 from srepa_ds.training.inputs import open_inputs
@@ -147,10 +148,11 @@ def other_pictures(place: Place) -> None:
     finally:
         ranks.close()
     trained(place, identity=identity)
-    path = place.shards / "index.json"
-    index = json.loads(path.read_text())
-    index["shards"][1]["sha256"] = "0" * 64
-    path.write_text(json.dumps(index))
+    path = place.shards / "shard-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    index = json.loads((place.shards / "index.json").read_text())
+    index["shards"][1]["sha256"] = sha256_of(path)
+    (place.shards / "index.json").write_text(json.dumps(index))
 
 
 def no_valid_checkpoint(place: Place) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from srepa_ds.files import flush_to_disk, sha256_of
+from srepa_ds.files import flush_to_disk, is_plain_name, sha256_of
 from srepa_ds.trees import read_json
 
 MANIFEST = "manifest.json"
@@ -44,6 +44,8 @@ def fault_in(folder: Path, *, format: str, version: int, needed: str) -> str | N
         if needed not in manifest["files"]:
             return f"its manifest does not name {needed}"
         for name, expected in manifest["files"].items():
+            if not is_plain_name(name):
+                return f"its manifest names {name!r}, which is not a file in it"
             fault = _fault_of_file(folder / name, expected)
             if fault is not None:
                 return f"{name} {fault}"

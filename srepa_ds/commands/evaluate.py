@@ -47,6 +47,7 @@ def evaluate(config: Config) -> Scores:
     images, labels = read_samples(folder)
     provenance = read_provenance(folder)
     reference = ShardDataset(settings.reference)
+    reference.compare_if_small()
     if images.shape[1:3] != reference.image_shape[1:]:
         raise DataError(
             f"{folder} holds images of {images.shape[1:3]} px, but {settings.reference} of "

@@ -2,27 +2,32 @@
 
 import io
 import logging
+import os
 from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import UInt8
+from numpy import ndarray
 from pydantic import Field
 from torch import Tensor
 
 from srepa_ds.data.images import center_crop, image_grid
 from srepa_ds.data.shard_index import DatasetDescription
-from srepa_ds.data.shard_writer import ShardWriter, is_prepared
+from srepa_ds.data.shard_writer import ShardWriter, is_prepared, remove_marker
 from srepa_ds.data.shards import ShardDataset
-from srepa_ds.data.sources.source import Source
+from srepa_ds.data.sources.source import Source, SourceItem
 from srepa_ds.data.sources.table import SourceConfig, build_source
 from srepa_ds.data.split import stratified_split
-from srepa_ds.errors import DataError
+from srepa_ds.errors import ConfigError, DataError, Fault
 from srepa_ds.schema import Section
 
 PREVIEW_NAME = "preview.png"
 _PREVIEW_COLUMNS = 20
 _PREVIEW_IMAGES = 200
 _PREVIEW_PIXELS = 1200
+_COPIES = 2
+"""A shard is in memory twice when it is written: image by image, and as one tensor."""
 log = logging.getLogger("srepa_ds")
 
 
@@ -33,7 +38,7 @@ class PrepareConfig(Section):
     """Tells this file from other configurations."""
     source: SourceConfig
     """The source of the images."""
-    image_size: int = Field(ge=1)
+    image_size: int = Field(ge=1, le=8192)
     """Side of the square images, cut by ADM's centre crop; smaller images are enlarged."""
     output: Path
     """Folder that receives `train/` and `heldout/`."""
@@ -57,12 +62,31 @@ def prepare(config: PrepareConfig) -> dict[str, ShardDataset]:
     # All parts are checked first, so that a conflict in one leaves the others unwritten.
     finished = {part: is_prepared(config.output / part, descriptions[part]) for part in parts}
     for part, indices in parts.items():
+        if not finished[part]:
+            _check_memory(config, len(indices))
+    for part, indices in parts.items():
         folder = config.output / part
         if finished[part]:
+            remove_marker(folder)
             log.info("%s: already prepared with these settings, nothing to do", folder)
         else:
             _write_part(config, source, folder, indices, descriptions[part])
     return {part: ShardDataset(config.output / part) for part in parts}
+
+
+def _check_memory(config: PrepareConfig, num_images: int) -> None:
+    """Checks that one shard of a part fits into memory; raises ConfigError."""
+    image_bytes = 3 * config.image_size**2
+    largest = min(config.samples_per_shard, num_images)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if _COPIES * largest * image_bytes > memory:
+        fit = memory // (2 * _COPIES * image_bytes)
+        reason = (
+            f"a shard of {largest} images of {config.image_size} px takes "
+            f"{largest * image_bytes / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f} GB; "
+        )
+        cure = f"set it to at most {fit}" if fit else "choose a smaller image_size"
+        raise ConfigError("prepare", [Fault("samples_per_shard", reason + cure)])
 
 
 def _parts(config: PrepareConfig, source: Source) -> dict[str, Tensor]:
@@ -104,7 +128,7 @@ def _write_part(
         preview = []
         for done, index in enumerate(indices.tolist(), start=1):
             item = source.item(index)
-            pixels = center_crop(item.image, config.image_size)
+            pixels = _cropped(item, config.image_size)
             writer.add(pixels, item.label)
             if len(preview) < _PREVIEW_IMAGES:
                 preview.append(torch.from_numpy(pixels).permute(2, 0, 1))
@@ -118,6 +142,13 @@ def _write_part(
         len(source.class_names),
         folder / PREVIEW_NAME,
     )
+
+
+def _cropped(item: SourceItem, size: int) -> UInt8[ndarray, "size size 3"]:
+    try:
+        return center_crop(item.image, size)
+    except DataError as error:
+        raise DataError(f"{item.name}: {error}") from error
 
 
 def _preview_png(images: Tensor) -> bytes:

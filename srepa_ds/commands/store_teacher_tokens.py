@@ -18,6 +18,7 @@ import torch
 from srepa_ds.alignment.alignment import AlignmentConfig
 from srepa_ds.config.experiment import Config
 from srepa_ds.console import steps_shown
+from srepa_ds.data.contents import check_contents
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.stored_tokens import StoredTokens, as_stored
 from srepa_ds.data.token_index import TokenDescription, TokenFileEntry, is_finished
@@ -41,7 +42,7 @@ def store_tokens(config: Config, *, batch_size: int = 64) -> tuple[Path, ...]:
     completed. `batch_size` images pass through a teacher at a time. The log says first how much
     will be written. Raises SRepaError on all ranks: ConfigError if there is no such alignment,
     OutputError for too little disk or another process that writes the same store, DataError for
-    tokens that are not finite.
+    tokens that are not finite or a damaged shard.
     """
     rank = ranks.initialize()
     dataset = ranks.together(ShardDataset, config.data.folder)
@@ -195,6 +196,8 @@ def _write_files(
     pieces = _pieces(dataset, missing[rank.number :: rank.world_size], batch_size)
     shown = steps_shown(pieces, total=len(pieces), what="batch", is_main=rank.is_main)
     for number, of_shard in itertools.groupby(shown, key=lambda piece: piece.shard):
+        # The file will say that it holds the tokens of these contents.
+        check_contents(dataset.claims[number])
         tokens = (_tokens(job, dataset, piece.samples, rank.device) for piece in of_shard)
         writer.write(number, tokens)
         # Now, while the system still has the file in memory.

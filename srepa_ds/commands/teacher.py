@@ -112,7 +112,10 @@ def train_teacher(config: TeacherTrainingConfig) -> float:
     _check_fit(config.encoder.resolved, train, heldout)
     identity = _identity(config, train, heldout)
     found = finished_accuracy(config.output, identity)
-    if found is not None:
+    if found is None:
+        train.compare_if_small()
+        heldout.compare_if_small()
+    else:
         message = "%s: already trained with these settings, held-out accuracy %.1f %%"
         log.info(message, config.output, 100 * found)
         return found

@@ -30,6 +30,7 @@ from srepa_ds.schema import to_tree
 from srepa_ds.telemetry.environment import environment
 from srepa_ds.telemetry.metrics_log import Telemetry
 from srepa_ds.training.claim import check_shared, claimed
+from srepa_ds.training.content_watch import ContentWatch
 from srepa_ds.training.feed import Feed
 from srepa_ds.training.history import clear_history, rollbacks_after
 from srepa_ds.training.inputs import RunInputs, Target, open_inputs
@@ -80,6 +81,7 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
             inputs.monitor,
             writer,
             Rollbacks(config, engine, feed, writer, is_main=rank.is_main),
+            stack.enter_context(_content_watch(config, inputs, engine)),
             stop,
         )
         return loop.run()
@@ -176,6 +178,16 @@ def _feed(
         device=rank.device,
         first_step=engine.step_count,
         ahead_on=side_stream(rank.device, overlaps=config.engine.overlap_teachers),
+    )
+
+
+def _content_watch(config: Config, inputs: RunInputs, engine: Engine) -> ContentWatch:
+    return ContentWatch(
+        inputs.content_check,
+        inputs.dataset,
+        engine,
+        seed=config.run.seed,
+        batch_size=config.train.batch_size,
     )
 
 

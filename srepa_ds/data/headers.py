@@ -1,18 +1,30 @@
 """Headers of safetensors files: written, read, and checked against an index."""
 
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 
+from srepa_ds.data.sample_files import Identity, Row, StoredFile
 from srepa_ds.errors import DataError
+from srepa_ds.trees import parse_json
 
 _KEY = "srepa_ds"
 
 Form = tuple[str, tuple[int, ...]]
 """A tensor's dtype, in safetensors' spelling, and its shape."""
+
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 class Kind(NamedTuple):
@@ -28,6 +40,13 @@ class Header(NamedTuple):
     facts: dict[str, Any]
     tensors: dict[str, Form]
     num_bytes: int
+
+
+class FoundHeader(NamedTuple):
+    """The header of a file on disk, and where its tensors begin."""
+
+    header: Header
+    file: StoredFile
 
 
 def metadata_of(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -47,23 +66,44 @@ def header_facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def read_header(path: Path, kind: Kind, *, expected_bytes: int) -> Header:
+def read_header(path: Path, kind: Kind, *, expected_bytes: int) -> FoundHeader:
     """Returns the header of `path`; reads no tensor.
 
     Raises DataError if the file is missing or not a safetensors file.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: missing, but the index names it; {kind.again}")
-    size = path.stat().st_size
+    size = _size_of(path, kind)
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: _form(file, name) for name in file.keys()}
-            return Header(header_facts(file.metadata()), tensors, size)
-    except (SafetensorError, OSError) as error:
+        with path.open("rb") as opened:
+            identity = Identity.of(opened.fileno())
+            # safetensors checks the header strictly, but does not tell where tensors begin.
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: _form(file, name) for name in file.keys()}
+                header = Header(header_facts(file.metadata()), tensors, identity.size)
+            length = int.from_bytes(opened.read(8), "little")
+            document = parse_json(opened.read(length).decode())
+        starts = {name: 8 + length + document[name]["data_offsets"][0] for name in tensors}
+    except PermissionError as error:
+        raise DataError(f"{path}: {error.strerror}; make it readable") from error
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"{path}: not a readable {kind.name} ({error}); it has {size} bytes, "
             f"the index says {expected_bytes}; {kind.again}"
         ) from error
+    return FoundHeader(header, StoredFile(path, identity, starts, kind.again))
+
+
+def _size_of(path: Path, kind: Kind) -> int:
+    """Returns the size of a file; raises DataError if there is none that can be read."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        found = None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; make it readable") from error
+    # To open a pipe would wait for somebody to write into it.
+    if found is None or not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{path}: missing, but the index names it; {kind.again}")
+    return found.st_size
 
 
 def check_header(path: Path, kind: Kind, found: Header, expected: Header) -> None:
@@ -81,6 +121,11 @@ def check_header(path: Path, kind: Kind, found: Header, expected: Header) -> Non
                     f"{path}: the {what} of this {kind.name} and the index disagree about {name}: "
                     f"found {actual.get(name)}, the index says {value}; {kind.again}"
                 )
+
+
+def rows_of(tensors: Mapping[str, Form]) -> dict[str, Row]:
+    """Returns the form of one sample, given those of the tensors of all samples in a file."""
+    return {name: Row(_DTYPES[dtype], shape[1:]) for name, (dtype, shape) in tensors.items()}
 
 
 def _form(file: safe_open, name: str) -> Form:

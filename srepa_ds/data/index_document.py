@@ -1,14 +1,28 @@
 """Reads the JSON index of a folder; it is written last, so a folder without one is unfinished."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from srepa_ds.errors import ConfigError, DataError
+from pydantic import AfterValidator
+
+from srepa_ds.errors import ConfigError, DataError, listed
+from srepa_ds.files import is_plain_name
 from srepa_ds.schema import Section, validated
 from srepa_ds.trees import read_json
 
 Index = TypeVar("Index", bound=Section)
 INDEX_NAME = "index.json"
+
+
+def _check_plain(name: str) -> str:
+    if not is_plain_name(name):
+        raise ValueError(f"{name!r} is not the name of a file in this folder")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_check_plain)]
+"""The name of a file beside the index. A path could lead to any file of the machine."""
 
 
 def read_index_document(
@@ -38,3 +52,10 @@ def read_index_document(
         return validated(schema, tree, source=str(path))
     except ConfigError as error:
         raise DataError(f"{error}\n{again}") from error
+
+
+def check_different(path: Path, names: Sequence[str], *, again: str) -> None:
+    """Checks that the index at `path` names each file once; raises DataError."""
+    twins = sorted({name for name in names if names.count(name) > 1})
+    if twins:
+        raise DataError(f"{path}: names {listed(twins)} more than once; {again}")

@@ -28,6 +28,7 @@ from srepa_ds.noise import NoiseStream, bits
 from srepa_ds.schema import MayChange, Section
 
 _NEVER = 1 << 62
+_POSITIONS_AT_ONCE = 1 << 20
 
 
 class DataConfig(Section):
@@ -72,6 +73,26 @@ class DataOrder:
             order = epoch_permutation(self._seed, epoch, self._num_samples)
             self._permutations = {**kept, epoch: order}
         return self._permutations[epoch]
+
+
+def steps_that_read(
+    order: DataOrder,
+    samples: range,
+    *,
+    positions: range,
+    batch_size: int,
+    first_step: int,
+) -> Int64[Tensor, " steps"]:
+    """Returns the steps that read one of `samples`, in rising order.
+
+    Step `first_step` + 1 takes the first `batch_size` of `positions`, and so on.
+    """
+    found = [torch.empty(0, dtype=torch.int64)]
+    for block in torch.arange(positions.start, positions.stop).split(_POSITIONS_AT_ONCE):
+        read = order.sample_at(block)
+        inside = (read >= samples.start) & (read < samples.stop)
+        found.append((block[inside] - positions.start) // batch_size)
+    return first_step + 1 + torch.cat(found).unique()
 
 
 class BatchLoader:

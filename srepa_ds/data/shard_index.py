@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from srepa_ds.data.index_document import INDEX_NAME as INDEX_NAME
-from srepa_ds.data.index_document import read_index_document
+from srepa_ds.data.index_document import FileName, check_different, read_index_document
 from srepa_ds.errors import DataError
 from srepa_ds.schema import Section
 
@@ -39,7 +39,7 @@ class DatasetDescription:
 class ShardEntry(Section):
     """The index's entry for one shard."""
 
-    file: str
+    file: FileName
     """Name inside the folder."""
     num_samples: int = Field(ge=0)
     """Samples in the shard."""
@@ -91,6 +91,8 @@ def read_index(folder: Path) -> ShardIndex:
         again=again(folder),
     )
     _check_sums(folder / INDEX_NAME, index)
+    names = [entry.file for entry in index.shards]
+    check_different(folder / INDEX_NAME, names, again=again(folder))
     return index
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import UInt8
 from safetensors.torch import save_file
 
+from srepa_ds.data.contents import CHECKED_NAME
 from srepa_ds.data.headers import metadata_of
 from srepa_ds.data.shard_index import (
     FORMAT,
@@ -23,20 +24,14 @@ from srepa_ds.data.shard_index import (
 )
 from srepa_ds.data.shards import shard_facts
 from srepa_ds.errors import OutputError
-from srepa_ds.files import (
-    PARTIAL,
-    locked,
-    make_folder,
-    remove_empty,
-    sha256_of,
-    write_aside,
-    writing,
-)
+from srepa_ds.files import PARTIAL, claimed, sha256_of, write_aside, writing
 from srepa_ds.schema import to_tree
 from srepa_ds.trees import read_json
 
 MARKER_NAME = "preparing.json"
 _CURE = "choose a folder you may write to, with free space"
+_UNNAMED = {MARKER_NAME + PARTIAL, CHECKED_NAME}
+"""What may lie in a folder whose preparation was killed before its marker got its name."""
 
 
 def is_prepared(folder: Path, description: DatasetDescription) -> bool:
@@ -62,6 +57,17 @@ def is_prepared(folder: Path, description: DatasetDescription) -> bool:
     )
 
 
+def shard_name(number: int) -> str:
+    """Returns the name of a shard's file."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def remove_marker(folder: Path) -> None:
+    """Removes what a kill between the writer's last two moments leaves in a finished folder."""
+    with suppress(OSError):
+        (folder / MARKER_NAME).unlink(missing_ok=True)
+
+
 class ShardWriter:
     """Collects samples and writes a shard whenever it is full; a context manager.
 
@@ -77,8 +83,7 @@ class ShardWriter:
         self._labels: list[int] = []
         self._entries: list[ShardEntry] = []
         self._written: list[Path] = []
-        self._made_folders: list[Path] = []
-        self._lock = ExitStack()
+        self._claim = ExitStack()
 
     def __enter__(self) -> "ShardWriter":
         """Locks the folder and clears what a killed writer left in it.
@@ -86,22 +91,11 @@ class ShardWriter:
         Raises OutputError if the folder cannot be written to or holds anything else, or if another
         process writes into it.
         """
-        with writing(self._folder, cure=_CURE):
-            self._made_folders = make_folder(self._folder)
-            try:
-                self._lock.enter_context(locked(self._folder))
-            except BlockingIOError as error:
-                # Removes nothing: another process's files look like those of a killed one.
-                raise OutputError(
-                    f"{self._folder}: another process is writing shards into it; wait for it or "
-                    "end it"
-                ) from error
-            except OSError:
-                remove_empty(self._made_folders)
-                raise
+        claim = claimed(self._folder, doing="writing shards into", cure=_CURE)
+        self._claim.enter_context(claim)
         try:
             with writing(self._folder, cure=_CURE):
-                self._claim()
+                self._begin()
         except OutputError:
             self._remove_everything()
             raise
@@ -133,18 +127,18 @@ class ShardWriter:
             raise
         if kind is not None:
             self._remove_everything()
-        self._lock.close()
+        self._claim.close()
 
-    def _claim(self) -> None:
+    def _begin(self) -> None:
         marker = self._folder / MARKER_NAME
-        held = sorted(path.name for path in self._folder.iterdir())
+        held = sorted({path.name for path in self._folder.iterdir()} - _UNNAMED)
         if held and not self._is_unfinished(marker):
             raise OutputError(
                 f"{self._folder}: not empty (it holds {', '.join(held[:3])}"
                 f"{', ...' if len(held) > 3 else ''}) and not an unfinished preparation with "
                 "these settings; choose an empty folder or delete it"
             )
-        for pattern in ("shard-*.safetensors", f"*{PARTIAL}"):
+        for pattern in ("shard-*.safetensors", f"*{PARTIAL}", CHECKED_NAME):
             for path in self._folder.glob(pattern):
                 path.unlink()
         text = json.dumps({"format": FORMAT, "dataset_id": self._description.dataset_id})
@@ -161,7 +155,7 @@ class ShardWriter:
         return found == {"format": FORMAT, "dataset_id": self._description.dataset_id}
 
     def _write_shard(self) -> None:
-        path = self._folder / f"shard-{len(self._entries):05d}.safetensors"
+        path = self._folder / shard_name(len(self._entries))
         tensors = {
             "images": torch.from_numpy(np.stack(self._images)),
             "labels": torch.tensor(self._labels, dtype=torch.int64),
@@ -192,7 +186,7 @@ class ShardWriter:
         )
         text = json.dumps(to_tree(index), indent=1) + "\n"
         self._write(self._folder / INDEX_NAME, lambda aside: aside.write_text(text))
-        (self._folder / MARKER_NAME).unlink()
+        (self._folder / MARKER_NAME).unlink(missing_ok=True)
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         with writing(path, cure=_CURE):
@@ -200,7 +194,7 @@ class ShardWriter:
         self._written.append(path)
 
     def _remove_everything(self) -> None:
-        for path in self._written:
+        # The marker goes last: with it, the next writer knows the rest for its own.
+        for path in reversed(self._written):
             path.unlink(missing_ok=True)
-        remove_empty(self._made_folders)
-        self._lock.close()
+        self._claim.close()

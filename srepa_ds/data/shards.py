@@ -1,24 +1,26 @@
-"""Reads shards: images and labels in safetensors files, memory-mapped.
+"""Reads shards: images and labels in safetensors files.
 
 A folder holds `shard-00000.safetensors`, ... (images uint8 (n, 3, h, w), labels int64 (n,)) and
 `index.json`, which is written last: a folder without one is not a data set.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from srepa_ds.data.batch import Batch
-from srepa_ds.data.headers import Form, Header, Kind, check_header, read_header
-from srepa_ds.data.mapped_files import MappedFiles
+from srepa_ds.data.contents import Claim, are_small, check_contents
+from srepa_ds.data.headers import Form, Header, Kind, check_header, read_header, rows_of
+from srepa_ds.data.sample_files import SampleFiles, StoredFile
 from srepa_ds.data.shard_index import FORMAT, VERSION, ShardEntry, ShardIndex, again, read_index
 from srepa_ds.data.token_store import TokenStore
 from srepa_ds.errors import DataError
-from srepa_ds.files import sha256_of
+
+log = logging.getLogger("srepa_ds")
 
 
 class ShardDataset:
@@ -32,11 +34,10 @@ class ShardDataset:
         """
         self.folder = folder
         self.index: ShardIndex = read_index(folder)
-        for entry in self.index.shards:
-            _check_header(folder / entry.file, entry, self.index)
-        self._files = MappedFiles(
-            [folder / entry.file for entry in self.index.shards],
+        self._files = SampleFiles(
+            [check_shard(folder, self.index, entry) for entry in self.index.shards],
             [entry.num_samples for entry in self.index.shards],
+            rows_of(_forms(1, self.index)),
         )
         self._token_stores = tuple(token_stores)
         for store in self._token_stores:
@@ -59,14 +60,19 @@ class ShardDataset:
     @property
     def labels(self) -> Int64[Tensor, " samples"]:
         """The labels of the whole data set."""
-        return torch.cat([self._files.file(k)["labels"] for k in range(len(self.index.shards))])
+        return self._files.tensor("labels")
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """The hash that the index gives for each shard."""
+        return shard_claims(self.folder, self.index)
 
     def read(
         self, indices: Int64[Tensor, " batch"], *, positions: Int64[Tensor, " batch"] | None = None
     ) -> Batch:
         """Returns the samples `indices`, in their order; `positions` default to the indices.
 
-        Raises IndexError outside [0, len).
+        Raises IndexError outside [0, len), and DataError for a file that can no longer be read.
         """
         found = self._files.gather(indices)
         return Batch(
@@ -78,25 +84,38 @@ class ShardDataset:
             teacher_tokens=tuple(s if s is None else s.read(indices) for s in self._token_stores),
         )
 
+    def compare_if_small(self) -> None:
+        """Compares the shards with the index if that takes a moment, and says so otherwise.
+
+        Raises DataError naming the first shard that is damaged.
+        """
+        if not are_small(self.claims):
+            log.info("%s: not compared with its index; `srepa-ds verify` does it", self.folder)
+            return
+        for claim in self.claims:
+            check_contents(claim)
+
+    def samples_in(self, path: Path) -> range | None:
+        """Returns the samples whose images or tokens lie in a file, None for any other file."""
+        entries = [(self.folder, self.index.shards)]
+        entries += [(store.folder, store.index.files) for store in self._token_stores if store]
+        for folder, files in entries:
+            end = 0
+            for entry in files:
+                start, end = end, end + entry.num_samples
+                if folder / entry.file == path:
+                    return range(start, end)
+        return None
+
     def verify(self) -> None:
         """Checks the hash and the labels of every shard; reads the whole data set.
 
         Raises DataError naming the first shard that is damaged.
         """
-        for number, entry in enumerate(self.index.shards):
-            path = self.folder / entry.file
-            found = sha256_of(path)
-            if found != entry.sha256:
-                raise DataError(
-                    f"{path}: contents changed since it was written "
-                    f"(sha256 {found}, expected {entry.sha256}); {again(self.folder)}"
-                )
-            labels = self._files.file(number)["labels"]
-            if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
-                raise DataError(
-                    f"{path}: labels run from {int(labels.min())} to {int(labels.max())}, "
-                    f"expected 0 to {self.num_classes - 1}; {again(self.folder)}"
-                )
+        for number, claim in enumerate(self.claims):
+            check_contents(claim)
+            labels = self._files.tensor("labels", file=number)
+            check_labels(claim.path, labels, num_classes=self.num_classes)
 
 
 def shard_facts(num_samples: int, image_shape: tuple[int, ...], dataset_id: str) -> dict[str, Any]:
@@ -110,19 +129,44 @@ def shard_facts(num_samples: int, image_shape: tuple[int, ...], dataset_id: str)
     }
 
 
-def _check_header(path: Path, entry: ShardEntry, index: ShardIndex) -> None:
-    """Checks a file's header, shapes and size against the index; raises DataError."""
-    kind = Kind("shard", again(path.parent))
+def check_shard(folder: Path, index: ShardIndex, entry: ShardEntry) -> StoredFile:
+    """Returns one shard, whose header, shapes and size fit the index; raises DataError."""
+    path, kind = folder / entry.file, Kind("shard", again(folder))
     found = read_header(path, kind, expected_bytes=entry.bytes)
-    count = found.tensors.get("labels", ("", (0,)))[1][0]
-    if count == 0 or entry.num_samples == 0:
+    _, shape = found.header.tensors.get("labels", ("", ()))
+    if entry.num_samples == 0 or shape == (0,):
+        held = shape[0] if shape else "none"
         raise DataError(
             f"{path}: an empty shard; the index says {entry.num_samples} samples, "
-            f"the file holds {count}; {kind.again}"
+            f"the file holds {held}; {kind.again}"
         )
-    tensors: dict[str, Form] = {
-        "images": ("U8", (entry.num_samples, *index.image_shape)),
-        "labels": ("I64", (entry.num_samples,)),
-    }
     facts = shard_facts(entry.num_samples, index.image_shape, index.dataset_id)
-    check_header(path, kind, found, Header(facts, tensors, entry.bytes))
+    expected = Header(facts, _forms(entry.num_samples, index), entry.bytes)
+    check_header(path, kind, found.header, expected)
+    return found.file
+
+
+def _forms(num_samples: int, index: ShardIndex) -> dict[str, Form]:
+    """Returns the tensors of a shard of `num_samples` images."""
+    return {"images": ("U8", (num_samples, *index.image_shape)), "labels": ("I64", (num_samples,))}
+
+
+def labels_of(file: StoredFile, num_samples: int) -> Int64[Tensor, " samples"]:
+    """Returns the labels of one shard; raises DataError."""
+    rows = rows_of({"labels": ("I64", (num_samples,))})
+    return SampleFiles([file], [num_samples], rows).tensor("labels")
+
+
+def check_labels(path: Path, labels: Int64[Tensor, " samples"], *, num_classes: int) -> None:
+    """Checks that every label of a shard names a class; raises DataError."""
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise DataError(
+            f"{path}: labels run from {int(labels.min())} to {int(labels.max())}, "
+            f"expected 0 to {num_classes - 1}; {again(path.parent)}"
+        )
+
+
+def shard_claims(folder: Path, index: ShardIndex) -> tuple[Claim, ...]:
+    """Returns the hash that the index of a data set gives for each shard."""
+    cure = again(folder)
+    return tuple(Claim(folder / e.file, e.bytes, e.sha256, cure) for e in index.shards)

@@ -9,7 +9,12 @@ from typing import Any
 from pydantic import Field
 
 from srepa_ds.data.headers import Form, metadata_of
-from srepa_ds.data.index_document import INDEX_NAME, read_index_document
+from srepa_ds.data.index_document import (
+    INDEX_NAME,
+    FileName,
+    check_different,
+    read_index_document,
+)
 from srepa_ds.data.stored_tokens import Storage
 from srepa_ds.schema import Section
 
@@ -96,7 +101,7 @@ class TokenDescription(Section):
 class TokenFileEntry(Section):
     """The index's entry for one file of tokens."""
 
-    file: str
+    file: FileName
     """Name inside the folder."""
 
     num_samples: int = Field(ge=1)
@@ -150,9 +155,10 @@ def is_finished(folder: Path) -> bool:
 def read_token_index(folder: Path) -> TokenIndex:
     """Returns the index of the store in `folder`.
 
-    Raises DataError if it is missing, unreadable, or not of this format and version.
+    Raises DataError if it is missing, unreadable, not of this format and version, or names a file
+    twice.
     """
-    return read_index_document(
+    index = read_index_document(
         folder,
         TokenIndex,
         format_name=TOKEN_FORMAT,
@@ -160,6 +166,8 @@ def read_token_index(folder: Path) -> TokenIndex:
         missing=f"these tokens are not finished; complete them with {PREPARE_TEACHER}",
         again=again(folder),
     )
+    check_different(folder / INDEX_NAME, [e.file for e in index.files], again=again(folder))
+    return index
 
 
 def again(folder: Path) -> str:

@@ -1,17 +1,17 @@
-"""Reads a store of teacher tokens: memory-mapped files beside the shards, one per shard."""
+"""Reads a store of teacher tokens: files beside the shards, one per shard."""
 
 from pathlib import Path
 
 from jaxtyping import Int64
 from torch import Tensor
 
-from srepa_ds.data.headers import Header, Kind, check_header, read_header
-from srepa_ds.data.mapped_files import MappedFiles
+from srepa_ds.data.contents import Claim, check_contents
+from srepa_ds.data.headers import Header, Kind, check_header, read_header, rows_of
+from srepa_ds.data.sample_files import SampleFiles, StoredFile
 from srepa_ds.data.shard_index import ShardIndex
 from srepa_ds.data.stored_tokens import StoredTokens
-from srepa_ds.data.token_index import TokenIndex, again, read_token_index
+from srepa_ds.data.token_index import TokenFileEntry, TokenIndex, again, read_token_index
 from srepa_ds.errors import DataError
-from srepa_ds.files import sha256_of
 
 
 class TokenStore:
@@ -21,16 +21,10 @@ class TokenStore:
         """Opens `folder`; raises DataError naming the first file that contradicts the index."""
         self.folder = folder
         self.index: TokenIndex = read_token_index(folder)
-        kind = Kind("token file", again(folder))
-        for entry in self.index.files:
-            path, count = folder / entry.file, entry.num_samples
-            found = read_header(path, kind, expected_bytes=entry.bytes)
-            facts = self.index.facts(count, shard_sha256=entry.shard_sha256)
-            expected = Header(facts, self.index.tensors(count), entry.bytes)
-            check_header(path, kind, found, expected)
-        self._files = MappedFiles(
-            [folder / entry.file for entry in self.index.files],
+        self._files = SampleFiles(
+            [check_token_file(folder, self.index, entry) for entry in self.index.files],
             [entry.num_samples for entry in self.index.files],
+            rows_of(self.index.tensors(1)),
         )
 
     @property
@@ -63,18 +57,35 @@ class TokenStore:
                     f"not the {shard.num_samples} in {folder / shard.file}; {again(self.folder)}"
                 )
 
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """The hash that the index gives for each file."""
+        return token_claims(self.folder, self.index)
+
     def read(self, indices: Int64[Tensor, " batch"]) -> StoredTokens:
-        """Returns the tokens of the samples `indices`, in their order; raises IndexError."""
+        """Returns the tokens of the samples `indices`, in their order.
+
+        Raises IndexError, and DataError for a file that can no longer be read.
+        """
         found = self._files.gather(indices)
         return StoredTokens(found["patches"], found.get("patches_scale"), found.get("cls"))
 
     def verify(self) -> None:
         """Checks the hash of every file; raises DataError naming the first that differs."""
-        for entry in self.index.files:
-            path = self.folder / entry.file
-            found = sha256_of(path)
-            if found != entry.sha256:
-                raise DataError(
-                    f"{path}: contents changed since it was written (sha256 {found}, expected "
-                    f"{entry.sha256}); {again(self.folder)}"
-                )
+        for claim in self.claims:
+            check_contents(claim)
+
+
+def check_token_file(folder: Path, index: TokenIndex, entry: TokenFileEntry) -> StoredFile:
+    """Returns one file of a store, whose header and size fit the index; raises DataError."""
+    path, kind, count = folder / entry.file, Kind("token file", again(folder)), entry.num_samples
+    found = read_header(path, kind, expected_bytes=entry.bytes)
+    facts = index.facts(count, shard_sha256=entry.shard_sha256)
+    check_header(path, kind, found.header, Header(facts, index.tensors(count), entry.bytes))
+    return found.file
+
+
+def token_claims(folder: Path, index: TokenIndex) -> tuple[Claim, ...]:
+    """Returns the hash that the index of a store gives for each file."""
+    cure = again(folder)
+    return tuple(Claim(folder / e.file, e.bytes, e.sha256, cure) for e in index.files)

@@ -69,7 +69,7 @@ class TokenStoreWriter:
         # A file gets its name only when it is whole, so header and size suffice.
         path, shard, size = self.path(number), self.shards[number], self.num_bytes(number)
         try:
-            found = read_header(path, _FILE, expected_bytes=size)
+            found = read_header(path, _FILE, expected_bytes=size).header
         except DataError:
             return False
         if found.facts.get("shard_sha256", shard.sha256) != shard.sha256:

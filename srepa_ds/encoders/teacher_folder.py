@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from srepa_ds import __version__
-from srepa_ds.errors import OutputError
-from srepa_ds.files import PARTIAL, make_folder, remove_empty, sha256_of, write_aside, writing
+from srepa_ds import __version__, files
+from srepa_ds.errors import DataError, OutputError
+from srepa_ds.files import PARTIAL, sha256_of, write_aside, writing
 from srepa_ds.trees import read_json
 
 WEIGHTS_NAME = "model.safetensors"
@@ -52,19 +52,16 @@ def finished_accuracy(folder: Path, identity: dict[str, Any]) -> float | None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Makes `folder` and checks that it can be written to; an exception leaves no new folder.
+    """Makes `folder` and keeps other processes out of it; removes it if it stays empty.
 
-    Raises OutputError if it cannot be written to, or holds files that are not a teacher's.
+    Raises OutputError if it cannot be written to, if it holds files that are not a teacher's, or if
+    another process trains a teacher there.
     """
-    with writing(folder, cure=_CURE):
-        made = make_folder(folder)
-    try:
+    otherwise = ", or choose another output"
+    with files.claimed(folder, doing="training a teacher in", cure=_CURE, otherwise=otherwise):
         with writing(folder, cure=_CURE):
             _check_own(folder)
         yield
-    except BaseException:
-        remove_empty(made)
-        raise
 
 
 def _check_own(folder: Path) -> None:
@@ -75,6 +72,39 @@ def _check_own(folder: Path) -> None:
     probe.unlink()
     if foreign:
         raise OutputError(f"{folder}: not empty (it holds {foreign[0]}); choose an empty folder")
+
+
+def check_reported(weights: Path, sha256: str) -> None:
+    """Checks the hash of a weights file against the report beside it, if there is one.
+
+    Raises DataError if the report gives another hash.
+    """
+    if weights.name != WEIGHTS_NAME:
+        return
+    try:
+        reported = read_json(weights.with_name(REPORT_NAME))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if reported != sha256:
+        raise DataError(
+            f"{weights}: contents changed since it was written (sha256 {sha256}, {REPORT_NAME} "
+            f"says {reported}); restore it, or delete {weights.parent} and train the teacher again "
+            "with `srepa-ds teacher CONFIG`"
+        )
+
+
+def check_teacher(folder: Path) -> None:
+    """Compares the weights in `folder` with the report; raises DataError if they differ."""
+    weights, report = folder / WEIGHTS_NAME, folder / REPORT_NAME
+    try:
+        str(read_json(report)["sha256"])
+        found = sha256_of(weights)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder}: {WEIGHTS_NAME} and {REPORT_NAME} cannot be compared ({error!r}); delete "
+            "the folder and train the teacher again with `srepa-ds teacher CONFIG`"
+        ) from error
+    check_reported(weights, found)
 
 
 def save(folder: Path, encoder: nn.Module, facts: dict[str, Any]) -> None:

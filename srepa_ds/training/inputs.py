@@ -1,7 +1,7 @@
 """Opens the inputs of a run (data, codec, teachers, monitor) and checks that they fit together."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,18 +10,25 @@ from srepa_ds.alignment.gram_algorithms.triton import unavailable as triton_unav
 from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.codec.table import build_codec
 from srepa_ds.config.experiment import Config
+from srepa_ds.data.contents import (
+    CHECKED_NAME,
+    Claim,
+    ContentCheck,
+    are_small,
+    check_contents,
+)
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.token_store import TokenStore
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
 from srepa_ds.encoders.teacher import Teacher, load_teacher
 from srepa_ds.errors import ConfigError, DataError, Fault
-from srepa_ds.files import sha256_of
 from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.model.attention_backends import choose_backend
 from srepa_ds.model.precision import PRECISIONS
+from srepa_ds.training.content_watch import is_first_on_machine
 from srepa_ds.training.monitor import Monitor
-from srepa_ds.training.stored_teachers import open_stores
+from srepa_ds.training.stored_teachers import open_stores, weights_hash
 
 Target = Teacher | TokenStore
 """The source of the tokens of an alignment."""
@@ -36,6 +43,8 @@ class RunInputs(NamedTuple):
     monitor: Monitor
     identity: dict[str, str | None]
     """Hashes of the files behind the configuration's paths."""
+    content_check: ContentCheck | None
+    """To start beside the training; None if the data are small and were compared at once."""
 
 
 def open_inputs(config: Config, rank: Rank) -> RunInputs:
@@ -47,25 +56,51 @@ def open_inputs(config: Config, rank: Rank) -> RunInputs:
     stores = [target if isinstance(target, TokenStore) else None for target in targets]
     dataset = ranks.together(ShardDataset, config.data.folder, stores)
     monitor = _build_monitor(config, codec, rank)
-    return RunInputs(dataset, codec, targets, monitor, _identity(config, dataset))
+    check = _check_contents(dataset, stores, monitor)
+    return RunInputs(dataset, codec, targets, monitor, _identity(config, dataset), check)
+
+
+def _check_contents(
+    dataset: ShardDataset, stores: Sequence[TokenStore | None], monitor: Monitor
+) -> ContentCheck | None:
+    """Compares small data with their index at once; returns the check of large data.
+
+    Collective. Raises DataError for a damaged file.
+    """
+    of_stores = (claim for store in stores if store is not None for claim in store.claims)
+    claims = tuple(dict.fromkeys((*dataset.claims, *of_stores, *monitor.claims)))
+    if not are_small(claims):
+        return ContentCheck(claims, remembered_in=dataset.folder / CHECKED_NAME)
+    ranks.together(_compare, claims)
+    return None
+
+
+def _compare(claims: Iterable[Claim]) -> None:
+    """Checks the files on one rank of each machine, which may have its own copies."""
+    if is_first_on_machine():
+        for claim in claims:
+            check_contents(claim)
 
 
 @ranks.collective
 def _identity(config: Config, dataset: ShardDataset) -> dict[str, str | None]:
     """Returns hashes of the files behind the configuration's paths; a run resumes on equal ones."""
-    weights = [alignment.teacher.weights for alignment in config.alignments]
     return {
         "data": dataset.index.dataset_id,
         "data.shards": _contents(dataset),
         **{
-            f"alignments.{number}.teacher": sha256_of(path) if path else None
-            for number, path in enumerate(weights)
+            f"alignments.{number}.teacher": weights_hash(alignment.teacher)
+            for number, alignment in enumerate(config.alignments)
         },
     }
 
 
 def _contents(dataset: ShardDataset) -> str:
-    """Returns a hash of the shards' hashes: equal settings may have prepared other pictures."""
+    """Returns a hash of the shards' hashes: equal settings may have prepared other pictures.
+
+    Small data were compared with these hashes by now. For large data they are the index's claims,
+    until `ContentCheck` has compared them; a run on other contents stops.
+    """
     hashes = "".join(entry.sha256 for entry in dataset.index.shards)
     return hashlib.sha256(hashes.encode()).hexdigest()[:16]
 

@@ -9,6 +9,7 @@ from srepa_ds.distributed import ranks
 from srepa_ds.engine import Engine
 from srepa_ds.optim.adamw import OptimizerConfig
 from srepa_ds.optim.learning_rate import learning_rate
+from srepa_ds.training.content_watch import ContentWatch
 from srepa_ds.training.feed import Feed
 from srepa_ds.training.monitor import Monitor
 from srepa_ds.training.records import Records
@@ -32,6 +33,7 @@ class TrainingLoop:
     monitor: Monitor
     writer: CheckpointWriter
     rollbacks: Rollbacks
+    contents: ContentWatch
     stop: list[int]
     """Signals received by this rank."""
 
@@ -39,7 +41,7 @@ class TrainingLoop:
         """Trains up to the last step, or saves early on a signal; returns whether it is finished.
 
         Raises DivergedError if rollbacks do not help against values that are not finite, and
-        DataError if a teacher gives such values.
+        DataError if a teacher gives such values or the data turn out to be damaged.
         """
         engine, writer, total = self.engine, self.writer, self.train.steps
         if engine.step_count >= total:
@@ -60,6 +62,7 @@ class TrainingLoop:
             # Write a line of the record.
             if is_last or step % self.train.log_every_steps == 0:
                 self._write_line(rate)
+                self.contents.look()
 
             # Save, and draw images. Only after a step that was applied: to save weights that fail
             # right now would delete good checkpoints. What was due at a skipped step is still due.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.config.sections import EvaluateConfig, MonitorConfig
+from srepa_ds.data.contents import Claim
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
@@ -78,6 +79,11 @@ class Monitor:
             self._extractor = load_teacher(
                 evaluate.extractor, resolution=self._real.image_shape[1:], device="cpu"
             )
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """The hash that the index gives for each shard of the reference, if there is one."""
+        return () if self._real is None else self._real.claims
 
     def is_due(self, step: int, *, since: int) -> bool:
         """Returns whether images or a distance are due after optimizer step `step`.

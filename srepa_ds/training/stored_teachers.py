@@ -19,6 +19,7 @@ from srepa_ds.data.token_index import (
 )
 from srepa_ds.data.token_store import TokenStore
 from srepa_ds.encoders.teacher import TeacherConfig
+from srepa_ds.encoders.teacher_folder import check_reported
 from srepa_ds.errors import DataError
 from srepa_ds.files import sha256_of
 from srepa_ds.schema import to_tree
@@ -32,24 +33,33 @@ def teacher_identity(config: TeacherConfig, *, image_size: tuple[int, int]) -> d
     """Returns everything that decides a teacher's tokens of images, as plain JSON values.
 
     Local weights are identified by their contents, pretrained ones by timm's name. Raises DataError
-    if the file is missing.
+    if the file is missing, or `srepa-ds teacher` wrote other contents.
     """
-    spec = config.resolved
-    weights = {"timm": spec.architecture}
-    if config.weights is not None:
-        try:
-            weights = {"sha256": sha256_of(config.weights)}
-        except OSError as error:
-            raise DataError(
-                f"teacher weights {config.weights}: {error.strerror or error}; "
-                "correct teacher.weights"
-            ) from error
+    spec, found = config.resolved, weights_hash(config)
+    weights = {"timm": spec.architecture} if found is None else {"sha256": found}
     return {
         "spec": to_tree(spec),
         "weights": weights,
         "dtype": config.dtype,
         "resolution": list(image_size),
     }
+
+
+def weights_hash(config: TeacherConfig) -> str | None:
+    """Returns the hash of a teacher's local weights, None for published ones.
+
+    Raises DataError if the file is missing, or `srepa-ds teacher` wrote other contents.
+    """
+    if config.weights is None:
+        return None
+    try:
+        found = sha256_of(config.weights)
+    except OSError as error:
+        raise DataError(
+            f"teacher weights {config.weights}: {error.strerror or error}; correct teacher.weights"
+        ) from error
+    check_reported(config.weights, found)
+    return found
 
 
 def store_folder(data_folder: Path, alignment: AlignmentConfig, identity: dict[str, Any]) -> Path:

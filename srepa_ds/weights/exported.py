@@ -157,3 +157,14 @@ def read_model(folder: Path) -> ExportedModel:
     except RuntimeError as error:
         raise CheckpointError(f"{folder / WEIGHTS} does not fit its config: {error}") from error
     return ExportedModel(model.eval().requires_grad_(False), tree, provenance, sha256)
+
+
+def check_export(folder: Path) -> None:
+    """Checks that the weights in `folder` are the exported ones; raises CheckpointError."""
+    found = read_model(folder).sha256
+    wanted = read_json(folder / DOCUMENT).get("sha256", found)
+    if found != wanted:
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: contents changed since it was written (sha256 {found}, "
+            f"{DOCUMENT} says {wanted}); export it again"
+        )

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from srepa_ds.commands.evaluate import evaluate
 from srepa_ds.config.experiment import load_config
+from srepa_ds.data.shard_writer import shard_name
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import ConfigError, DataError, OutputError
 
@@ -168,6 +169,15 @@ def test_images_of_another_size_are_refused(experiment, tmp_path):
     write(tmp_path / "samples", torch.zeros(8, 20, 20, 3, dtype=torch.uint8))
     with pytest.raises(DataError, match=r"\(20, 20\) px.*\(16, 16\).*of the same size"):
         evaluate(experiment())
+
+
+def test_a_damaged_reference_is_refused(experiment, drawn, small_world, tmp_path):
+    world = small_world.copied_to(tmp_path / "world")
+    path = world.folder / "shards" / shard_name(1)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=rf"{shard_name(1)}: contents changed since it was written"):
+        evaluate(experiment(f"evaluate.reference={path.parent}"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_its_section_nothing_is_evaluated(small_world):

@@ -1,12 +1,16 @@
 import logging
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from builders import contents
 from PIL import Image
 from places import ROOT
 
 from srepa_ds.commands.prepare import PREVIEW_NAME, PrepareConfig, prepare
+from srepa_ds.data.shard_writer import MARKER_NAME
 from srepa_ds.data.sources.digits import Digits
 from srepa_ds.data.sources.table import SOURCES
 from srepa_ds.data.split import stratified_split
@@ -123,6 +127,53 @@ def test_a_fraction_that_empties_a_part_is_an_error(tmp_path):
     with pytest.raises(DataError, match="leaves no image for heldout"):
         prepare(config_for(tmp_path / "new", holdout_fraction=0.001))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("size", [8193, 10_000_000, 10**30])
+def test_images_larger_than_any_are_refused(tmp_path, size):
+    with pytest.raises(ConfigError, match="image_size: Input should be less than or equal to 8192"):
+        config_for(tmp_path, image_size=size)
+
+
+def test_a_shard_that_no_memory_holds_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    memory = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 20}
+    monkeypatch.setattr(os, "sysconf", memory.__getitem__)
+    with pytest.raises(ConfigError, match=r"samples_per_shard: a shard of 500 images of 2000 px"):
+        prepare(config_for(tmp_path / "new", image_size=2000))
+    with pytest.raises(ConfigError, match=r"takes 6 GB, and this .* 4 GB; set it to at most 89"):
+        prepare(config_for(tmp_path / "new", image_size=2000))
+    memory["SC_PHYS_PAGES"] = 1 << 10
+    with pytest.raises(ConfigError, match="choose a smaller image_size"):
+        prepare(config_for(tmp_path / "new", image_size=2000))
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_image_that_cannot_be_converted_is_named(tmp_path, monkeypatch):
+    class Odd(Digits):
+        def item(self, index):
+            item = super().item(index)
+            return replace(item, image=item.image.convert("F")) if index == 5 else item
+
+    monkeypatch.setitem(SOURCES, "digits", Odd)
+    with pytest.raises(DataError, match="digit-0005: an image of mode F"):
+        prepare(config_for(tmp_path / "new", image_size=2, holdout_fraction=0.0))
+    assert not (tmp_path / "new").exists()
+
+
+def test_killed_before_its_last_moment_it_is_tidied_up(tmp_path):
+    config = config_for(tmp_path, holdout_fraction=0.0, image_size=2)
+    prepare(config)
+    undisturbed = contents(tmp_path)
+    (tmp_path / "train" / MARKER_NAME).write_text("{}")
+    prepare(config)
+    assert contents(tmp_path) == undisturbed
+
+
+def test_killed_in_its_first_moment_it_goes_on(tmp_path):
+    config = config_for(tmp_path, holdout_fraction=0.0, image_size=2)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / f"{MARKER_NAME}.partial").write_text("")
+    assert len(prepare(config)["train"]) == 1797
 
 
 def test_faults_of_the_config_come_together():

@@ -20,7 +20,7 @@ from srepa_ds.cli import run
 from srepa_ds.commands.store_teacher_tokens import store_tokens
 from srepa_ds.config.experiment import load_config
 from srepa_ds.data.shard_index import INDEX_NAME, DatasetDescription
-from srepa_ds.data.shard_writer import ShardWriter
+from srepa_ds.data.shard_writer import ShardWriter, shard_name
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.token_index import token_file_name
 from srepa_ds.data.token_store import TokenStore
@@ -226,6 +226,15 @@ def test_a_finished_store_is_refused_beside_other_pictures(world):
     exchange_pictures(world.folder / "shards", shards=slice(2, 3))
     with pytest.raises(DataError, match=r"tokens-00002\.safetensors: tokens of 10 images that are"):
         store(world, INT8)
+
+
+def test_tokens_of_damaged_images_are_not_stored(world):
+    path = world.folder / "shards" / shard_name(2)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=rf"{shard_name(2)}: contents changed since it was written"):
+        store(world, INT8)
+    (folder,) = (world.folder / "shards" / "teachers").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == FILES[1:3]
 
 
 def test_a_damaged_store_is_not_taken_for_finished(world):

@@ -2,6 +2,7 @@ import itertools
 import json
 import logging
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from srepa_ds.commands.teacher import (
 )
 from srepa_ds.data.augment import NUM_CHOICES, distorted
 from srepa_ds.data.shard_index import DatasetDescription
-from srepa_ds.data.shard_writer import ShardWriter
+from srepa_ds.data.shard_writer import ShardWriter, shard_name
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.encoders.teacher import TEACHERS, TeacherConfig, build_encoder, load_teacher
+from srepa_ds.encoders.teacher_folder import claimed
 from srepa_ds.errors import ConfigError, DataError, OutputError, SRepaError
 from srepa_ds.schema import to_tree, validated
 from srepa_ds.trees import load_tree
@@ -132,6 +134,26 @@ def test_a_foreign_folder_is_left_alone(shards, tmp_path):
     with pytest.raises(OutputError, match=r"not empty \(it holds config.json\)"):
         train_teacher(config_for(shards, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_folder_that_another_training_holds_is_left_alone(shards, tmp_path):
+    output = tmp_path / "teacher"
+    with claimed(output):
+        with pytest.raises(
+            OutputError, match=rf"another process .* training a teacher in {output}"
+        ):
+            train_teacher(config_for(shards, output))
+        assert list(output.iterdir()) == []
+    assert not output.exists()
+
+
+def test_damaged_shards_are_refused(shards, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    path = copy / "heldout" / shard_name(0)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=rf"heldout/{shard_name(0)}: contents changed"):
+        train_teacher(config_for(copy, tmp_path / "teacher"))
+    assert not (tmp_path / "teacher").exists()
 
 
 def test_a_place_that_cannot_be_written_to_is_named(shards, tmp_path):

@@ -317,7 +317,7 @@ def test_a_preparation_that_goes_on_is_not_taken_for_a_killed_one(tmp_path):
         for number in range(5):
             writer.add(pixels(number), 0)
         before = names(tmp_path / "a")
-        with pytest.raises(OutputError, match="a: another process is writing shards into it"):
+        with pytest.raises(OutputError, match=r"another process .* is writing shards into .*a;"):
             write(tmp_path / "a")
         assert names(tmp_path / "a") == before
     assert len(ShardDataset(tmp_path / "a")) == 5

@@ -16,6 +16,7 @@ from srepa_ds.data.shard_index import INDEX_NAME
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import ranks
 from srepa_ds.errors import DataError
+from srepa_ds.files import sha256_of
 from srepa_ds.training.stored_teachers import open_stores, teacher_identity
 
 INT8, BF16 = (f"alignments.0.stored_tokens={storage}" for storage in ("int8", "bf16"))
@@ -132,6 +133,22 @@ def test_missing_weights_are_named(spoilt):
     (spoilt.folder / "teacher.safetensors").unlink()
     with pytest.raises(DataError, match=r"teacher\.safetensors: No such file.*teacher\.weights"):
         opened(spoilt, INT8)
+
+
+def test_weights_that_changed_since_they_were_trained_are_named(spoilt):
+    folder = spoilt.folder / "trained"
+    folder.mkdir()
+    weights = (spoilt.folder / "teacher.safetensors").rename(folder / "model.safetensors")
+    config = load_config(spoilt.config, [f"alignments.0.teacher.weights={weights}"])
+    report = folder / "teacher.json"
+    for text in ("", "[]", json.dumps({"sha256": sha256_of(weights)})):
+        report.write_text(text)
+        assert teacher_identity(config.alignments[0].teacher, image_size=(16, 16))
+    report.write_text(json.dumps({"sha256": "0" * 64}))
+    with pytest.raises(DataError, match=r"model\.safetensors: contents changed since it was writ"):
+        teacher_identity(config.alignments[0].teacher, image_size=(16, 16))
+    with pytest.raises(DataError, match="train the teacher again with `srepa-ds teacher"):
+        opened(spoilt, INT8, f"alignments.0.teacher.weights={weights}")
 
 
 def test_weights_are_known_by_their_contents_or_by_timm_s_name(small_world):
