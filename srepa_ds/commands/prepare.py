@@ -46,7 +46,7 @@ class PrepareConfig(Section):
     """Fraction of every class that is held out; 0 writes no `heldout/`."""
     samples_per_shard: int = Field(default=10_000, ge=1)
     """Images in one file; the last shard may hold fewer."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 64)
     """Decides which images are held out."""
 
 

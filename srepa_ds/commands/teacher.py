@@ -98,7 +98,7 @@ class TeacherTrainingConfig(Section):
     """Distortion of the training images."""
     required_accuracy: float = Field(default=0.95, ge=0, le=1)
     """Held-out accuracy below which the teacher is not saved."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 64)
     """Decides initial weights, order and augmentation."""
 
 

@@ -38,6 +38,8 @@ def read_index_document(
         tree = read_json(path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing, so {missing}") from error
+    except PermissionError as error:
+        raise DataError(f"{path}: {error.strerror}; make it readable") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as JSON ({error}); {again}") from error
     found = tree.get("format") if isinstance(tree, dict) else type(tree).__name__

@@ -78,7 +78,12 @@ def read_index(folder: Path) -> ShardIndex:
     Raises DataError if the folder or its index is missing, or if the index is invalid, of another
     version, or contradicts itself.
     """
-    if not folder.is_dir():
+    try:
+        is_there = folder.is_dir()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{folder}: {reason}; make it readable, or correct the path") from error
+    if not is_there:
         raise DataError(
             f"{folder}: no such data folder; prepare it with {_PREPARE}, or correct the path"
         )

@@ -39,8 +39,9 @@ def is_prepared(folder: Path, description: DatasetDescription) -> bool:
 
     Raises OutputError if it holds another data set, DataError if its index is damaged.
     """
-    if not (folder / INDEX_NAME).exists():
-        return False
+    with writing(folder, cure=_CURE):
+        if not (folder / INDEX_NAME).exists():
+            return False
     index = read_index(folder)
     if index.dataset_id == description.dataset_id:
         return True

@@ -97,4 +97,4 @@ def _told(steps: torch.Tensor) -> str:
         return "no step has read it"
     start, end = int(steps[0]), int(steps[-1])
     which = f"step {start}" if len(steps) == 1 else f"{len(steps)} steps from {start} to {end}"
-    return f"{which} read it: checkpoints from there on have learnt from it"
+    return f"{which} read it; checkpoints from step {start} on have learnt from it"

@@ -135,6 +135,12 @@ def test_images_larger_than_any_are_refused(tmp_path, size):
         config_for(tmp_path, image_size=size)
 
 
+@pytest.mark.parametrize("seed", [-1, 1 << 64])
+def test_a_seed_has_64_bits(tmp_path, seed):
+    with pytest.raises(ConfigError, match=r"seed: Input should be (less|greater) than"):
+        config_for(tmp_path, seed=seed)
+
+
 def test_a_shard_that_no_memory_holds_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     memory = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1 << 20}
     monkeypatch.setattr(os, "sysconf", memory.__getitem__)

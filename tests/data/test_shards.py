@@ -92,6 +92,14 @@ def test_a_pickled_data_set_carries_no_pixels(folder):
     assert torch.equal(again.read(torch.arange(11)).labels, dataset.labels)
 
 
+def long_name(folder):
+    return folder / ("x" * 300)
+
+
+def null_character(folder):
+    return folder / "a\0b"
+
+
 def no_folder(folder):
     return folder / "nowhere"
 
@@ -214,6 +222,8 @@ def longer_file(folder):
 
 
 FAULTS = {
+    long_name: "File name too long; make it readable, or correct the path",
+    null_character: "null (byte|character)|no such data folder",
     no_folder: "no such data folder.*srepa-ds prepare",
     no_index: "index.json: missing, so this is not a finished data set",
     broken_index: "index.json: not readable as JSON",
@@ -242,7 +252,8 @@ FAULTS = {
 def test_a_damaged_data_set_is_refused_with_file_and_reason(folder, spoil):
     with pytest.raises(DataError, match=FAULTS[spoil]) as caught:
         ShardDataset(spoil(folder))
-    assert "srepa-ds prepare" in str(caught.value) or spoil is foreign_index
+    cured_otherwise = (foreign_index, long_name, null_character)
+    assert "srepa-ds prepare" in str(caught.value) or spoil in cured_otherwise
 
 
 def test_verify_finds_one_flipped_bit(folder):
@@ -330,11 +341,11 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
     assert names(tmp_path) == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("below", ["file", "file/deeper/still"])
+@pytest.mark.parametrize("below", ["file", "file/deeper/still", "x" * 300])
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path, below):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=rf"cannot write {tmp_path / below}: \w"):
-        write(tmp_path / below)
+        is_prepared(tmp_path / below, DESCRIBED) or write(tmp_path / below)
     assert names(tmp_path) == ["file"]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders import write_shards
 
+from srepa_ds.cli import run
 from srepa_ds.config.experiment import load_config
 from srepa_ds.data import contents
 from srepa_ds.data.contents import CHECKED_NAME, ContentCheck
@@ -61,8 +62,8 @@ def watch_of(dataset, engine):
     ("first", "taken", "seen", "words"),
     [
         (0, 0, 0, "\nno step has read it$"),
-        (0, 50, 100, r"\n\d+ steps from \d+ to \d+ read it: checkpoints from there on have lear"),
-        (7, 50, 100, "read it: .*; steps before 8 are not known$"),
+        (0, 50, 100, r"\n\d+ steps from (\d+) to \d+ read it; checkpoints from step \1 on have"),
+        (7, 50, 100, "read it; .*; steps before 8 are not known$"),
         (7, 10, 100, "\nsteps from 8 on may have read it, and so have their checkpoints$"),
     ],
 )
@@ -151,3 +152,18 @@ def test_large_data_are_left_to_the_background(opened, monkeypatch):
     inputs.content_check.start()
     assert inputs.content_check.wait().path == inputs.dataset.folder / shard_name(1)
     inputs.content_check.close()
+
+
+@pytest.mark.slow
+def test_a_training_on_large_data_stops_when_a_shard_turns_out_damaged(
+    small_world, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(contents, "_SMALL", 1)
+    world = small_world.copied_to(tmp_path / "world")
+    flip(world.folder / "shards" / shard_name(1))
+    settings = ["train.steps=4000", "train.log_every_steps=2", "checkpoint.every_steps=500"]
+    assert run(["train", str(world.config), *settings]) == 2
+    message = capfd.readouterr().err.partition("error: ")[2]
+    assert f"{shard_name(1)}: contents changed since it was written" in message
+    assert "read it; checkpoints from step 1 on have learnt from it" in message
+    assert list(json.loads((world.folder / "shards" / CHECKED_NAME).read_text())) == [shard_name(0)]
