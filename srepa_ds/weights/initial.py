@@ -11,12 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from srepa_ds.errors import CheckpointError, ConfigError, listed
+from srepa_ds.errors import CheckpointError, listed
 from srepa_ds.objective import Objective, official_name
-from srepa_ds.schema import Section, validated
-from srepa_ds.trees import read_json
+from srepa_ds.schema import Section
 from srepa_ds.weight_file import read_weight_file
-from srepa_ds.weights.exported import DOCUMENT, WEIGHTS
+from srepa_ds.weights.exported import WEIGHTS, checked_document, read_document
 
 log = logging.getLogger("srepa_ds")
 
@@ -140,18 +139,14 @@ def _shape(tensor: Tensor | None) -> str:
 
 
 def _check_folder(path: Path, which: WeightsKind) -> None:
-    """Raises CheckpointError unless `path` is an exported model of the kind `which`."""
-    try:
-        label = read_json(path / DOCUMENT)["provenance"]["weights"]
-        kind = "model" if label == "master" else "ema"
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} does not hold an exported model; make one with `srepa-ds export CONFIG`"
-        ) from error
+    """Raises CheckpointError unless `path` is a whole exported model of the kind `which`."""
+    document, _ = checked_document(path)
+    kind = "model" if document.weights == "master" else "ema"
     if kind != which:
         raise CheckpointError(
-            f"{path} holds the weights '{label}'; set train.init_from.weights to {kind}, or export "
-            f"again with export.weights={'master' if which == 'model' else 'ema'}"
+            f"{path} holds the weights '{document.weights}'; set train.init_from.weights to "
+            f"{kind}, or export again with "
+            f"export.weights={'master' if which == 'model' else 'ema'}"
         )
 
 
@@ -159,12 +154,8 @@ def _check_heads(path: Path, objective: Objective) -> None:
     """Raises CheckpointError if the number of heads differs, which no weight's shape shows."""
     if not path.is_dir():
         return
-    tree = read_json(path / DOCUMENT)["config"]["model"]
     own = objective.sit.config
-    try:
-        there = validated(type(own), tree, source=str(path / DOCUMENT)).shape.num_heads
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
+    there = read_document(path).section(type(own), "model").shape.num_heads
     if there != own.shape.num_heads:
         raise CheckpointError(
             f"{path} is of another model: it has {there} attention heads, this one has "

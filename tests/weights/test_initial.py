@@ -292,12 +292,35 @@ def test_each_fault_has_one_message(config, tmp_path, fault):
     assert "\n" not in str(caught.value)
 
 
-def test_a_torn_exported_model(config, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "has changed since it was exported"),
+        ({"sha256": None}, "'sha256' is not text"),
+        ({"provenance": {}}, "it lacks 'weights'"),
+        ({"provenance": {"weights": 3, "step": 5}}, "'weights' is not text"),
+        ({"provenance": {"weights": "ema", "step": True}}, "'step' is not a whole number"),
+        ({"config": []}, "'config' is not an object"),
+    ],
+)
+def test_a_damaged_exported_model(config, tmp_path, changes, words):
     exported(tmp_path / "export", config)
     os.truncate(tmp_path / "export" / "model.safetensors", 5000)
-    with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be read: "):
-        read_initial_weights(tmp_path / "export", which="ema")
     document = tmp_path / "export" / "config.json"
-    document.write_text(json.dumps({"provenance": {}}))
-    with pytest.raises(CheckpointError, match="does not hold an exported model"):
+    document.write_text(json.dumps(json.loads(document.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=words):
+        initialise_from(objective(config), InitialWeightsConfig(path=tmp_path / "export"))
+
+
+def test_an_export_without_a_hash_is_torn_or_of_another_model(config, tmp_path):
+    exported(tmp_path / "export", config)
+    path = tmp_path / "export" / "config.json"
+    document = json.loads(path.read_text())
+    del document["sha256"]
+    del document["config"]["model"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="its config lacks 'model'"):
+        initialise_from(objective(config), InitialWeightsConfig(path=tmp_path / "export"))
+    os.truncate(tmp_path / "export" / "model.safetensors", 5000)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be read: "):
         read_initial_weights(tmp_path / "export", which="ema")
