@@ -64,19 +64,16 @@ def torch_script(path: Path) -> None:
 
 
 OBJECTS = r"it holds Python objects \({}\), which are never opened; save its state_dict alone"
-TORN = "it is damaged, or not in torch.save's default format"
+TORN = "it is damaged, or neither a safetensors file nor in torch.save's default format"
 FAULTS = {
     "absent.pt": (lambda path: None, "no such file; correct some.weights"),
     "absent.safetensors": (lambda path: None, "no such file; correct some.weights"),
-    "folder.pt": (lambda path: path.mkdir(), "cannot be read: Is a directory"),
-    "folder.safetensors": (lambda path: path.mkdir(), "cannot be read: Is a directory"),
+    "folder.pt": (lambda path: path.mkdir(), "cannot be read: it is a folder; give a file in it"),
     "torn.safetensors": (lambda path: torn(path, at=90), "cannot be read: .*header"),
-    "beheaded.safetensors": (lambda path: torn(path, at=4), "cannot be read: .*header"),
+    "beheaded.safetensors": (lambda path: torn(path, at=4), TORN),
     "torn.pt": (lambda path: torn(path, at=500), "cannot be read: "),
-    "empty.pt": (lambda path: path.write_bytes(b""), TORN),
+    "empty.pt": (lambda path: path.write_bytes(b""), "cannot be read: it is empty"),
     "text.pt": (lambda path: path.write_text("hello world"), TORN),
-    "other form.pt": (lambda path: save_file(STATE, path), TORN),
-    "other form.safetensors": (lambda path: torch.save(STATE, path), "cannot be read: .*header"),
     "protocol.pt": (lambda path: torch.save(STATE, path, pickle_protocol=4), TORN),
     "script.pt": (torch_script, "it is a TorchScript archive; load it with torch.jit.load"),
     "module.pt": (

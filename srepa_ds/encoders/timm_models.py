@@ -11,7 +11,7 @@ from torch import Tensor
 
 from srepa_ds.encoders.layouts import LAYOUTS
 from srepa_ds.errors import ConfigError, DataError, Fault, listed, nearest
-from srepa_ds.weight_file import read_weight_file
+from srepa_ds.weight_file import plain_tensors, read_weight_file, without_wrappers
 
 RESERVED_ARGUMENTS = frozenset({"checkpoint_path", "img_size", "num_classes", "pretrained"})
 
@@ -116,6 +116,9 @@ def fill_from_file(
             f"teacher weights {path}: holds no state_dict where the layout '{layout}' has it, "
             f"but {listed(sorted(map(str, checkpoint)))}"
         )
+    state = plain_tensors(state, path, named=f"teacher weights {path}", fault=DataError)
+    if unwrapped := _unwrapped(encoder, state):
+        state = LAYOUTS[layout](unwrapped)
     # Otherwise the positions of half-precision files would be resampled in half precision.
     state = {
         key: value.float() if value.is_floating_point() else value for key, value in state.items()
@@ -127,6 +130,12 @@ def fill_from_file(
         kept["pos_embed"] = _on_grid(encoder, kept["pos_embed"], state)
     _check_fit(encoder, kept, path)
     encoder.load_state_dict(kept)
+
+
+def _unwrapped(encoder: Encoder, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Returns `state` without prefixes of all names; None if there are none."""
+    found = without_wrappers(state, encoder.state_dict().__contains__)
+    return None if found.keys() == state.keys() else found
 
 
 def _named_as_timm(encoder: Encoder, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

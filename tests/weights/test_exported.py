@@ -342,7 +342,7 @@ def whole(tmp_path_factory):
     return folder, json.loads((folder / DOCUMENT).read_text())
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_no_document_gives_any_other_error(whole, data):
     folder, document = whole
