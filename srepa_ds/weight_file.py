@@ -105,7 +105,7 @@ def _is_safetensors(head: bytes, size: int) -> bool:
 def _unpickled(path: Path, *, mapped: bool) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         # The error that follows, if any, is clearer.
-        warnings.filterwarnings("ignore", message="Detected pickle protocol")
+        warnings.filterwarnings("ignore", message="Detected pickle protocol|Validating sparse")
         # A training's file can be ten times its model: if mapped, only the part in use is read.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 

@@ -345,7 +345,7 @@ CASES = [
     Case("sample without a model", nothing, "sample CONFIG",
          ("does not hold an exported model", "srepa-ds export")),
     Case("sample of a torn model", torn_export, "sample CONFIG",
-         ("does not hold an exported model",)),
+         ("model.safetensors has changed since it was exported", "srepa-ds export")),
     # Scores.
     Case("evaluate without samples", nothing, "evaluate CONFIG",
          ("samples.npz is not a finished sample set", "srepa-ds sample")),

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from srepa_ds import __version__
+from srepa_ds import __version__, files
 from srepa_ds.errors import OutputError
-from srepa_ds.files import PARTIAL, make_folder, remove_empty, sha256_of, write_aside, writing
+from srepa_ds.files import PARTIAL, sha256_of, write_aside, writing
 from srepa_ds.trees import read_json
 
 WEIGHTS_NAME = "model.safetensors"
@@ -52,19 +52,16 @@ def finished_accuracy(folder: Path, identity: dict[str, Any]) -> float | None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Makes `folder` and checks that it can be written to; an exception leaves no new folder.
+    """Makes `folder`, checks that it can be written to, and keeps other processes out.
 
-    Raises OutputError if it cannot be written to, or holds files that are not a teacher's.
+    A new folder that stays empty is removed. Raises OutputError if it cannot be written to, holds
+    files that are not a teacher's, or another process is training a teacher in it.
     """
-    with writing(folder, cure=_CURE):
-        made = make_folder(folder)
-    try:
+    otherwise = ", or choose another output"
+    with files.claimed(folder, doing="training a teacher in", cure=_CURE, otherwise=otherwise):
         with writing(folder, cure=_CURE):
             _check_own(folder)
         yield
-    except BaseException:
-        remove_empty(made)
-        raise
 
 
 def _check_own(folder: Path) -> None:

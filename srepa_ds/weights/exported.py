@@ -95,9 +95,9 @@ def write_model(
     there, and nothing is left of the attempt.
     """
     cure = "choose another export.folder, or fix its permissions and make room"
-    with writing(folder, cure=cure):
-        # Before the claim too: whoever holds a folder with other files does not export into it.
-        _refuse_foreign(folder)
+    with writing(f"the model to {folder}", cure=cure):
+        # Before the claim: whoever holds a folder with other files does not export into it.
+        _own_names(folder)
     otherwise = ", or choose another export.folder"
     with claimed(folder, doing="exporting into", cure=cure, otherwise=otherwise):
         with writing(f"the model to {folder}", cure=cure):
@@ -131,15 +131,26 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 
 def _refuse_foreign(folder: Path) -> None:
     """Raises OutputError unless `folder` is absent, empty, or holds an exported model alone."""
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    names = _own_names(folder)
     # Only a kill between the renames leaves weights beside a document without its name.
-    marks = {DOCUMENT} if DOCUMENT in names else {DOCUMENT + PARTIAL}
-    is_ours = names <= _UNFINISHED or any(_is_document(folder / name) for name in marks)
-    if not (names <= {WEIGHTS, DOCUMENT} | _UNFINISHED and is_ours):
-        raise OutputError(
-            f"{folder} holds files other than an exported model ({listed(sorted(names), most=3)}); "
-            "choose another export.folder"
-        )
+    mark = DOCUMENT if DOCUMENT in names else DOCUMENT + PARTIAL
+    if not (names <= _UNFINISHED or _is_document(folder / mark)):
+        raise _foreign(folder, names)
+
+
+def _own_names(folder: Path) -> set[str]:
+    """Returns the names of the files in `folder`; raises OutputError if one is not of a model."""
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if not names <= {WEIGHTS, DOCUMENT} | _UNFINISHED:
+        raise _foreign(folder, names)
+    return names
+
+
+def _foreign(folder: Path, names: set[str]) -> OutputError:
+    return OutputError(
+        f"{folder} holds files other than an exported model ({listed(sorted(names), most=3)}); "
+        "choose another export.folder"
+    )
 
 
 def _is_document(path: Path) -> bool:

@@ -240,6 +240,26 @@ def test_published_layouts_load(name, layout, grid, file, tmp_path):
             assert torch.allclose(found.cls, expected[:, 0], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: prefixed("net.", state),
+        lambda state: {"state_dict": prefixed("module.model.", state), "epoch": 3},
+        lambda state: {"model": {"state_dict": prefixed("backbone.", state)}},
+        lambda state: prefixed("_orig_mod.", state),
+        lambda state: {key.replace("blocks.", "blocks._orig_mod."): state[key] for key in state},
+    ],
+)
+@pytest.mark.parametrize("name", ["dinov2-vit-b", "mae-vit-l"])
+def test_wrapped_weights_load(name, wrap, tmp_path):
+    spec = reduced(name)
+    source = published(name).state_dict()
+    path = written(wrap({**source, "mask_token": noise(1, WIDTH)}), tmp_path / "wrapped.pt")
+    found = loaded(spec, path, resolution=256).encoder.state_dict()
+    for key in found.keys() - {"pos_embed"}:
+        assert torch.equal(found[key], source[key]), key
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_leave_timms_own_names_alone(layout):
     headless = PLAIN.model_copy(update={"num_classes": 0})

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -319,6 +320,24 @@ def test_two_exports_at_once_say_who_was_first(tmp_path):
     assert names(folder) == set()
     write(folder)
     assert names(folder) == {WEIGHTS, DOCUMENT}
+
+
+def test_of_pairs_of_exports_one_always_leaves_its_model(tmp_path):
+    def attempt(place: tuple[Path, int]) -> str:
+        try:
+            write(*place)
+        except OutputError as error:
+            return str(error)
+        return "written"
+
+    with ThreadPoolExecutor(2) as pool:
+        for number in range(15):
+            folder = tmp_path / str(number)
+            said = list(pool.map(attempt, [(folder, 1), (folder, 2)]))
+            assert "written" in said
+            assert all("is exporting into" in text for text in said if text != "written")
+            check_export(folder)
+            assert names(folder) == {WEIGHTS, DOCUMENT}
 
 
 JSON = st.recursive(

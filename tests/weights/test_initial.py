@@ -99,6 +99,8 @@ FORMS = {
     "compiled": lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
     "both": lambda state: {f"module._orig_mod.{k}": value for k, value in legacy(state).items()},
     "other way round": lambda state: {f"_orig_mod.module.{k}": v for k, v in state.items()},
+    "another module": lambda state: {f"net.{name}": value for name, value in state.items()},
+    "several": lambda state: {f"module.model.net.{k}": v for k, v in state.items()},
     "compiled blocks": lambda state: renamed(state, "blocks.1.", "blocks.1._orig_mod."),
     "iREPA's MLP": lambda state: renamed(state, "projectors.0.", "projectors.0.projection_layer."),
     "no position table": lambda state: {k: v for k, v in state.items() if k != "pos_embed"},
@@ -120,6 +122,33 @@ def test_a_bare_state_in_every_form(config, tmp_path, form, ending):
     module = objective(config)
     fill(module, tensors)
     assert_same(module, given)
+
+
+NESTED = {
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "state_dict of a training": lambda state: {"state_dict": {"ema": state, "model": {}}},
+    "training with wrapped kinds": lambda state: {
+        "ema": {"module": state},
+        "model": {"module": {}},
+    },
+    "kinds below kinds": lambda state: {"ema": {"model": {"state_dict": state}}, "steps": 3},
+}
+
+
+@pytest.mark.parametrize("nested", NESTED)
+def test_a_state_however_deep(config, tmp_path, nested):
+    given = official(objective(config, 1))
+    torch.save(NESTED[nested](given), tmp_path / "weights.pt")
+    tensors = read_initial_weights(tmp_path / "weights.pt", which="ema")
+    assert tensors.keys() == given.keys() - {"pos_embed"}
+
+
+def test_a_mapping_that_holds_itself_is_no_state(config, tmp_path):
+    circle: dict = {"state_dict": None, "steps": 3}
+    circle["state_dict"] = circle
+    torch.save(circle, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match="does not hold a state_dict: state_dict, steps are"):
+        read_initial_weights(tmp_path / "weights.pt", which="ema")
 
 
 def exported(folder: Path, config: Config, *, weights: str = "ema", **model) -> dict[str, Tensor]:
