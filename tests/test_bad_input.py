@@ -363,7 +363,7 @@ CASES = [
          ("cannot write to the run's folder", "Not a directory", "run.folder")),
     Case("export folder below a file", trained_beside_a_file,
          "export CONFIG export.folder={folder}/file/export",
-         ("cannot write the model to", "Not a directory")),
+         ("cannot write", "Not a directory")),
     Case("export into a foreign folder", foreign_export, "export CONFIG",
          ("other than an exported model (thesis.txt)", "choose another")),
     Case("samples below a file", exported_beside_a_file,

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from srepa_ds.errors import OutputError
+from srepa_ds.errors import OutputError, listed
 from srepa_ds.files import PARTIAL, make_folder, remove_empty, write_aside, writing
 from srepa_ds.sampling.generate import Chunk, ImageBatch
 from srepa_ds.sampling.npz import NpzMember, write_npz
@@ -145,12 +145,21 @@ class ChunkWriter:
     def _refuse_foreign(self) -> None:
         path = self.folder / PROVENANCE
         # Looked at first: meanwhile another rank may write the provenance and then parts.
-        has_samples = any((self.folder / name).exists() for name in (SAMPLES, PARTS))
+        names = {found.name for found in self.folder.iterdir()} if self.folder.exists() else set()
         if not path.exists():
-            if has_samples:
+            if names & {SAMPLES, PARTS}:
                 raise OutputError(
                     f"{self.folder}: holds samples without {PROVENANCE}, so their origin is "
                     "unknown; give another output folder or remove them"
+                )
+            # By default, the sets of other steps lie in folders of a run's `samples`.
+            other = sorted(
+                name for name in names if not (name.startswith("step-") or name.endswith(PARTIAL))
+            )
+            if other:
+                raise OutputError(
+                    f"{self.folder}: holds other files ({listed(other, most=3)}); give an empty "
+                    "output folder, or one that does not exist"
                 )
             return
         lines = differences(read_provenance(self.folder), self.provenance.facts)

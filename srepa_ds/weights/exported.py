@@ -305,7 +305,10 @@ def _of_no_model(path: Path, reason: str) -> CheckpointError:
 
 
 def _interrupted(folder: Path) -> CheckpointError:
-    return CheckpointError(f"{folder} holds an interrupted export; {_EXPORT_AGAIN}")
+    return CheckpointError(
+        f"{folder} holds an interrupted export, or one that another process has not finished; wait "
+        f"for it, or {_EXPORT_AGAIN}"
+    )
 
 
 def _misfit(path: Path, reason: str) -> CheckpointError:

@@ -249,7 +249,7 @@ def test_a_kill_at_any_rename_leaves_a_model_or_is_recognised(
         assert torch.equal(read_model(folder).model.state_dict()["pos_embed"], state()["pos_embed"])
         assert load_file(folder / WEIGHTS)["projectors.0.weight"].unique() == 1
     else:
-        with pytest.raises(CheckpointError, match=r"holds an interrupted export; make it again"):
+        with pytest.raises(CheckpointError, match=r"holds an interrupted export, .*make it again"):
             read_model(folder)
     write(folder, seed=3)
     assert names(folder) == {WEIGHTS, DOCUMENT}
@@ -361,7 +361,7 @@ def whole(tmp_path_factory):
     return folder, json.loads((folder / DOCUMENT).read_text())
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_no_document_gives_any_other_error(whole, data):
     folder, document = whole
