@@ -1,5 +1,6 @@
 """Files written whole or not at all; folders, locks, and files shipped with the package."""
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -177,6 +178,9 @@ def make_folder(folder: Path) -> list[Path]:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         for path in reversed(missing):
+            if path.is_symlink():
+                reason = f"{path} is a link to {os.readlink(path)}, which does not exist"
+                raise FileNotFoundError(errno.ENOENT, reason)
             path.mkdir(exist_ok=True)
             made.insert(0, path)
     except OSError:

@@ -79,8 +79,13 @@ def _orphans(root: Path) -> list[Path]:
 def named(root: Path, prefix: str = "") -> list[Path]:
     """Returns the folders under `root` named like checkpoints, with `prefix` before the name."""
     beginning = f"{prefix}{_PREFIX}"
-    paths = [path for path in root.glob(f"{beginning}*") if path.name[len(beginning) :].isdigit()]
-    return [path for path in paths if path.is_dir()]
+    paths = [path for path in root.glob(f"{beginning}*") if path.is_dir()]
+    return [path for path in paths if _is_number(path.name.removeprefix(beginning))]
+
+
+def _is_number(text: str) -> bool:
+    """Returns whether `text` is digits alone; `isdigit` would accept a superscript two."""
+    return text.isascii() and text.isdecimal()
 
 
 def newest_valid(root: Path) -> Path | None:

@@ -15,8 +15,9 @@ from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import devices
 from srepa_ds.encoders.teacher import Teacher, load_teacher
 from srepa_ds.errors import ConfigError, DataError, Fault
-from srepa_ds.files import sha256_of, write_aside, writing
-from srepa_ds.metrics.scores import Scores, score
+from srepa_ds.files import make_folder, sha256_of, write_aside, writing
+from srepa_ds.metrics.manifold import check_count
+from srepa_ds.metrics.scores import Scores, notes_on, score
 from srepa_ds.sampling.sample_set import read_provenance, read_samples
 from srepa_ds.schema import to_tree
 
@@ -53,14 +54,19 @@ def evaluate(config: Config) -> Scores:
             f"{folder} holds images of {images.shape[1:3]} px, but {settings.reference} of "
             f"{reference.image_shape[1:]}; set evaluate.reference to images of the same size"
         )
+    for name, count in (("sample", len(images)), ("reference", len(reference))):
+        # Known before anything is computed.
+        check_count(name, count)
     extractor = load_teacher(settings.extractor, resolution=images.shape[1:3], device=device)
     drawn = _features(extractor, _sample_batches(images, labels, settings.batch_size), device)
     real = _features(extractor, _reference_batches(reference, settings.batch_size), device)
     scores = score(drawn.pooled, real.pooled, class_accuracy=drawn.recognised)
     measured = json.loads(scores.to_json())
+    notes = notes_on(samples=len(images), reference=len(reference), width=drawn.pooled.shape[1])
     weights = settings.extractor.weights
     document = {
         "scores": measured,
+        **({"notes": notes} if notes else {}),
         "reference_class_accuracy": real.recognised,
         "settings": to_tree(settings),
         # Scores are comparable only within one feature space and against one reference.
@@ -71,6 +77,8 @@ def evaluate(config: Config) -> Scores:
     _write(config.run_folder.results, document)
     for name, value in measured.items():
         log.info("%-18s %.4f", name, value)
+    for sentence in notes:
+        log.warning("%s", sentence)
     return scores
 
 
@@ -108,5 +116,6 @@ def _features(
 def _write(path: Path, document: Mapping[str, Any]) -> None:
     text = json.dumps(document, indent=2) + "\n"
     with writing(path, cure="choose another run.folder or fix its permissions"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        make_folder(path.parent)
+        # Two evaluations may end at once: the later one's scores stay, and neither fails.
+        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"), concurrent=True)

@@ -1,6 +1,8 @@
 """`srepa-ds sample`: images from an exported model, on any number of ranks, resumable."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from srepa_ds.codec.table import CodecConfig, build_codec
@@ -9,14 +11,14 @@ from srepa_ds.config.sections import SampleConfig
 from srepa_ds.console import steps_shown
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
-from srepa_ds.errors import ConfigError, Fault
+from srepa_ds.errors import ConfigError, Fault, listed
+from srepa_ds.files import claimed
 from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.objective import ObjectiveConfig
 from srepa_ds.sampling.generate import Chunk, check_rank_count, generate, plan_chunks
 from srepa_ds.sampling.provenance import Provenance, describe
 from srepa_ds.sampling.solvers import SamplerConfig, count_evaluations
-from srepa_ds.sampling.writer import ChunkWriter
-from srepa_ds.schema import validated
+from srepa_ds.sampling.writer import CURE, ChunkWriter, remove_leftovers
 from srepa_ds.telemetry.environment import environment
 from srepa_ds.weights.exported import ExportedModel, read_model
 
@@ -32,31 +34,64 @@ def sample(config: Config) -> Path:
     rank = ranks.initialize()
     exported = _read_model(config)
     ranks.together(check_rank_count, config.sample, rank.world_size)
-    chunks = plan_chunks(config.sample)
-    writer = _open_writer(config, exported)
-    # One rank looks, and the missing chunks are shared out evenly: all agree and do equal work.
-    missing = ranks.on_main(writer.missing, chunks)
-    _log_plan(config.sample, len(chunks), len(missing))
-    _draw(config, exported, writer, missing[rank.number :: rank.world_size], rank)
-    ranks.on_main(writer.assemble, chunks)
-    log.info("%d images in %s", config.sample.num_samples, writer.folder)
-    return writer.folder
+    chunks, folder = plan_chunks(config.sample), samples_folder(config)
+    with ExitStack() as stack:
+        ranks.together(stack.enter_context, _claimed(folder, is_main=rank.is_main))
+        writer = _open_writer(config, folder, exported)
+        # One rank looks, and the missing chunks are shared evenly: all agree and do equal work.
+        missing = ranks.on_main(writer.missing, chunks)
+        _log_plan(config.sample, len(chunks), len(missing))
+        _draw(config, exported, writer, missing[rank.number :: rank.world_size], rank)
+        ranks.on_main(writer.assemble, chunks)
+    log.info("%d images in %s", config.sample.num_samples, folder)
+    return folder
+
+
+@contextmanager
+def _claimed(folder: Path, *, is_main: bool) -> Iterator[None]:
+    """Keeps other processes from drawing into `folder` while the block runs, on the main rank.
+
+    Raises OutputError if one does, or the folder cannot be written to.
+    """
+    if not is_main:
+        yield
+        return
+    otherwise = ", or choose another sample.folder"
+    with claimed(folder, doing="drawing samples into", cure=CURE, otherwise=otherwise):
+        remove_leftovers(folder)
+        yield
 
 
 @ranks.collective
 def _read_model(config: Config) -> ExportedModel:
     """Returns the model to draw from; raises ConfigError for settings that do not suit it."""
     exported = read_model(config.weights_folder)
+    for schema, name in ((ObjectiveConfig, "objective"), (CodecConfig, "codec")):
+        # Only these two: others name files that may be absent where the model is used.
+        exported.document.section(schema, name)
+    _check_labels(config, exported)
     if config.sample.cls_cfg_scale and exported.model.config.class_token_width is None:
         reason = f"guides a class token, but the model in {config.weights_folder} has none; set 0"
         raise ConfigError("configuration", [Fault("sample.cls_cfg_scale", reason)])
     return exported
 
 
+def _check_labels(config: Config, exported: ExportedModel) -> None:
+    """Raises ConfigError if classes are asked for that the model does not have."""
+    classes = exported.model.config.num_classes
+    unknown = sorted({label for label in config.sample.labels or () if label >= classes})
+    if unknown:
+        reason = (
+            f"{listed(map(str, unknown))}: the model in {config.weights_folder} has {classes} "
+            f"classes, 0 to {classes - 1}"
+        )
+        raise ConfigError("configuration", [Fault("sample.labels", reason)])
+
+
 @ranks.collective
-def _open_writer(config: Config, exported: ExportedModel) -> ChunkWriter:
+def _open_writer(config: Config, folder: Path, exported: ExportedModel) -> ChunkWriter:
     """Returns the writer of this rank; raises OutputError or DataError as `ChunkWriter` does."""
-    return ChunkWriter(samples_folder(config), _provenance(config.sample, exported))
+    return ChunkWriter(folder, _provenance(config.sample, exported))
 
 
 @ranks.collective
@@ -68,12 +103,10 @@ def _draw(
     rank: Rank,
 ) -> None:
     """Draws and writes this rank's `chunks`; raises OutputError."""
-    # Only these two sections: others name files that may be absent where the model is used.
-    source, tree = str(config.weights_folder), exported.config
-    objective = validated(ObjectiveConfig, tree["objective"], source=source)
+    objective = exported.document.section(ObjectiveConfig, "objective")
     batches = generate(
         exported.model.to(rank.device),
-        build_codec(validated(CodecConfig, tree["codec"], source=source)),
+        build_codec(exported.document.section(CodecConfig, "codec")),
         INTERPOLANTS[objective.interpolant.path],
         config.sample,
         chunks=chunks,
@@ -87,13 +120,13 @@ def _provenance(config: SampleConfig, exported: ExportedModel) -> Provenance:
     """Returns everything that decides the pixels; paths and the number of ranks do not."""
     sampler = SamplerConfig(**{name: getattr(config, name) for name in SamplerConfig.model_fields})
     versions = environment()
-    tree = exported.config
+    document = exported.document
     return describe(
         sampler,
         checkpoint_sha256=exported.sha256,
-        ema=str(exported.provenance["weights"]),
-        path=tree["objective"]["interpolant"]["path"],
-        codec=tree["codec"]["kind"],
+        ema=document.weights,
+        path=document.section(ObjectiveConfig, "objective").interpolant.path,
+        codec=document.section(CodecConfig, "codec").kind,
         class_token=exported.model.config.class_token_width is not None,
         versions={name: versions[name] for name in ("srepa_ds", "torch")},
     )

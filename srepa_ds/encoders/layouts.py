@@ -12,6 +12,10 @@ from torch import Tensor
 Checkpoint = Mapping[str, Any]
 Layout = Callable[[Checkpoint], dict[str, Any]]
 
+_WRAPPERS = ("state_dict", "model", "ema", "module", "model_state_dict", "net")
+# A file can hold a mapping that holds itself.
+_MOST_NESTED = 8
+
 # Four weights and biases of MoCo v3's ViT-L are named after their block in the published file.
 _MOCOV3_MISNAMED = {
     "blocks.13.norm13.": "blocks.13.norm1.",
@@ -22,7 +26,7 @@ _MOCOV3_MISNAMED = {
 
 
 def from_timm(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the state_dict of a checkpoint, which may be under `state_dict` or `model`."""
+    """Returns the state_dict of a checkpoint, however deep under `state_dict`, `model` or `ema`."""
     return _state_dict_in(checkpoint)
 
 
@@ -105,10 +109,12 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def _state_dict_in(checkpoint: Checkpoint, *places: str) -> dict[str, Any]:
-    """Returns the first mapping of tensors only, below `places`, state_dict or model."""
+    """Returns the first mapping of tensors only, below `places` or one of `_WRAPPERS`."""
     state = checkpoint
-    while not all(isinstance(value, Tensor) for value in state.values()):
-        below = (state.get(place) for place in (*places, "state_dict", "model"))
+    for _ in range(_MOST_NESTED):
+        if all(isinstance(value, Tensor) for value in state.values()):
+            break
+        below = (state.get(place) for place in (*places, *_WRAPPERS))
         inner = next((part for part in below if isinstance(part, Mapping)), None)
         if inner is None:
             break

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from srepa_ds.encoders.layouts import LAYOUTS
 from srepa_ds.errors import ConfigError, DataError, Fault, listed, nearest
-from srepa_ds.weight_file import read_weight_file
+from srepa_ds.weight_file import plain_tensors, read_weight_file, without_wrappers
 
 RESERVED_ARGUMENTS = frozenset({"checkpoint_path", "img_size", "num_classes", "pretrained"})
+
+_MISFITS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 # timm's vision transformers share methods and attributes, but no type that declares them.
 Encoder = Any
@@ -110,12 +112,37 @@ def fill_from_file(
     checkpoint = read_weight_file(
         path, named=f"teacher weights {path}", setting="teacher.weights", fault=DataError
     )
+    try:
+        kept = _converted(encoder, checkpoint, path, layout, ignored_prefixes)
+    # Layouts and timm's filters trust the shapes of what a file holds under a name.
+    except _MISFITS as error:
+        raise DataError(
+            f"teacher weights {path}: not a state_dict of a {type(encoder).__name__}: {error}"
+        ) from error
+    _check_fit(encoder, kept, path)
+    encoder.load_state_dict(kept)
+
+
+def _converted(
+    encoder: Encoder,
+    checkpoint: Mapping[str, Any],
+    path: Path,
+    layout: str,
+    ignored_prefixes: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """Returns the weights of a checkpoint under timm's names, for the encoder's grid.
+
+    Raises DataError, and one of `_MISFITS` for shapes that no layout has.
+    """
     state = LAYOUTS[layout](checkpoint)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise DataError(
             f"teacher weights {path}: holds no state_dict where the layout '{layout}' has it, "
             f"but {listed(sorted(map(str, checkpoint)))}"
         )
+    state = plain_tensors(state, path, named=f"teacher weights {path}", fault=DataError)
+    if unwrapped := _unwrapped(encoder, state):
+        state = LAYOUTS[layout](unwrapped)
     # Otherwise the positions of half-precision files would be resampled in half precision.
     state = {
         key: value.float() if value.is_floating_point() else value for key, value in state.items()
@@ -125,20 +152,23 @@ def fill_from_file(
     kept = {key: value for key, value in converted.items() if not key.startswith(ignored_prefixes)}
     if "pos_embed" in kept and getattr(encoder, "pos_embed", None) is not None:
         kept["pos_embed"] = _on_grid(encoder, kept["pos_embed"], state)
-    _check_fit(encoder, kept, path)
-    encoder.load_state_dict(kept)
+    return kept
+
+
+def _unwrapped(encoder: Encoder, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Returns `state` without prefixes of all names; None if there are none."""
+    found = without_wrappers(state, encoder.state_dict().__contains__)
+    return None if found.keys() == state.keys() else found
 
 
 def _named_as_timm(encoder: Encoder, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     convert = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
     try:
         return convert(dict(state), encoder) if convert else state
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except _MISFITS:
         # The keys of a foreign file say more than the filter's error.
         _check_fit(encoder, state, path)
-        raise DataError(
-            f"teacher weights {path}: not a state_dict of a {type(encoder).__name__}: {error}"
-        ) from error
+        raise
 
 
 def _on_grid(encoder: Encoder, table: Tensor, state: Mapping[str, Tensor]) -> Tensor:

@@ -11,6 +11,9 @@ from srepa_ds.errors import DataError
 
 Arithmetic = Literal["fp32", "fp16"]
 
+NUM_NEIGHBOURS = 3
+"""The neighbour whose distance is a ball's radius, as in ADM's evaluator."""
+
 ADM_BLOCK_SIZE = 10_000
 """Rows of a distance block in ADM's evaluator; they decide where fp16 falls back to fp32."""
 
@@ -27,7 +30,7 @@ def precision_recall(
     samples: Float[Tensor, "samples width"],
     reference: Float[Tensor, "reference width"],
     *,
-    num_neighbours: int = 3,
+    num_neighbours: int = NUM_NEIGHBOURS,
     block_size: int = 4096,
     arithmetic: Arithmetic = "fp32",
 ) -> PrecisionRecall:
@@ -38,7 +41,7 @@ def precision_recall(
     `ADM_BLOCK_SIZE` for parity); "fp32" is reproducible. Source: Kynkaanniemi et al. (2019), as ADM
     computes it. Raises DataError for sets too small or features that are not finite.
     """
-    for name, features in (("samples", samples), ("reference", reference)):
+    for name, features in (("sample", samples), ("reference", reference)):
         _check(name, features, num_neighbours)
     samples, reference = samples.float(), reference.float()
     options = {"block_size": block_size, "arithmetic": arithmetic}
@@ -106,11 +109,15 @@ def _expanded(rows: Tensor, columns: Tensor) -> Tensor:
     return (row_norms - 2 * (rows @ columns.T) + column_norms).clamp(min=0)
 
 
-def _check(name: str, features: Tensor, num_neighbours: int) -> None:
-    if len(features) <= num_neighbours:
+def check_count(name: str, count: int, *, num_neighbours: int = NUM_NEIGHBOURS) -> None:
+    """Checks that a set of `count` images has neighbours enough; raises DataError."""
+    if count <= num_neighbours:
         raise DataError(
-            f"precision and recall need more than {num_neighbours} {name} images, "
-            f"got {len(features)}"
+            f"precision and recall need more than {num_neighbours} {name} images, got {count}"
         )
+
+
+def _check(name: str, features: Tensor, num_neighbours: int) -> None:
+    check_count(name, len(features), num_neighbours=num_neighbours)
     if not features.isfinite().all():
-        raise DataError(f"features of the {name} hold NaN or infinity")
+        raise DataError(f"features of the {name} images hold NaN or infinity")

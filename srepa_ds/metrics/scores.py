@@ -80,6 +80,19 @@ def score(
     return Scores(class_accuracy=class_accuracy, **values)
 
 
+def notes_on(*, samples: int, reference: int, width: int) -> list[str]:
+    """Returns a sentence for each set with too few images for the distance to mean anything.
+
+    The covariance of n images has a rank below n, so that of few is not the distribution's.
+    """
+    return [
+        f"{count:,} {name} for features of width {width:,}: at least {width + 1:,} are needed for "
+        "a covariance of full rank; Frechet distances over so few cannot be compared"
+        for name, count in (("drawn images", samples), ("real images", reference))
+        if count <= width
+    ]
+
+
 def inception_score(
     logits: Float[Tensor, "samples classes"], *, split_size: int = 5000
 ) -> Float[Tensor, ""]:

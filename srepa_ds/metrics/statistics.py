@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -105,10 +104,15 @@ class FeatureStatistics:
         Raises DataError if the file is missing or holds something else.
         """
         try:
-            return cls._load_npz(path) if path.suffix == ".npz" else cls._load_safetensors(path)
+            found = cls._load_npz(path) if path.suffix == ".npz" else cls._load_safetensors(path)
+            width = len(found.mean)
+            if found.mean.ndim != 1 or found.scatter.shape != (width, width):
+                raise ValueError("mean and covariance are not of one width")
+            return found
         except FileNotFoundError as error:
             raise DataError(f"{path}: no such file; give the path of feature statistics") from error
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        # A damaged file may raise anything: numpy and safetensors trust its headers.
+        except Exception as error:
             raise DataError(
                 f"{path}: holds no feature statistics ({error}); compute them again"
             ) from error

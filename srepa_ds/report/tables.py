@@ -25,7 +25,7 @@ _DIGEST = 12
 
 
 def score_table(results: Mapping[str, Any]) -> Markup:
-    """Returns the scores, one row each."""
+    """Returns the scores, one row each, and what is to be said about them."""
     real = results.get("reference_class_accuracy")
     rows = []
     for name, value in part(results, "scores").items():
@@ -33,7 +33,9 @@ def score_table(results: Mapping[str, Any]) -> Markup:
         if name == "class_accuracy" and real is not None:
             meaning += f"; for the real images it is {number(real)}"
         rows.append((title, number(value), meaning))
-    return element("div", table(rows), class_="scores")
+    said = results.get("notes")
+    notes = [note(text) for text in said if isinstance(text, str)] if isinstance(said, list) else []
+    return element("div", table(rows), *notes, class_="scores")
 
 
 def scores_section(results: Mapping[str, Any]) -> Markup:

@@ -81,10 +81,23 @@ def even_chunks(
 def draw_labels(
     config: SamplerConfig, sample_ids: Int64[Tensor, " batch"], *, num_classes: int
 ) -> Int64[Tensor, " batch"]:
-    """Returns the label of each image, by `config.label_mode`."""
+    """Returns the label of each image, by `config.labels` or else by `config.label_mode`."""
+    if config.labels is not None:
+        return _chosen_labels(config.labels, sample_ids)
     if config.label_mode == "balanced":
         return sample_ids % num_classes
     return noise.integers(config.seed, NoiseStream.SAMPLE_LABEL, sample_ids, num_classes)
+
+
+def _chosen_labels(
+    labels: tuple[int, ...] | dict[int, int], sample_ids: Int64[Tensor, " batch"]
+) -> Int64[Tensor, " batch"]:
+    """Returns the label of each image: `labels` in turn, or as many of each class as it says."""
+    if isinstance(labels, tuple):
+        return sample_ids.new_tensor(labels)[sample_ids % len(labels)]
+    classes = sorted(labels)
+    ends = sample_ids.new_tensor([labels[number] for number in classes]).cumsum(0)
+    return sample_ids.new_tensor(classes)[torch.searchsorted(ends, sample_ids, right=True)]
 
 
 def generate(

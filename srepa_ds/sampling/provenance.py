@@ -45,6 +45,9 @@ def describe(
     sampler = to_tree(config)
     if not class_token:
         del sampler["cls_cfg_scale"]
+    if config.labels is None:
+        # Sets of earlier releases, which had no choice, remain what they were.
+        del sampler["labels"]
     facts = {
         "checkpoint_sha256": checkpoint_sha256,
         "ema": ema,

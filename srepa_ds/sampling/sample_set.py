@@ -1,8 +1,7 @@
 """Reads a finished sample set: images, labels, contact sheet and provenance."""
 
 import io
-import zipfile
-import zlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ PROVENANCE = "provenance.json"
 CONTACT_SHEET = "contact_sheet.png"
 
 _IMAGES, _LABELS = "arr_0", "arr_1"
-# Raised by numpy and its zip reader for files cut short, overwritten or of another kind.
-_DAMAGE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+# Photographs hardly become smaller. A file made to exhaust memory becomes a thousand times larger.
+_MOST_COMPRESSION = 50
+_SMALL_BYTES = 64 << 20
 
 
 def read_samples(
@@ -57,8 +57,8 @@ def read_contact_sheet(folder: Path) -> Image.Image:
     path = folder / CONTACT_SHEET
     try:
         return Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
-    # A PNG whose chunks are damaged is a SyntaxError to the decoder.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    # The decoder has many errors for damage; among them are SyntaxError and struct.error.
+    except Exception as error:
         raise _unfinished(path, _reason(error)) from error
 
 
@@ -89,11 +89,46 @@ def _read(path: Path, names: tuple[str, ...]) -> dict[str, ndarray]:
             if not isinstance(archive, NpzFile):
                 raise ValueError("it holds a single array")
             with archive:
-                members = {name: archive[name] for name in names if name in archive.files}
-    except _DAMAGE as error:
+                members = {name: _member(archive, name) for name in names if name in archive.files}
+    # A damaged file may raise anything: numpy and its zip reader trust its headers.
+    except Exception as error:
         raise _unfinished(path, _reason(error)) from error
     # numpy returns a member that is not an array as bytes.
     return {name: array for name, array in members.items() if isinstance(array, ndarray)}
+
+
+def _member(archive: NpzFile, name: str) -> Any:
+    """Returns an array of the archive; raises ValueError before it takes more room than is there.
+
+    numpy makes room for as many elements as the header of an array announces.
+    """
+    container = archive.zip
+    assert container is not None
+    # numpy leaves the suffix out of the names of arrays.
+    entry = container.getinfo(f"{name}.npy" if f"{name}.npy" in container.namelist() else name)
+    if entry.file_size > _MOST_COMPRESSION * entry.compress_size + _SMALL_BYTES:
+        raise ValueError(f"{name} would take {entry.file_size >> 20:,} MiB when unpacked")
+    with container.open(entry) as file:
+        if file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX:
+            file.seek(0)
+            announced = _announced_bytes(file)
+            if announced not in (None, entry.file_size - file.tell()):
+                raise ValueError(f"the header of {name} does not fit its contents")
+    return archive[name]
+
+
+def _announced_bytes(file: Any) -> int | None:
+    """Returns the size of the elements that an array's header announces; leaves it behind.
+
+    None for an array of objects, which numpy refuses with a reason.
+    """
+    version = np.lib.format.read_magic(file)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    shape, _, dtype = read_header[version](file)
+    return None if dtype.hasobject else math.prod(shape) * dtype.itemsize
 
 
 def _labels(arrays: dict[str, ndarray], path: Path) -> ndarray | None:
@@ -106,7 +141,7 @@ def _labels(arrays: dict[str, ndarray], path: Path) -> ndarray | None:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
 
 
 def _unfinished(path: Path, reason: str) -> DataError:

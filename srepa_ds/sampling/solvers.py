@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from srepa_ds.sampling.guidance import Guidance
@@ -130,6 +130,15 @@ def integrate(
     return x_t
 
 
+_Label = Annotated[int, Field(ge=0, lt=1 << 31)]
+_InTurn = Annotated[tuple[_Label, ...], Tag("in turn")]
+_Counts = Annotated[dict[_Label, Annotated[int, Field(ge=1, lt=1 << 40)]], Tag("counts")]
+
+
+def _form_of_labels(labels: Any) -> str:
+    return "counts" if isinstance(labels, dict) else "in turn"
+
+
 class SamplerConfig(Section):
     """The sampler: solver, guidance, labels and the size of the set."""
 
@@ -153,7 +162,12 @@ class SamplerConfig(Section):
     """Last time (t = 1 is noise) that is guided, itself included."""
 
     label_mode: Literal["random", "balanced"] = "random"
-    """random draws each label; balanced cycles through the classes."""
+    """random draws each label; balanced cycles through the classes. `labels` overrides both."""
+
+    labels: Annotated[_InTurn | _Counts, Discriminator(_form_of_labels)] | None = None
+    """Classes to draw, instead of all: a list, which is repeated in turn ([3, 7]), or the number of
+    images of each ({"3": 100, "7": 50}), drawn in the order of the classes; `num_samples` is then
+    their sum. Pictures and distances during training always show all classes."""
 
     num_samples: Annotated[int, Field(ge=1)] = 50_000
     """Number of images in the set."""
@@ -179,6 +193,22 @@ class SamplerConfig(Section):
                 f"guidance_low ({self.guidance_low}) is above guidance_high "
                 f"({self.guidance_high}); the interval is empty"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_are_of_the_set(self) -> "SamplerConfig":
+        if self.labels is not None and not self.labels:
+            raise ValueError("labels names no class; name one, or leave it out to draw all")
+        if isinstance(self.labels, dict):
+            total = sum(self.labels.values())
+            if "num_samples" not in self.model_fields_set:
+                # The section is frozen for everybody else.
+                object.__setattr__(self, "num_samples", total)
+            elif self.num_samples != total:
+                raise ValueError(
+                    f"labels asks for {total} images in all, num_samples for {self.num_samples}; "
+                    f"set num_samples to {total}, or leave it out"
+                )
         return self
 
     @model_validator(mode="after")

@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from srepa_ds.errors import OutputError
-from srepa_ds.files import make_folder, remove_empty, write_aside, writing
+from srepa_ds.errors import OutputError, listed
+from srepa_ds.files import PARTIAL, make_folder, remove_empty, write_aside, writing
 from srepa_ds.sampling.generate import Chunk, ImageBatch
 from srepa_ds.sampling.npz import NpzMember, write_npz
 from srepa_ds.sampling.provenance import Provenance, differences
@@ -18,7 +18,18 @@ from srepa_ds.sampling.sample_set import CONTACT_SHEET, PROVENANCE, SAMPLES, rea
 from srepa_ds.sampling.sheet import SheetBuilder
 
 PARTS = "parts"
-_CURE = "choose a writable output folder with room for the samples"
+CURE = "choose a writable output folder with room for the samples"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed commands left half-written in the folder of a sample set.
+
+    Call it while no other command draws into the folder. Raises OutputError.
+    """
+    with writing(folder, cure=CURE):
+        for name in (PROVENANCE, SAMPLES, CONTACT_SHEET):
+            for left in folder.glob(f"{name}*{PARTIAL}"):
+                left.unlink(missing_ok=True)
 
 
 class ChunkWriter:
@@ -37,7 +48,7 @@ class ChunkWriter:
         self.folder = folder
         self.provenance = provenance
         self._digest = provenance.digest()
-        with writing(folder, cure=_CURE):
+        with writing(folder, cure=CURE):
             self._refuse_foreign()
             made = make_folder(folder)
             try:
@@ -65,7 +76,7 @@ class ChunkWriter:
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             metadata={"provenance": self._digest},
         )
-        with writing(self.folder, cure=_CURE):
+        with writing(self.folder, cure=CURE):
             _write(self._part(batch.chunk), content)
 
     def assemble(self, chunks: Iterable[Chunk]) -> Path:
@@ -85,7 +96,7 @@ class ChunkWriter:
                 f"{self.folder}: {len(missing)} of {len(chunks)} chunks are missing, the first "
                 f"is {self._part(missing[0]).name}; run the same command again to draw them"
             )
-        with writing(self.folder, cure=_CURE):
+        with writing(self.folder, cure=CURE):
             self._assemble(chunks, target)
         self._remove_parts()
         return target
@@ -134,12 +145,21 @@ class ChunkWriter:
     def _refuse_foreign(self) -> None:
         path = self.folder / PROVENANCE
         # Looked at first: meanwhile another rank may write the provenance and then parts.
-        has_samples = any((self.folder / name).exists() for name in (SAMPLES, PARTS))
+        names = {found.name for found in self.folder.iterdir()} if self.folder.exists() else set()
         if not path.exists():
-            if has_samples:
+            if names & {SAMPLES, PARTS}:
                 raise OutputError(
                     f"{self.folder}: holds samples without {PROVENANCE}, so their origin is "
                     "unknown; give another output folder or remove them"
+                )
+            # By default, the sets of other steps lie in folders of a run's `samples`.
+            other = sorted(
+                name for name in names if not (name.startswith("step-") or name.endswith(PARTIAL))
+            )
+            if other:
+                raise OutputError(
+                    f"{self.folder}: holds other files ({listed(other, most=3)}); give an empty "
+                    "output folder, or one that does not exist"
                 )
             return
         lines = differences(read_provenance(self.folder), self.provenance.facts)

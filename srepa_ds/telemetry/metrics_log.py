@@ -121,7 +121,7 @@ def _forget_after(run: RunFolder, step: int) -> None:
     _keep_lines_until(run.metrics, step)
     for picture in run.pictures.glob("step-*.png"):
         number = picture.stem.removeprefix("step-")
-        if number.isdigit() and int(number) > step:
+        if number.isascii() and number.isdecimal() and int(number) > step:
             picture.unlink()
 
 

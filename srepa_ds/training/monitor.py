@@ -4,6 +4,7 @@ The weights are swapped for their averages in the meantime. Every rank draws the
 images, so ranks drift by at most one batch.
 """
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +22,7 @@ from srepa_ds.engine import Engine
 from srepa_ds.errors import DataError
 from srepa_ds.interpolant import Interpolant
 from srepa_ds.metrics.frechet import frechet_distance
+from srepa_ds.metrics.scores import notes_on
 from srepa_ds.metrics.statistics import FeatureStatistics
 from srepa_ds.model.sit import SiTOutput
 from srepa_ds.model.variants import SiTConfig
@@ -29,6 +31,8 @@ from srepa_ds.sampling.generate import ImageBatch, draw_labels, even_chunks, gen
 from srepa_ds.sampling.sheet import SheetBuilder
 from srepa_ds.sampling.solvers import SamplerConfig
 from srepa_ds.schema import replaced
+
+log = logging.getLogger("srepa_ds")
 
 # More real images than this would change the statistics less than the drawn ones do.
 _MOST_REAL_IMAGES = 10_000
@@ -67,7 +71,9 @@ class Monitor:
         self._model = model
         self._codec = codec
         self._interpolant = interpolant
-        self._sampler = replaced(sampler, num_steps=config.num_steps or sampler.num_steps)
+        steps = config.num_steps or sampler.num_steps
+        # The reference has all classes, and runs are compared by these pictures.
+        self._sampler = replaced(sampler, num_steps=steps, labels=None)
         self._rank = rank
         self._real = self._extractor = None
         self._real_statistics: FeatureStatistics | None = None
@@ -79,6 +85,10 @@ class Monitor:
             self._extractor = load_teacher(
                 evaluate.extractor, resolution=self._real.image_shape[1:], device="cpu"
             )
+            real = min(len(self._real), _MOST_REAL_IMAGES)
+            counts = {"samples": config.num_evaluated, "reference": real}
+            for sentence in notes_on(**counts, width=self._extractor.width) if rank.is_main else ():
+                log.warning("distances during training: %s", sentence)
 
     @property
     def claims(self) -> tuple[Claim, ...]:

@@ -1,30 +1,62 @@
 """An exported model on disk: `model.safetensors` and `config.json` in one folder."""
 
 import json
+import os
 import shutil
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from srepa_ds.errors import CheckpointError, ConfigError, OutputError
-from srepa_ds.files import sha256_of
+from srepa_ds.errors import CheckpointError, ConfigError, OutputError, listed
+from srepa_ds.files import PARTIAL, claimed, flush_to_disk, sha256_of, write_aside, writing
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
-from srepa_ds.schema import replaced, validated
+from srepa_ds.schema import Section, replaced, validated
 from srepa_ds.trees import read_json
 
 FORMAT = "srepa_ds.model"
 VERSION = 1
 WEIGHTS = "model.safetensors"
 DOCUMENT = "config.json"
+_UNFINISHED = {WEIGHTS + PARTIAL, DOCUMENT + PARTIAL}
 # Weights that sampling does not need.
 _TRAINING_ONLY = ("projectors.",)
+
+S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True)
+class ExportDocument:
+    """The contents of an export's `config.json`, of which the types are checked."""
+
+    path: Path
+    """The file that holds it."""
+
+    config: Mapping[str, Any]
+    """The experiment's configuration, as a tree."""
+
+    provenance: Mapping[str, Any]
+    """Checkpoint, step and kind of weights."""
+
+    sha256: str | None
+    """Hash of the weight file; None in exports of the first release."""
+
+    @property
+    def weights(self) -> str:
+        """The kind of weights: `master`, `ema` or another average."""
+        return self.provenance["weights"]
+
+    def section(self, schema: type[S], name: str) -> S:
+        """Returns a section of the configuration; raises CheckpointError if it is invalid."""
+        tree = _part(self.path, self.config, name, dict, of="its config")
+        try:
+            return validated(schema, tree, source=f"{self.path}: config.{name}")
+        except ConfigError as error:
+            raise CheckpointError(f"{error}\n{_EXPORT_AGAIN}") from error
 
 
 @dataclass(frozen=True)
@@ -32,14 +64,20 @@ class ExportedModel:
     """A model read from a folder, with its configuration and provenance."""
 
     model: SiT
-    config: Mapping[str, Any]
-    """The experiment's configuration, as a tree."""
-
-    provenance: Mapping[str, Any]
-    """Checkpoint, step and kind of weights."""
+    document: ExportDocument
 
     sha256: str
     """Hash of the weight file."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The experiment's configuration, as a tree."""
+        return self.document.config
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Checkpoint, step and kind of weights."""
+        return self.document.provenance
 
 
 def write_model(
@@ -49,122 +87,229 @@ def write_model(
     config: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Writes an exported model atomically; an earlier one in `folder` is replaced.
+    """Writes an exported model; an earlier one in `folder`, which may be a link, is replaced.
 
-    Raises OutputError if `folder` holds anything else or cannot be written; an earlier model is
-    then still there, and nothing is left of the attempt.
+    Both files are complete before either takes its name, so an earlier model stays whole up to a
+    kill between two renames, which readers recognise. Raises OutputError if `folder` holds anything
+    else, cannot be written to, or another process exports into it; an earlier model is then still
+    there, and nothing is left of the attempt.
     """
-    folder = folder.absolute()
-    aside = folder.with_name(f".{folder.name}.writing")
-    document = {
-        "format": FORMAT,
-        "version": VERSION,
-        "provenance": provenance,
-        "config": config,
-    }
-    try:
-        _refuse_foreign(folder)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    cure = "choose another export.folder, or fix its permissions and make room"
+    with writing(f"the model to {folder}", cure=cure):
+        # Before the claim: whoever holds a folder with other files does not export into it.
+        _own_names(folder)
+    otherwise = ", or choose another export.folder"
+    with claimed(folder, doing="exporting into", cure=cure, otherwise=otherwise):
+        with writing(f"the model to {folder}", cure=cure):
+            _refuse_foreign(folder)
+            _write(folder, tensors, {"provenance": provenance, "config": config})
+            _remove_leftovers(folder)
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    document = folder / (DOCUMENT + PARTIAL)
+
+    def both(aside: Path) -> None:
         # No provenance here: safetensors writes several keys in an order that changes from run to
         # run, and sample sets identify their model by the hash of this file.
-        save_file(contiguous, aside / WEIGHTS, {"format": "pt"})
-        (aside / DOCUMENT).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        # safetensors makes its files private; give the weights the document's permissions.
-        (aside / WEIGHTS).chmod(stat.S_IMODE((aside / DOCUMENT).stat().st_mode))
-        _replace(folder, aside)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise OutputError(f"cannot write the model to {folder}: {reason}") from error
+        save_file(contiguous, aside, {"format": "pt"})
+        mark = {"format": FORMAT, "version": VERSION, "sha256": sha256_of(aside)}
+        # A new file: what lies there may be a link that leads elsewhere.
+        document.unlink(missing_ok=True)
+        document.write_text(json.dumps({**mark, **facts}, indent=2) + "\n", encoding="utf-8")
+        flush_to_disk(document)
+
+    try:
+        write_aside(folder / WEIGHTS, both)
+    except BaseException:
+        document.unlink(missing_ok=True)
+        raise
+    os.replace(document, folder / DOCUMENT)
+    flush_to_disk(folder)
 
 
 def _refuse_foreign(folder: Path) -> None:
     """Raises OutputError unless `folder` is absent, empty, or holds an exported model alone."""
+    names = _own_names(folder)
+    # Only a kill between the renames leaves weights beside a document without its name.
+    mark = DOCUMENT if DOCUMENT in names else DOCUMENT + PARTIAL
+    if not (names <= _UNFINISHED or _is_document(folder / mark)):
+        raise _foreign(folder, names)
+
+
+def _own_names(folder: Path) -> set[str]:
+    """Returns the names of the files in `folder`; raises OutputError if one is not of a model."""
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if names and not (names <= {WEIGHTS, DOCUMENT} and _is_document(folder / DOCUMENT)):
-        raise OutputError(
-            f"{folder} holds files other than an exported model ({', '.join(sorted(names)[:3])}); "
-            "choose another export.folder"
-        )
+    if not names <= {WEIGHTS, DOCUMENT} | _UNFINISHED:
+        raise _foreign(folder, names)
+    return names
+
+
+def _foreign(folder: Path, names: set[str]) -> OutputError:
+    return OutputError(
+        f"{folder} holds files other than an exported model ({listed(sorted(names), most=3)}); "
+        "choose another export.folder"
+    )
 
 
 def _is_document(path: Path) -> bool:
     try:
-        document = read_json(path)
-        return document["format"] == FORMAT
-    except (OSError, ValueError, TypeError, KeyError):
+        return read_json(path)["format"] == FORMAT
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
         return False
 
 
-def _replace(folder: Path, aside: Path) -> None:
-    """Moves `aside` to `folder`, and then deletes the replaced folder; restores it on failure."""
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    try:
-        aside.rename(folder)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(folder)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed exports left in `folder`, and what those of the first release left."""
+    for name in _UNFINISHED:
+        (folder / name).unlink(missing_ok=True)
+    place = folder.absolute()
+    for ending in ("writing", "replaced") if place.name else ():
+        left = place.parent / f".{place.name}.{ending}"
+        if left.is_dir() and {path.name for path in left.iterdir()} <= {WEIGHTS, DOCUMENT}:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def exported_step(folder: Path) -> int | None:
     """Returns the training step of the exported model in `folder`, or None if there is none."""
     try:
-        step = read_json(folder / DOCUMENT)["provenance"]["step"]
-    except (OSError, ValueError, TypeError, KeyError):
+        return read_document(folder).provenance["step"]
+    except CheckpointError:
         return None
-    return step if isinstance(step, int) else None
+
+
+def read_document(folder: Path) -> ExportDocument:
+    """Returns what `folder` says of its exported model, without reading the weights.
+
+    Raises CheckpointError if there is no model, or for lacking keys and wrong types.
+    """
+    path = folder / DOCUMENT
+    try:
+        found = read_json(path)
+    except FileNotFoundError as error:
+        if (folder / (DOCUMENT + PARTIAL)).exists():
+            raise _interrupted(folder) from error
+        raise _without_model(folder, f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise _without_model(folder, f"{path}: {reason}") from error
+    if not isinstance(found, dict):
+        raise _of_no_model(path, "it is no JSON object")
+    mark = (_part(path, found, "format", str), _part(path, found, "version", int))
+    if mark != (FORMAT, VERSION):
+        raise CheckpointError(f"{path} is of format {mark}, not {(FORMAT, VERSION)}")
+    provenance = _part(path, found, "provenance", dict)
+    _part(path, provenance, "weights", str)
+    _part(path, provenance, "step", int)
+    config = _part(path, found, "config", dict)
+    sha256 = _part(path, found, "sha256", str) if "sha256" in found else None
+    return ExportDocument(path, config, provenance, sha256)
+
+
+def _part(path: Path, tree: Mapping[str, Any], key: str, kind: type, of: str = "it") -> Any:
+    """Returns an entry of a document; raises CheckpointError unless it is there and of `kind`."""
+    if key not in tree:
+        raise _of_no_model(path, f"{of} lacks '{key}'")
+    value = tree[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        names = {str: "text", int: "a whole number", dict: "an object"}
+        raise _of_no_model(path, f"'{key}' is not {names[kind]}")
+    return value
+
+
+def checked_document(folder: Path) -> tuple[ExportDocument, str]:
+    """Returns what `folder` says of its exported model, and the hash of its weights.
+
+    Raises CheckpointError as `read_document` does, and if the weights are missing or are not those
+    that were exported.
+    """
+    document = read_document(folder)
+    try:
+        found = sha256_of(folder / WEIGHTS)
+    except OSError as error:
+        raise _without_model(folder, f"{folder / WEIGHTS}: {error.strerror}") from error
+    if document.sha256 is not None and document.sha256 != found:
+        if (folder / (DOCUMENT + PARTIAL)).exists():
+            raise _interrupted(folder)
+        raise CheckpointError(
+            f"{folder / WEIGHTS} has changed since it was exported (its sha256 is {found[:12]}..., "
+            f"not {document.sha256[:12]}...); {_EXPORT_AGAIN}"
+        )
+    return document, found
+
+
+def check_export(folder: Path) -> None:
+    """Checks that `folder` holds an exported model, whole and as it was exported.
+
+    Raises CheckpointError that says what is missing, changed or does not fit.
+    """
+    read_model(folder)
 
 
 def read_model(folder: Path) -> ExportedModel:
     """Returns the exported model of `folder`, on the CPU, in evaluation mode.
 
-    Raises CheckpointError that says what is missing or does not fit.
+    Raises CheckpointError that says what is missing, changed or does not fit.
     """
+    document, sha256 = checked_document(folder)
     try:
-        document = read_json(folder / DOCUMENT)
-        sha256 = sha256_of(folder / WEIGHTS)
         tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} does not hold an exported model ({error}); make one with "
-            "`srepa-ds export CONFIG`"
-        ) from error
-    try:
-        mark, tree = (document["format"], document["version"]), document["config"]
-        provenance, model_tree = document["provenance"], tree["model"]
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder / DOCUMENT} does not describe a model: it lacks {error}"
-        ) from error
-    if mark != (FORMAT, VERSION):
-        raise CheckpointError(f"{folder / DOCUMENT} is of format {mark}, not {(FORMAT, VERSION)}")
-    try:
-        config = validated(SiTConfig, model_tree, source=str(folder / DOCUMENT))
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
-    # The attention backend is not part of a model: the one that trained it may not run here.
-    model = SiT(replaced(config, attention="sdpa"), None)
+    # A damaged file may raise anything: the reader trusts its names, lengths and types.
+    except Exception as error:
+        raise _without_model(folder, f"{folder / WEIGHTS}: {error}") from error
+    config = document.section(SiTConfig, "model")
     wanted = {k: v for k, v in tensors.items() if not k.startswith(_TRAINING_ONLY)}
+    model = _model_of(config, wanted, folder / WEIGHTS)
+    return ExportedModel(model.eval().requires_grad_(False), document, sha256)
+
+
+def _model_of(config: SiTConfig, tensors: Mapping[str, Tensor], path: Path) -> SiT:
+    """Returns the model with these weights; raises CheckpointError if they do not fit."""
+    # Before a model is built, which may be of any size.
+    hidden_size, last = config.shape.hidden_size, f"blocks.{config.shape.depth - 1}.attn.qkv.weight"
+    patch = (config.in_channels, config.shape.patch_size, config.shape.patch_size)
+    shapes: dict[str, tuple[int, ...]] = {
+        "pos_embed": (1, config.num_prefix_tokens + config.num_tokens, hidden_size),
+        "x_embedder.proj.weight": (hidden_size, *patch),
+        "y_embedder.embedding_table.weight": (config.num_classes + 1, hidden_size),
+        last: (3 * hidden_size, hidden_size),
+    }
+    if config.class_token_width is not None:
+        shapes["cls_projectors2.weight"] = (hidden_size, config.class_token_width)
+    for name, shape in shapes.items():
+        found = tuple(tensors[name].shape) if name in tensors else "missing"
+        if found != shape:
+            raise _misfit(path, f"{name} is {found}, but should be {shape}")
     try:
-        model.load_state_dict(wanted)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder / WEIGHTS} does not fit its config: {error}") from error
-    return ExportedModel(model.eval().requires_grad_(False), tree, provenance, sha256)
+        # The attention backend is not part of a model: the one that trained it may not run here.
+        model = SiT(replaced(config, attention="sdpa"), None)
+        model.load_state_dict(dict(tensors))
+    except (RuntimeError, ValueError) as error:
+        raise _misfit(path, str(error)) from error
+    return model
 
 
-def check_export(folder: Path) -> None:
-    """Checks that the weights in `folder` are the exported ones; raises CheckpointError."""
-    found = read_model(folder).sha256
-    wanted = read_json(folder / DOCUMENT).get("sha256", found)
-    if found != wanted:
-        raise CheckpointError(
-            f"{folder / WEIGHTS}: contents changed since it was written (sha256 {found}, "
-            f"{DOCUMENT} says {wanted}); export it again"
-        )
+_EXPORT_AGAIN = "make it again with `srepa-ds export CONFIG`"
+
+
+def _without_model(folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} does not hold an exported model ({reason}); make one with "
+        "`srepa-ds export CONFIG`"
+    )
+
+
+def _of_no_model(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path} does not describe a model: {reason}; {_EXPORT_AGAIN}")
+
+
+def _interrupted(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} holds an interrupted export, or one that another process has not finished; wait "
+        f"for it, or {_EXPORT_AGAIN}"
+    )
+
+
+def _misfit(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path} does not fit its config: {reason}")

@@ -11,16 +11,25 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from srepa_ds.errors import CheckpointError, ConfigError, listed
+from srepa_ds.errors import CheckpointError, listed
 from srepa_ds.objective import Objective, official_name
-from srepa_ds.schema import Section, validated
-from srepa_ds.trees import read_json
-from srepa_ds.weight_file import read_weight_file
-from srepa_ds.weights.exported import DOCUMENT, WEIGHTS
+from srepa_ds.schema import Section
+from srepa_ds.weight_file import plain_tensors, read_weight_file, without_wrappers
+from srepa_ds.weights.exported import WEIGHTS, checked_document, read_document
 
 log = logging.getLogger("srepa_ds")
 
 WeightsKind = Literal["ema", "model"]
+
+_OFFICIAL_PARTS = frozenset(
+    {
+        "pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "decoder_blocks",
+        "final_layer", "projectors", "cls_projectors2", "wg_norm",
+    }
+)  # fmt: skip
+_WRAPPERS = ("state_dict", "ema", "model", "module", "model_state_dict", "net")
+# A file can hold a mapping that holds itself.
+_MOST_NESTED = 8
 
 _PROJECTOR = re.compile(r"projectors\.\d+\.")
 
@@ -74,10 +83,10 @@ def initialise_from(objective: Objective, config: InitialWeightsConfig) -> FillR
 def read_initial_weights(path: Path, *, which: WeightsKind) -> dict[str, Tensor]:
     """Returns the weights of `path` under their official names, on the CPU, without `pos_embed`.
 
-    `path` is an exported folder, a bare state_dict, or a training's file with `model` and `ema`.
-    `which` chooses between the latter two; an exported folder must hold that kind. Prefixes of
-    wrappers are removed; REPA's early names (`decoder_blocks`) and iREPA's (`projection_layer`)
-    become the current ones. Raises CheckpointError.
+    `path` is an exported folder, or a file with a state_dict, alone or under keys such as
+    `state_dict`, `model` and `ema`. `which` chooses between the latter two; an exported folder must
+    hold that kind. Prefixes of wrappers are removed; REPA's early names (`decoder_blocks`) and
+    iREPA's (`projection_layer`) become the current ones. Raises CheckpointError.
     """
     if path.is_dir():
         _check_folder(path, which)
@@ -86,7 +95,7 @@ def read_initial_weights(path: Path, *, which: WeightsKind) -> dict[str, Tensor]
         file, named=str(file), setting="train.init_from.path", fault=CheckpointError
     )
     state = _state_of(found, path, which)
-    tensors = _renamed(state)
+    tensors = _renamed(plain_tensors(state, file, named=str(file), fault=CheckpointError))
     # Not a weight but a function of the model's sizes, and so of the resolution.
     tensors.pop("pos_embed", None)
     _refuse_learn_sigma(tensors, path)
@@ -140,18 +149,14 @@ def _shape(tensor: Tensor | None) -> str:
 
 
 def _check_folder(path: Path, which: WeightsKind) -> None:
-    """Raises CheckpointError unless `path` is an exported model of the kind `which`."""
-    try:
-        label = read_json(path / DOCUMENT)["provenance"]["weights"]
-        kind = "model" if label == "master" else "ema"
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} does not hold an exported model; make one with `srepa-ds export CONFIG`"
-        ) from error
+    """Raises CheckpointError unless `path` is a whole exported model of the kind `which`."""
+    document, _ = checked_document(path)
+    kind = "model" if document.weights == "master" else "ema"
     if kind != which:
         raise CheckpointError(
-            f"{path} holds the weights '{label}'; set train.init_from.weights to {kind}, or export "
-            f"again with export.weights={'master' if which == 'model' else 'ema'}"
+            f"{path} holds the weights '{document.weights}'; set train.init_from.weights to "
+            f"{kind}, or export again with "
+            f"export.weights={'master' if which == 'model' else 'ema'}"
         )
 
 
@@ -159,12 +164,8 @@ def _check_heads(path: Path, objective: Objective) -> None:
     """Raises CheckpointError if the number of heads differs, which no weight's shape shows."""
     if not path.is_dir():
         return
-    tree = read_json(path / DOCUMENT)["config"]["model"]
     own = objective.sit.config
-    try:
-        there = validated(type(own), tree, source=str(path / DOCUMENT)).shape.num_heads
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
+    there = read_document(path).section(type(own), "model").shape.num_heads
     if there != own.shape.num_heads:
         raise CheckpointError(
             f"{path} is of another model: it has {there} attention heads, this one has "
@@ -173,12 +174,20 @@ def _check_heads(path: Path, objective: Objective) -> None:
 
 
 def _state_of(found: Mapping[str, Any], path: Path, which: WeightsKind) -> dict[str, Tensor]:
-    state: Any = found
-    if any(isinstance(found.get(key), Mapping) for key in ("ema", "model")):
-        state = found.get(which)
-        if not isinstance(state, Mapping):
+    """Returns the state_dict in a file, below `which` if it has both kinds, however deep."""
+    state, chosen = found, False
+    for _ in range(_MOST_NESTED):
+        inner = [key for key in _WRAPPERS if isinstance(state.get(key), Mapping)]
+        kinds = {"ema", "model"} & {*inner}
+        if not inner:
+            break
+        if chosen or not kinds:
+            state = state[inner[0]]
+        elif which in kinds:
+            state, chosen = state[which], True
+        else:
             raise CheckpointError(
-                f"{path} does not hold '{which}', but {listed(found)}; set "
+                f"{path} does not hold '{which}', but {listed(map(str, state))}; set "
                 "train.init_from.weights to match"
             )
     other = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
@@ -190,7 +199,7 @@ def _state_of(found: Mapping[str, Any], path: Path, which: WeightsKind) -> dict[
 
 def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns `state` under the current names of the official REPA code."""
-    plain = {_unwrapped(name): tensor for name, tensor in state.items()}
+    plain = without_wrappers(state, lambda name: name.partition(".")[0] in _OFFICIAL_PARTS)
     numbers = [re.match(r"blocks\.(\d+)\.", name) for name in plain]
     # Blocks after the alignment once had numbers of their own.
     first = len({match[1] for match in numbers if match})
@@ -202,12 +211,6 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return re.sub(r"^(projectors\.\d+\.)projection_layer\.(?=\d)", r"\1", name)
 
     return {today(name): tensor for name, tensor in plain.items()}
-
-
-def _unwrapped(name: str) -> str:
-    # Prefixes that torch.compile and data parallelism add, in either order.
-    name = name.replace("_orig_mod.", "")
-    return name.removeprefix("module.")
 
 
 def _refuse_learn_sigma(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -185,6 +185,17 @@ def test_newest_is_by_number_not_by_name(tmp_path):
     assert newest_valid(tmp_path) == step_folder(tmp_path, 10_000_000)
 
 
+@pytest.mark.parametrize("name", ["step-²", "step-①", "step-٣", "step-", "step--1", "step-0x5"])
+def test_folders_that_are_not_named_by_a_step_are_left_alone(tmp_path, name):
+    write(tmp_path, 5)
+    for beginning in ("", ".writing-replaced-", "failed-"):
+        (tmp_path / f"{beginning}{name}").mkdir()
+    assert steps_in(tmp_path) == [step_folder(tmp_path, 5)]
+    assert newest_valid(tmp_path) == step_folder(tmp_path, 5)
+    restore_names(tmp_path)
+    assert (tmp_path / name).is_dir()
+
+
 @pytest.mark.parametrize("stage", ["fragments", "state", "manifest"])
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, stage):
     previous = write(tmp_path, 5)

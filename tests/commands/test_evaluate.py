@@ -13,6 +13,7 @@ from srepa_ds.config.experiment import load_config
 from srepa_ds.data.shard_writer import shard_name
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import ConfigError, DataError, OutputError
+from srepa_ds.report.tables import score_table
 
 PROVENANCE = {"ema": "0.9", "sampler": {"solver": "heun"}}
 
@@ -191,3 +192,36 @@ def test_results_that_cannot_be_written(experiment, drawn):
     with pytest.raises(OutputError, match=r"cannot write .*results\.json"):
         evaluate(config)
     assert [path.name for path in config.run.folder.iterdir()] == ["results.json"]
+
+
+def test_few_images_are_noted_beside_the_scores(experiment, drawn, reference, tmp_path, caplog):
+    config = experiment()
+    evaluate(config)
+    # 50 images and 90 real ones, for features of width 32.
+    assert "notes" not in json.loads(config.run_folder.results.read_text())
+    write(tmp_path / "few", reference.images[:5].permute(0, 2, 3, 1))
+    evaluate(experiment(f"evaluate.samples={tmp_path}/few"))
+    (sentence,) = json.loads(config.run_folder.results.read_text())["notes"]
+    assert sentence.startswith("5 drawn images for features of width 32: at least 33 are needed")
+    assert sentence in caplog.text
+    assert sentence in score_table(json.loads(config.run_folder.results.read_text()))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_sets_too_small_for_neighbours_are_refused_at_once(experiment, reference, tmp_path, count):
+    write(tmp_path / "few", reference.images[:count].permute(0, 2, 3, 1))
+    # This extractor cannot be loaded: if it came first, the message would be about it.
+    few = (f"evaluate.samples={tmp_path}/few", "evaluate.extractor.weights=nowhere.safetensors")
+    with pytest.raises(DataError, match=f"need more than 3 sample images, got {count}"):
+        evaluate(experiment(*few))
+
+
+def test_the_runs_folder_may_be_a_link(experiment, drawn, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk")
+    evaluate(experiment())
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["results.json"]
+    (tmp_path / "run").unlink()
+    (tmp_path / "run").symlink_to("unmounted")
+    with pytest.raises(OutputError, match="run is a link to unmounted, which does not exist"):
+        evaluate(experiment())

@@ -1,6 +1,7 @@
 """Sampling as users run it: the same images for any number of ranks."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 from ranks import run_function
 from trainings import train_runs
 
+from srepa_ds import files
 from srepa_ds.commands.export import export
 from srepa_ds.commands.sample import sample
 from srepa_ds.config.experiment import load_config
 from srepa_ds.distributed import ranks
-from srepa_ds.errors import ConfigError
+from srepa_ds.errors import CheckpointError, ConfigError, OutputError
 from srepa_ds.model.sit import SiT
 from srepa_ds.schema import to_tree
 from srepa_ds.weights.exported import write_model
@@ -90,3 +92,92 @@ def test_a_model_is_sampled_where_its_training_files_are_not(small_world, tmp_pa
         ranks.close()
     with np.load(folder / "samples.npz") as archive:
         assert archive["arr_0"].shape == (3, 16, 16, 3)
+
+
+@pytest.fixture
+def drawing(small_world, tmp_path):
+    """Returns a function that samples an exported model in this process, with overrides."""
+
+    def draw_here(*overrides: str) -> Path:
+        given = ["sample.num_steps=1", "sample.batch_size=4", f"run.folder={tmp_path}"]
+        config = load_config(small_world.config, [*given, *overrides])
+        if not (tmp_path / "export").exists():
+            described(tmp_path / "export", config, SiT(config.model))
+        try:
+            return sample(config)
+        finally:
+            ranks.close()
+
+    return draw_here
+
+
+def test_the_classes_that_were_asked_for(drawing):
+    counts = drawing("sample.labels.7=3", "sample.labels.2=4", "sample.num_samples=7")
+    with np.load(counts / "samples.npz") as archive:
+        assert archive["arr_1"].tolist() == [2, 2, 2, 2, 7, 7, 7]
+    facts = json.loads((counts / "provenance.json").read_text())
+    assert facts["sampler"]["labels"] == {"2": 4, "7": 3}
+    in_turn = ("sample.labels=[3, 9]", "sample.num_samples=5", f"sample.folder={counts}-in-turn")
+    with np.load(drawing(*in_turn) / "samples.npz") as archive:
+        assert archive["arr_1"].tolist() == [3, 9, 3, 9, 3]
+    with pytest.raises(OutputError, match=r"sampler\.labels\.1: 9 there, 8 now"):
+        drawing("sample.labels=[3, 8]", *in_turn[1:])
+
+
+def test_classes_that_the_model_does_not_have_are_refused(drawing, tmp_path):
+    with pytest.raises(ConfigError, match=r"sample\.labels: 10, 12: .* has 10 classes, 0 to 9"):
+        drawing("sample.labels=[3, 12, 10]")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (("objective",), "its config lacks 'objective'"),
+        (("codec",), "its config lacks 'codec'"),
+        (("objective", "interpolant", "path"), "interpolant.path: unknown path 'here'"),
+    ],
+)
+def test_a_damaged_configuration_of_the_model_is_refused_before_anything_is_written(
+    drawing, tmp_path, place, words
+):
+    drawing("sample.num_samples=2", f"sample.folder={tmp_path}/first")
+    document = json.loads((tmp_path / "export" / "config.json").read_text())
+    node = document["config"]
+    for key in place[:-1]:
+        node = node[key]
+    if len(place) > 1:
+        node[place[-1]] = "here"
+    else:
+        del node[place[-1]]
+    (tmp_path / "export" / "config.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=words):
+        drawing("sample.num_samples=2", f"sample.folder={tmp_path}/second")
+    assert not (tmp_path / "second").exists()
+
+
+def test_two_samples_at_once_say_who_was_first(drawing, tmp_path):
+    drawing("sample.num_samples=2", f"sample.folder={tmp_path}/other")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    with (
+        files.locked(folder),
+        pytest.raises(OutputError, match=rf"process \({os.getpid()}: .*is drawing samples into"),
+    ):
+        drawing("sample.num_samples=2", f"sample.folder={folder}")
+    assert not list(folder.iterdir())
+    drawing("sample.num_samples=2", f"sample.folder={folder}")
+
+
+def test_the_folder_may_be_a_link_and_leftovers_of_kills_go(drawing, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "set").symlink_to("disk")
+    for name in ("provenance.json.node-77.partial", "samples.npz.partial"):
+        (tmp_path / "disk" / name).write_text("half")
+    drawing("sample.num_samples=2", f"sample.folder={tmp_path}/set")
+    assert (tmp_path / "set").is_symlink()
+    names = sorted(path.name for path in (tmp_path / "disk").iterdir())
+    assert names == ["contact_sheet.png", "provenance.json", "samples.npz"]
+    (tmp_path / "lost").symlink_to("unmounted")
+    with pytest.raises(OutputError, match="lost is a link to unmounted, which does not exist"):
+        drawing("sample.num_samples=2", f"sample.folder={tmp_path}/lost")

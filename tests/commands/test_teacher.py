@@ -2,6 +2,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from places import ROOT
 from torch.nn import functional as F
 
+from srepa_ds import files
 from srepa_ds.commands.teacher import (
     TeacherTrainingConfig,
     initialise,
@@ -160,6 +162,17 @@ def test_a_place_that_cannot_be_written_to_is_named(shards, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=rf"cannot write {tmp_path}/file/teacher: \w"):
         train_teacher(config_for(shards, tmp_path / "file" / "teacher"))
+
+
+def test_two_trainings_in_one_folder_say_who_was_first(shards, tmp_path):
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    with (
+        files.locked(folder),
+        pytest.raises(OutputError, match=rf"\({os.getpid()}: .*is training a teacher in"),
+    ):
+        train_teacher(config_for(shards, folder))
+    assert not list(folder.iterdir())
 
 
 def test_a_poor_teacher_is_not_saved(shards, tmp_path):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from teacher_models import (
     PLAIN,
@@ -240,6 +242,26 @@ def test_published_layouts_load(name, layout, grid, file, tmp_path):
             assert torch.allclose(found.cls, expected[:, 0], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: prefixed("net.", state),
+        lambda state: {"state_dict": prefixed("module.model.", state), "epoch": 3},
+        lambda state: {"model": {"state_dict": prefixed("backbone.", state)}},
+        lambda state: prefixed("_orig_mod.", state),
+        lambda state: {key.replace("blocks.", "blocks._orig_mod."): state[key] for key in state},
+    ],
+)
+@pytest.mark.parametrize("name", ["dinov2-vit-b", "mae-vit-l"])
+def test_wrapped_weights_load(name, wrap, tmp_path):
+    spec = reduced(name)
+    source = published(name).state_dict()
+    path = written(wrap({**source, "mask_token": noise(1, WIDTH)}), tmp_path / "wrapped.pt")
+    found = loaded(spec, path, resolution=256).encoder.state_dict()
+    for key in found.keys() - {"pos_embed"}:
+        assert torch.equal(found[key], source[key]), key
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_leave_timms_own_names_alone(layout):
     headless = PLAIN.model_copy(update={"num_classes": 0})
@@ -249,6 +271,41 @@ def test_layouts_leave_timms_own_names_alone(layout):
     found = LAYOUTS[layout](kept)
     assert found.keys() == kept.keys()
     assert all(found[key] is kept[key] for key in kept)
+
+
+VALUES = [
+    torch.zeros(()),
+    torch.zeros(0),
+    torch.zeros(7),
+    torch.zeros(1, 3, 5),
+    torch.zeros(2, 1, 1, 1),
+    torch.arange(6),
+    torch.zeros(3, dtype=torch.bool),
+    torch.ones(2, device="meta"),
+    torch.eye(3).to_sparse(),
+    "text",
+    None,
+]
+
+
+@pytest.mark.parametrize("name", ["dinov2-vit-b", "dinov3-vit-b", "mocov3-vit-s", "clip-vit-l"])
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_no_content_under_a_known_name_gives_any_other_error(tmp_path_factory, name, data):
+    spec = reduced(name)
+    layout = as_clip if name == "clip-vit-l" else dict
+    state = {**layout(published(name).state_dict()), "blocks.0.attn.qkv.bias": torch.zeros(72)}
+    for key in data.draw(st.lists(st.sampled_from(sorted(state)), min_size=1, max_size=3)):
+        state[key] = data.draw(st.sampled_from(VALUES))
+    path = tmp_path_factory.getbasetemp() / "teacher.pt"
+    torch.save(state, path)
+    try:
+        loaded(spec, path, resolution=256)
+    except DataError as error:
+        said = str(error)
+    else:
+        said = f"teacher weights {path}"
+    assert said.startswith(f"teacher weights {path}")
 
 
 def test_dinov3s_biases_have_to_fit(tmp_path):

@@ -95,9 +95,9 @@ def test_half_precision_rounds_and_falls_back_where_it_overflows():
 
 def test_sets_too_small_or_broken_are_refused():
     good = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(DataError, match="more than 3 samples images, got 3"):
+    with pytest.raises(DataError, match="more than 3 sample images, got 3"):
         precision_recall(good[:3], good)
     broken = good.clone()
     broken[2, 1] = float("inf")
-    with pytest.raises(DataError, match="reference hold NaN"):
+    with pytest.raises(DataError, match="reference images hold NaN"):
         precision_recall(good, broken)

@@ -6,7 +6,7 @@ from places import GOLDEN
 from safetensors.torch import load_file
 
 from srepa_ds.errors import DataError
-from srepa_ds.metrics.scores import METRICS, Scores, inception_score, score
+from srepa_ds.metrics.scores import METRICS, Scores, inception_score, notes_on, score
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +64,10 @@ def test_inception_score_ends_are_one_and_the_number_of_classes():
     # Certain to the point where probabilities underflow, and one class never predicted.
     certain = torch.eye(7)[torch.arange(18) % 6] * 1e4
     assert inception_score(certain).item() == pytest.approx(6, rel=1e-5)
+
+
+def test_too_few_images_for_a_covariance_are_noted():
+    assert notes_on(samples=385, reference=385, width=384) == []
+    few, real = notes_on(samples=64, reference=384, width=384)
+    assert few.startswith("64 drawn images for features of width 384: at least 385 are needed")
+    assert real.startswith("384 real images for features of width 384")

@@ -1,10 +1,12 @@
+import json
+
 import pytest
 import torch
 from builders import randomised
 from golden_sit import golden_reg_sit, golden_sit
 
 from srepa_ds.codec.identity import IdentityCodec
-from srepa_ds.errors import TopologyError
+from srepa_ds.errors import ConfigError, TopologyError
 from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
@@ -18,6 +20,7 @@ from srepa_ds.sampling.generate import (
 )
 from srepa_ds.sampling.guidance import GuidedModel
 from srepa_ds.sampling.solvers import SOLVERS, Dynamics, SamplerConfig, integrate
+from srepa_ds.schema import to_tree, validated
 
 CONFIG = SamplerConfig(num_steps=3, num_samples=11, batch_size=4, cfg_scale=1.5, seed=7)
 
@@ -273,3 +276,47 @@ def test_random_labels_depend_on_the_index_alone():
     # Five standard deviations of a binomial count.
     assert (counts - 200).abs().max() < 5 * (2000 * 0.1 * 0.9) ** 0.5
     assert counts.unique().numel() > 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_samples", "expected"),
+    [
+        ([3, 7], 5, [3, 7, 3, 7, 3]),
+        ([4], 3, [4, 4, 4]),
+        ([3, 3, 7], 6, [3, 3, 7, 3, 3, 7]),
+        ({"7": 3, "0": 1, "4": 2}, None, [0, 4, 4, 7, 7, 7]),
+    ],
+)
+def test_chosen_classes_are_drawn_in_turn_or_as_many_as_asked(labels, num_samples, expected):
+    tree = {"labels": labels, **({"num_samples": num_samples} if num_samples else {})}
+    config = validated(SamplerConfig, tree, source="test")
+    assert config.num_samples == len(expected)
+    assert validated(SamplerConfig, to_tree(config), source="test") == config
+    assert json.loads(json.dumps(to_tree(config)))["labels"] == labels
+    ids = torch.arange(len(expected))
+    assert draw_labels(config, ids, num_classes=10).tolist() == expected
+    # A pure function of the index: any part of the set gets the same labels.
+    assert draw_labels(config, ids[2:], num_classes=10).tolist() == expected[2:]
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"labels": []}, "labels names no class"),
+        ({"labels": {}}, "labels names no class"),
+        ({"labels": 3}, r"labels: Input should be a valid .*\(given: 3\)"),
+        ({"labels": [3, -1]}, r"labels\.1: .*greater than or equal to 0 \(given: -1\)"),
+        ({"labels": [3, "cat"]}, r"labels\.1: .*valid integer"),
+        ({"labels": [True]}, r"labels\.0: .*valid integer"),
+        ({"labels": {"cat": 3}}, "labels: .*valid integer"),
+        ({"labels": {"3": 0}}, "labels: .*greater than or equal to 1"),
+        (
+            {"labels": {"3": 10, "4": 5}, "num_samples": 64},
+            "labels asks for 15 images in all, num_samples for 64; set num_samples to 15, or leave",
+        ),
+    ],
+)
+def test_each_fault_of_labels_has_one_line(tree, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        validated(SamplerConfig, tree, source="test")
+    assert len(caught.value.faults) == 1

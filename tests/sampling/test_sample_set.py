@@ -1,8 +1,12 @@
+import io
 import json
+import resource
 import zipfile
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from srepa_ds.errors import DataError
@@ -132,3 +136,57 @@ def test_a_damaged_provenance_is_named_by_reader_and_writer(tmp_path, content):
         with pytest.raises(DataError, match=r"provenance\.json: is not .*JSON.*another folder"):
             use()
     assert path.read_bytes() == content
+
+
+def saved(save) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, IMAGES, LABELS)
+    return buffer.getvalue()
+
+
+ARCHIVES = {"stored": saved(np.savez), "compressed": saved(np.savez_compressed)}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ARCHIVES)
+@settings(max_examples=200, deadline=5000)
+@given(flips=st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 255)), min_size=1, max_size=4))
+def test_no_flipped_bit_gives_any_other_error(tmp_path_factory, form, flips):
+    folder = tmp_path_factory.getbasetemp()
+    content = bytearray(ARCHIVES[form])
+    for position, bits in flips:
+        content[position % len(content)] ^= bits
+    (folder / "samples.npz").write_bytes(content)
+    for use in (read_samples, read_labels):
+        try:
+            use(folder)
+        except DataError:
+            pass
+
+
+def array_file(shape: tuple[int, ...], content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue() + content
+
+
+@pytest.mark.parametrize("shape", [(10**9, 4, 2, 3), (2**40, 2**40, 1, 3), (6, 4, 2, 3)])
+def test_an_announced_shape_takes_no_memory(tmp_path, shape):
+    with zipfile.ZipFile(tmp_path / "samples.npz", "w") as archive:
+        archive.writestr("arr_0.npy", array_file(shape, IMAGES.tobytes()))
+    with pytest.raises(DataError, match="the header of arr_0 does not fit its contents"):
+        read_samples(tmp_path)
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path):
+    count = 200 << 20
+    with zipfile.ZipFile(tmp_path / "samples.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("arr_0.npy", "w") as file:
+            file.write(array_file((count, 1, 1, 1), b""))
+            for _ in range(count >> 20):
+                file.write(bytes(1 << 20))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match="arr_0 would take 200 MiB when unpacked"):
+        read_samples(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +150,18 @@ def test_samples_of_unknown_origin_are_refused(tmp_path):
     with pytest.raises(OutputError, match=r"without provenance\.json"):
         ChunkWriter(tmp_path, provenance())
     assert files_in(tmp_path) == ["samples.npz"]
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for folder in (tmp_path, Path("/")):
+        with pytest.raises(OutputError, match=r"holds other files \(.*give an empty output folder"):
+            ChunkWriter(folder, provenance())
+    assert files_in(tmp_path) == ["thesis.txt"]
+    # The sets of other steps, and what other ranks are about to write, are not foreign.
+    (tmp_path / "samples" / "step-0000005").mkdir(parents=True)
+    (tmp_path / "samples" / "provenance.json.node-7.partial").touch()
+    ChunkWriter(tmp_path / "samples", provenance())
 
 
 def test_an_unwritable_folder_leaves_nothing_behind(tmp_path):

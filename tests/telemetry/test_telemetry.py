@@ -77,7 +77,8 @@ def test_what_is_taken_back_leaves_no_picture(tmp_path, restarts):
     run = telemetry(0)
     for step in (2, 4, 6):
         run.picture(step, Image.new("RGB", (4, 4), (step, 0, 0)))
-    (tmp_path / "pictures" / "step-mine.png").touch()
+    for mine in ("step-mine.png", "step-²².png"):
+        (tmp_path / "pictures" / mine).touch()
     if restarts:
         run.close()
         run = telemetry(4)
@@ -87,7 +88,7 @@ def test_what_is_taken_back_leaves_no_picture(tmp_path, restarts):
     run.close()
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     steps = ["step-0000002.png", "step-0000004.png", "step-0000008.png"]
-    assert names == [*steps, "step-mine.png"]
+    assert names == [*steps, "step-mine.png", "step-²².png"]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Images("samples")] == [2, 4, 8]

@@ -1,18 +1,31 @@
 """Exported models on disk: read back exactly, replaced atomically, never over other files."""
 
 import json
+import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from builders import largest_file
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from srepa_ds import files
 from srepa_ds.errors import CheckpointError, OutputError
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.schema import to_tree
-from srepa_ds.weights.exported import DOCUMENT, WEIGHTS, read_model, write_model
+from srepa_ds.weights.exported import (
+    DOCUMENT,
+    WEIGHTS,
+    check_export,
+    exported_step,
+    read_model,
+    write_model,
+)
 
 CONFIG = SiTConfig(
     variant="SiT-Ti/2", input_size=8, in_channels=3, num_classes=4, depth=1, hidden_size=24,
@@ -137,6 +150,7 @@ def drop(folder, key):
 
 
 def keep_weights(folder, **changes):
+    drop(folder, "sha256")
     tensors = {**state(), **changes}
     save_file({k: v for k, v in tensors.items() if v is not None}, folder / WEIGHTS)
 
@@ -146,6 +160,13 @@ DAMAGES = {
     "no document": (lambda f: (f / DOCUMENT).unlink(), "does not hold an exported model"),
     "torn weights": (
         lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]),
+        "has changed since it was exported",
+    ),
+    "torn weights without a hash": (
+        lambda f: (
+            drop(f, "sha256"),
+            (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]),
+        ),
         "does not hold an exported model",
     ),
     "torn document": (lambda f: (f / DOCUMENT).write_text("{"), "does not hold an exported model"),
@@ -179,3 +200,184 @@ def test_damage_is_named(tmp_path, damage):
 def test_without_a_model_it_says_how_to_make_one(tmp_path):
     with pytest.raises(CheckpointError, match="make one with `srepa-ds export CONFIG`"):
         read_model(tmp_path / "never")
+
+
+def test_its_document_holds_the_hash_of_its_weights(tmp_path):
+    write(tmp_path)
+    document = json.loads((tmp_path / DOCUMENT).read_text())
+    assert document["sha256"] == files.sha256_of(tmp_path / WEIGHTS) == read_model(tmp_path).sha256
+    check_export(tmp_path)
+
+
+@pytest.mark.parametrize("position", [9, 200, -1])
+def test_a_changed_byte_is_noticed(tmp_path, position):
+    write(tmp_path)
+    content = bytearray((tmp_path / WEIGHTS).read_bytes())
+    content[position] ^= 1
+    (tmp_path / WEIGHTS).write_bytes(content)
+    with pytest.raises(CheckpointError, match="has changed since it was exported"):
+        check_export(tmp_path)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("replacements", [0, 1])
+def test_a_kill_at_any_rename_leaves_a_model_or_is_recognised(
+    tmp_path, monkeypatch, first, replacements
+):
+    folder = tmp_path / "model"
+    if not first:
+        write(folder, seed=1)
+    replace, done = os.replace, []
+
+    def until(source, target):
+        if len(done) == replacements:
+            raise Killed
+        done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", until)
+    # After a kill nothing is removed any more.
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    with pytest.raises(Killed):
+        write(folder, seed=2)
+    monkeypatch.undo()
+    if replacements == 0 and not first:
+        assert torch.equal(read_model(folder).model.state_dict()["pos_embed"], state()["pos_embed"])
+        assert load_file(folder / WEIGHTS)["projectors.0.weight"].unique() == 1
+    else:
+        with pytest.raises(CheckpointError, match=r"holds an interrupted export, .*make it again"):
+            read_model(folder)
+    write(folder, seed=3)
+    assert names(folder) == {WEIGHTS, DOCUMENT}
+    assert load_file(folder / WEIGHTS)["projectors.0.weight"].unique() == 3
+
+
+def test_leftovers_of_the_first_release_are_removed_and_others_are_not(tmp_path):
+    for ending in ("writing", "replaced"):
+        write(tmp_path / f".model.{ending}")
+    (tmp_path / ".other.writing").mkdir()
+    write(tmp_path / "model")
+    assert names(tmp_path) == {"model", ".other.writing"}
+    (tmp_path / ".model.replaced").mkdir()
+    (tmp_path / ".model.replaced" / "mine.txt").write_text("mine")
+    write(tmp_path / "model")
+    assert names(tmp_path) == {"model", ".other.writing", ".model.replaced"}
+
+
+def test_a_link_to_another_disk_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "model"
+    link.symlink_to("disk")
+    for seed in (1, 2):
+        write(link, seed=seed)
+        assert link.is_symlink()
+        assert load_file(tmp_path / "disk" / WEIGHTS)["projectors.0.weight"].unique() == seed
+    assert names(tmp_path) == {"disk", "model"}
+
+
+def test_a_link_to_nowhere_is_named(tmp_path):
+    (tmp_path / "model").symlink_to("unmounted")
+    for folder in (tmp_path / "model", tmp_path / "model" / "deep"):
+        with pytest.raises(OutputError, match=r"is a link to unmounted, which does not"):
+            write(folder)
+    assert names(tmp_path) == {"model"}
+
+
+def test_planted_links_are_not_followed(tmp_path):
+    folder, victim = tmp_path / "model", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("precious")
+    for name in (WEIGHTS, DOCUMENT):
+        (folder / f"{name}.partial").symlink_to(victim)
+    write(folder)
+    assert victim.read_text() == "precious"
+    assert names(folder) == {WEIGHTS, DOCUMENT}
+
+
+@pytest.mark.parametrize("folder", ["/", ".", "~"])
+def test_a_folder_of_other_files_is_refused_by_any_name(tmp_path, monkeypatch, folder):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="holds files other than an exported model"):
+        write(tmp_path if folder == "~" else Path(folder))
+    assert names(tmp_path) == {"thesis.txt"}
+
+
+def test_two_exports_at_once_say_who_was_first(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with (
+        files.locked(folder),
+        pytest.raises(
+            OutputError, match=rf"another process \({os.getpid()}: .*is exporting into .*/model"
+        ),
+    ):
+        write(folder)
+    assert names(folder) == set()
+    write(folder)
+    assert names(folder) == {WEIGHTS, DOCUMENT}
+
+
+def test_of_pairs_of_exports_one_always_leaves_its_model(tmp_path):
+    def attempt(place: tuple[Path, int]) -> str:
+        try:
+            write(*place)
+        except OutputError as error:
+            return str(error)
+        return "written"
+
+    with ThreadPoolExecutor(2) as pool:
+        for number in range(15):
+            folder = tmp_path / str(number)
+            said = list(pool.map(attempt, [(folder, 1), (folder, 2)]))
+            assert "written" in said
+            assert all("is exporting into" in text for text in said if text != "written")
+            check_export(folder)
+            assert names(folder) == {WEIGHTS, DOCUMENT}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+def places_in(node, path=()):
+    """Yields the path of everything in a document."""
+    yield path
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield from places_in(value, (*path, key))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports") / "model"
+    write(folder)
+    return folder, json.loads((folder / DOCUMENT).read_text())
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_no_document_gives_any_other_error(whole, data):
+    folder, document = whole
+    document = json.loads(json.dumps(document))
+    *above, key = data.draw(st.sampled_from(sorted(places_in(document))[1:]))
+    node = document
+    for name in above:
+        node = node[name]
+    if data.draw(st.booleans()):
+        node[key] = data.draw(JSON)
+    else:
+        del node[key]
+    (folder / DOCUMENT).write_text(json.dumps(document))
+    try:
+        found = read_model(folder)
+    except CheckpointError:
+        exported_step(folder)
+    else:
+        assert isinstance(found.provenance["step"], int)

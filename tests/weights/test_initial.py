@@ -99,6 +99,8 @@ FORMS = {
     "compiled": lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
     "both": lambda state: {f"module._orig_mod.{k}": value for k, value in legacy(state).items()},
     "other way round": lambda state: {f"_orig_mod.module.{k}": v for k, v in state.items()},
+    "another module": lambda state: {f"net.{name}": value for name, value in state.items()},
+    "several": lambda state: {f"module.model.net.{k}": v for k, v in state.items()},
     "compiled blocks": lambda state: renamed(state, "blocks.1.", "blocks.1._orig_mod."),
     "iREPA's MLP": lambda state: renamed(state, "projectors.0.", "projectors.0.projection_layer."),
     "no position table": lambda state: {k: v for k, v in state.items() if k != "pos_embed"},
@@ -120,6 +122,33 @@ def test_a_bare_state_in_every_form(config, tmp_path, form, ending):
     module = objective(config)
     fill(module, tensors)
     assert_same(module, given)
+
+
+NESTED = {
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "state_dict of a training": lambda state: {"state_dict": {"ema": state, "model": {}}},
+    "training with wrapped kinds": lambda state: {
+        "ema": {"module": state},
+        "model": {"module": {}},
+    },
+    "kinds below kinds": lambda state: {"ema": {"model": {"state_dict": state}}, "steps": 3},
+}
+
+
+@pytest.mark.parametrize("nested", NESTED)
+def test_a_state_however_deep(config, tmp_path, nested):
+    given = official(objective(config, 1))
+    torch.save(NESTED[nested](given), tmp_path / "weights.pt")
+    tensors = read_initial_weights(tmp_path / "weights.pt", which="ema")
+    assert tensors.keys() == given.keys() - {"pos_embed"}
+
+
+def test_a_mapping_that_holds_itself_is_no_state(config, tmp_path):
+    circle: dict = {"state_dict": None, "steps": 3}
+    circle["state_dict"] = circle
+    torch.save(circle, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match="does not hold a state_dict: state_dict, steps are"):
+        read_initial_weights(tmp_path / "weights.pt", which="ema")
 
 
 def exported(folder: Path, config: Config, *, weights: str = "ema", **model) -> dict[str, Tensor]:
@@ -292,12 +321,35 @@ def test_each_fault_has_one_message(config, tmp_path, fault):
     assert "\n" not in str(caught.value)
 
 
-def test_a_torn_exported_model(config, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "has changed since it was exported"),
+        ({"sha256": None}, "'sha256' is not text"),
+        ({"provenance": {}}, "it lacks 'weights'"),
+        ({"provenance": {"weights": 3, "step": 5}}, "'weights' is not text"),
+        ({"provenance": {"weights": "ema", "step": True}}, "'step' is not a whole number"),
+        ({"config": []}, "'config' is not an object"),
+    ],
+)
+def test_a_damaged_exported_model(config, tmp_path, changes, words):
     exported(tmp_path / "export", config)
     os.truncate(tmp_path / "export" / "model.safetensors", 5000)
-    with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be read: "):
-        read_initial_weights(tmp_path / "export", which="ema")
     document = tmp_path / "export" / "config.json"
-    document.write_text(json.dumps({"provenance": {}}))
-    with pytest.raises(CheckpointError, match="does not hold an exported model"):
+    document.write_text(json.dumps(json.loads(document.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=words):
+        initialise_from(objective(config), InitialWeightsConfig(path=tmp_path / "export"))
+
+
+def test_an_export_without_a_hash_is_torn_or_of_another_model(config, tmp_path):
+    exported(tmp_path / "export", config)
+    path = tmp_path / "export" / "config.json"
+    document = json.loads(path.read_text())
+    del document["sha256"]
+    del document["config"]["model"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="its config lacks 'model'"):
+        initialise_from(objective(config), InitialWeightsConfig(path=tmp_path / "export"))
+    os.truncate(tmp_path / "export" / "model.safetensors", 5000)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be read: "):
         read_initial_weights(tmp_path / "export", which="ema")
