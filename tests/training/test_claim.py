@@ -11,7 +11,7 @@ def test_a_second_training_is_kept_out(tmp_path):
     run = RunFolder(tmp_path / "run")
     with claimed(run, is_main=True):
         second = claimed(run, is_main=True)
-        with pytest.raises(OutputError, match="another process .* is training in"), second:
+        with pytest.raises(OutputError, match=r"another process .* is training in"), second:
             raise AssertionError("two trainings share a folder")
         with claimed(run, is_main=False):
             pass
