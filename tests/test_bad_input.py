@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from bad_input import command_lines, inputs, models, on_ranks, outputs
+from bad_input import command_lines, fields, files, inputs, models, on_ranks, outputs
 from bad_input.arrangements import overflowing_teacher
 from bad_input.case import Case, Place
 from builders import contents
@@ -18,6 +18,8 @@ from srepa_ds.distributed import ranks
 
 CASES = [
     *command_lines.CASES,
+    *fields.CASES,
+    *files.CASES,
     *inputs.CASES,
     *models.CASES,
     *outputs.CASES,
