@@ -189,3 +189,42 @@ def misspelt_keys(place: Place) -> None:
 
 def owned_key(place: Place) -> None:
     (place.folder / "ds.json").write_text('{"train_batch_size": 4}')
+
+
+def no_json(place: Place) -> None:
+    (place.folder / "ds.json").write_bytes(b"")
+
+
+def a_list_of_json(place: Place) -> None:
+    (place.folder / "ds.json").write_text("[1, 2]")
+
+
+def binary_json(place: Place) -> None:
+    (place.folder / "ds.json").write_bytes(b"\xff\xfe{\0}\0")
+
+
+def record(place: Place, content: bytes) -> None:
+    """A run of which only the record is left."""
+    place.run.mkdir()
+    (place.run / "metrics.jsonl").write_bytes(content)
+
+
+def empty_record(place: Place) -> None:
+    record(place, b"")
+
+
+def record_of_zeros(place: Place) -> None:
+    """What a crash of the machine leaves on some file systems."""
+    record(place, b"\0" * 4096)
+
+
+def record_without_steps(place: Place) -> None:
+    record(place, b'{"loss_total": 1.0}\n[1]\n7\n{"step": "three"}\n{"step": 1e400}\n')
+
+
+def record_in_latin_1(place: Place) -> None:
+    record(place, b'{"step": 1, "note": "M\xfcnchen"}\n')
+
+
+def folder_as_record(place: Place) -> None:
+    (place.run / "metrics.jsonl").mkdir(parents=True)

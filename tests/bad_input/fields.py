@@ -27,7 +27,7 @@ def _cases() -> Iterator[Case]:
         if path.startswith(_SEEN_ELSEWHERE):
             continue
         for kind, value in _bad_values(field):
-            wrong[path.rpartition(".")[0] or "the top", kind].append(f"{path}={value}")
+            wrong[path.partition(".")[0], kind].append(f"{path}={value}")
     for (section, kind), overrides in wrong.items():
         words = tuple(f"{override.partition('=')[0]}: " for override in overrides)
         yield _case(f"{kind} in {section}", overrides, words)

@@ -1,10 +1,15 @@
 """What is wrong with checkpoints, exported models and sample sets."""
 
 from bad_input.arrangements import (
+    empty_record,
     empty_samples,
+    folder_as_record,
     no_valid_checkpoint,
     nothing,
     other_pictures,
+    record_in_latin_1,
+    record_of_zeros,
+    record_without_steps,
     sampled,
     torn_export,
     torn_samples,
@@ -46,4 +51,14 @@ CASES = [
          ("none: no such data folder",)),
     Case("evaluate images of another size", lambda place: sampled(place, 8), "evaluate CONFIG",
          ("samples holds images of (8, 8) px", "shards of (16, 16)", "evaluate.reference")),
+    # Reports.
+    Case("report on no run", nothing, "report CONFIG", ("metrics.jsonl: No such file", "train")),
+    Case("report on an empty record", empty_record, "report CONFIG", ("holds no metrics", "train")),
+    Case("report on a record of zeros", record_of_zeros, "report CONFIG", ("holds no metrics",)),
+    Case("report on a record without steps", record_without_steps, "report CONFIG",
+         ("holds no metrics",)),
+    Case("report on a record in Latin-1", record_in_latin_1, "report CONFIG",
+         ("holds no metrics",)),
+    Case("report on a folder of that name", folder_as_record, "report CONFIG",
+         ("metrics.jsonl: Is a directory",)),
 ]  # fmt: skip
