@@ -108,4 +108,4 @@ def _write(path: Path, document: Mapping[str, Any]) -> None:
     text = json.dumps(document, indent=2) + "\n"
     with writing(path, cure="choose another run.folder or fix its permissions"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"), concurrent=True)

@@ -56,7 +56,7 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
     inputs = open_inputs(config, rank)
     _check_same_files(inputs, deepspeed)
     with ExitStack() as stack:
-        ranks.together(stack.enter_context, claimed(run, is_main=rank.is_main))
+        claim = ranks.together(stack.enter_context, claimed(run, is_main=rank.is_main))
         check_shared(run)
         source = checkpoint_to_resume(config, inputs.identity, allow_change=allow_config_change)
         objective = _build_objective(config, inputs.targets, rank, is_new=source is None)
@@ -80,6 +80,7 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
             inputs.monitor,
             writer,
             Rollbacks(config, engine, feed, writer, is_main=rank.is_main),
+            claim,
             stop,
         )
         return loop.run()
