@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
@@ -241,11 +242,16 @@ def _valid_parts(schema: type[Section], tree: Mapping[str, Any]) -> dict[str, An
 
 def _field_value(schema: type[Section], name: str, value: Any) -> Any:
     """Returns one valid field's value although other required fields are missing."""
+    return getattr(_alone(schema, name).model_validate_json(json.dumps({name: value})), name)
+
+
+@cache
+def _alone(schema: type[Section], name: str) -> type[Section]:
+    """Returns a section with one field of `schema`; pydantic takes long to make it."""
     from pydantic import create_model
 
     field = schema.model_fields[name]
-    alone = create_model("Alone", __base__=Section, **{name: (field.annotation, field)})  # type: ignore[call-overload]
-    return getattr(alone.model_validate_json(json.dumps({name: value})), name)
+    return create_model("Alone", __base__=Section, **{name: (field.annotation, field)})  # type: ignore[call-overload]
 
 
 def _fault(schema: type[Section], detail: Any) -> Fault:

@@ -36,7 +36,9 @@ def report(config: Config) -> Path:
     text = page(title, header=_header(run), sections=_sections(run))
     path = config.run_folder.report
     with writing(path, cure="fix its permissions"):
-        write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        # A file's name may be no Unicode.
+        content = text.encode("utf-8", errors="replace")
+        write_aside(path, lambda aside: aside.write_bytes(content), concurrent=True)
     log.info("wrote %s", path)
     return path
 

@@ -57,7 +57,7 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
     inputs = open_inputs(config, rank)
     _check_same_files(inputs, deepspeed)
     with ExitStack() as stack:
-        ranks.together(stack.enter_context, claimed(run, is_main=rank.is_main))
+        claim = ranks.together(stack.enter_context, claimed(run, is_main=rank.is_main))
         check_shared(run)
         source = checkpoint_to_resume(config, inputs.identity, allow_change=allow_config_change)
         objective = _build_objective(config, inputs.targets, rank, is_new=source is None)
@@ -82,6 +82,7 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
             writer,
             Rollbacks(config, engine, feed, writer, is_main=rank.is_main),
             stack.enter_context(_content_watch(config, inputs, engine)),
+            claim,
             stop,
         )
         return loop.run()

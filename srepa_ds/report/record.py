@@ -1,7 +1,6 @@
 """Reads the documents in a run's folder, and names the training objective."""
 
-import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,38 +9,39 @@ from srepa_ds.alignment.alignment import AlignmentConfig
 from srepa_ds.config.experiment import Config
 from srepa_ds.errors import DataError
 from srepa_ds.schema import validated
+from srepa_ds.telemetry.json_lines import read_lines
+from srepa_ds.telemetry.metrics_log import is_metrics
 from srepa_ds.trees import load_tree, read_json
 
 Line = Mapping[str, float]
 
 
 def read_metrics(path: Path) -> tuple[Line, ...]:
-    """Returns the lines of a run's metrics in order, without torn ones.
+    """Returns the lines of a run's metrics in order, without torn and damaged ones.
 
-    Raises DataError if there are none.
+    Logs a warning for damaged ones. Raises DataError if there are no others.
     """
     hint = "train first: `srepa-ds train CONFIG`"
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror}, so there is no run to report on; {hint}"
-        ) from error
-    lines = tuple(line for line in map(_parsed, text.splitlines()) if line)
-    if not lines:
+        lines = read_lines(path, is_metrics)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: {reason}, so there is no run to report on; {hint}") from error
+    if not lines.good:
         raise DataError(f"{path}: holds no metrics; {hint}")
-    return lines
+    lines.warn("the report leaves them out")
+    return tuple(_numbers(line.value) for line in lines.good)
 
 
-def _parsed(text: str) -> Line:
-    try:
-        values = json.loads(text)
-    except ValueError:
-        return {}
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-        return {}
-    numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
-    return {k: v for k, v in numbers.items() if math.isfinite(v)}
+def _numbers(values: Mapping[str, Any]) -> Line:
+    """Returns the values that are finite numbers."""
+    return {name: float(value) for name, value in values.items() if is_finite(value)}
+
+
+def is_finite(value: Any) -> bool:
+    """Returns whether a value of a document is a number that float can hold."""
+    # Of whole numbers, those of 300 digits and more are none.
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def read_document(path: Path, *, hint: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from srepa_ds.config.experiment import Config
 from srepa_ds.config.yaml_text import to_yaml
 from srepa_ds.report.markup import Markup, details, element, joined, note, section, table
-from srepa_ds.report.record import Line, part, training_seconds
+from srepa_ds.report.record import Line, is_finite, part, training_seconds
 from srepa_ds.schema import to_tree
 from srepa_ds.training.resume import unsafe_changes
 
@@ -107,7 +107,7 @@ def environment_section(environment: Mapping[str, Any]) -> Markup:
 
 def timings_section(timings: Mapping[str, Any]) -> Markup:
     """Returns the time of each command, and the total."""
-    measured = {name: s for name, s in timings.items() if isinstance(s, int | float)}
+    measured = {name: s for name, s in timings.items() if is_finite(s)}
     rows = [(name, duration(seconds)) for name, seconds in measured.items()]
     return section(
         "timings", "Timings", table([*rows, ("total", duration(sum(measured.values())))])

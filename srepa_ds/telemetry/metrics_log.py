@@ -1,17 +1,18 @@
 """The record of a run: metrics.jsonl, TensorBoard's view of it, and a line of progress."""
 
-import json
 import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from srepa_ds.files import despite_full_disk, write_aside
+from srepa_ds.files import despite_full_disk, write_aside, writing
 from srepa_ds.run_folder import RunFolder
+from srepa_ds.telemetry.json_lines import append_line, is_count, keep_lines, read_lines
 from srepa_ds.telemetry.tensorboard_file import TensorBoardFile
 
 log = logging.getLogger("srepa_ds")
@@ -21,14 +22,20 @@ class Telemetry:
     """Writes the record of one run; on all ranks but the main one it does nothing."""
 
     def __init__(self, folder: Path, *, first_step: int, total_steps: int, is_main: bool):
+        """Drops what is recorded after `first_step`, and sets damaged lines aside.
+
+        Raises OutputError if the record cannot be written to.
+        """
         self._is_main = is_main
         self._run = run = RunFolder(folder)
         self._total_steps = total_steps
         self._progress: Progress | None = None
         if not is_main:
             return
-        _forget_after(run, first_step)
-        self._file = run.metrics.open("a", encoding="utf-8")
+        with writing(run.metrics, cure="move it away or fix its permissions"):
+            # It may have been moved away, and a folder of that name cannot be opened.
+            run.metrics.open("ab").close()
+            _forget_after(run, first_step)
         self._board = TensorBoardFile(run.tensorboard, first_step=first_step)
         if sys.stderr.isatty():
             self._progress = Progress(
@@ -48,8 +55,7 @@ class Telemetry:
         if not self._is_main:
             return
         with despite_full_disk(self._run.metrics.name):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+            append_line(self._run.metrics, {"step": step, **values})
         with despite_full_disk(self._run.tensorboard.name):
             self._board.scalars(step, {f"train/{name}": v for name, v in values.items()})
         if self._progress is not None:
@@ -62,9 +68,7 @@ class Telemetry:
         if not self._is_main:
             return
         with despite_full_disk(self._run.metrics.name):
-            self._file.close()
             _forget_after(self._run, step)
-        self._file = self._run.metrics.open("a", encoding="utf-8")
         with despite_full_disk(self._run.tensorboard.name):
             self._board.close()
             self._board = TensorBoardFile(self._run.tensorboard, first_step=step)
@@ -87,16 +91,12 @@ class Telemetry:
         self.close()
 
     def close(self) -> None:
-        """Stops the progress and closes the files."""
+        """Stops the progress and closes the file of TensorBoard."""
         if self._is_main:
             if self._progress is not None:
                 self._progress.stop()
-            for opened, path in (
-                (self._file, self._run.metrics),
-                (self._board, self._run.tensorboard),
-            ):
-                with despite_full_disk(path.name):
-                    opened.close()
+            with despite_full_disk(self._run.tensorboard.name):
+                self._board.close()
 
 
 def _line(values: Mapping[str, float]) -> str:
@@ -118,22 +118,16 @@ def _short_line(values: Mapping[str, float]) -> str:
 
 def _forget_after(run: RunFolder, step: int) -> None:
     """Drops lines and pictures after `step`, whose steps are about to be taken again."""
-    _keep_lines_until(run.metrics, step)
-    for picture in run.pictures.glob("step-*.png"):
-        number = picture.stem.removeprefix("step-")
-        if number.isascii() and number.isdecimal() and int(number) > step:
-            picture.unlink()
+    lines = read_lines(run.metrics, is_metrics)
+    keep_lines(lines, [line for line in lines.good if line.value["step"] <= step])
+    with despite_full_disk(run.pictures.name):
+        for picture in run.pictures.glob("step-*.png"):
+            number = picture.stem.removeprefix("step-")
+            # A superscript is a digit too, but no number.
+            if number.isdecimal() and int(number) > step and not picture.is_dir():
+                picture.unlink()
 
 
-def _keep_lines_until(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
-            # The last line of a killed run may be torn.
-            continue
-    write_aside(path, lambda aside: aside.write_text("".join(kept), encoding="utf-8"))
+def is_metrics(line: Mapping[str, Any]) -> bool:
+    """Returns whether an object is a line of the record."""
+    return is_count(line.get("step"))

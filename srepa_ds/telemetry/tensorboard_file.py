@@ -5,6 +5,7 @@ The usual writer hands events to a thread, which prints its own traceback when t
 
 import io
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -16,19 +17,22 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+_NAME = "events.out.tfevents"
+
 
 class TensorBoardFile:
     """Appends scalars and images to a new file; each is written when the call returns.
 
-    Points after `first_step` in earlier files of the folder no longer show. Every method may raise
-    OSError, and then leaves the file as it was.
+    Points after `first_step` in earlier files of the folder no longer show, wherever the clock was
+    set in between. The methods that write raise OSError, and then leave the file as it was; if it
+    was removed, another is begun.
     """
 
     def __init__(self, folder: Path, *, first_step: int):
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._first_step = first_step
         self._file: BinaryIO | None = None
+        self._wall_time = 0.0
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds a point to each of the named curves."""
@@ -54,12 +58,14 @@ class TensorBoardFile:
             self._file = None
 
     def _write(self, event: Event) -> None:
+        if self._file is not None and not Path(self._file.name).exists():
+            self.close()
         file = self._file = self._file or self._opened()
         begin = file.tell()
         beginning = [] if begin else self._beginning()
         records = io.BytesIO()
         for record in (*beginning, event):
-            record.wall_time = time.time()
+            self._wall_time = record.wall_time = max(time.time(), self._wall_time)
             RecordWriter(records).write(record.SerializeToString())
         rest = records.getbuffer()
         try:
@@ -72,8 +78,15 @@ class TensorBoardFile:
             raise
 
     def _opened(self) -> BinaryIO:
+        """Returns a new file whose name and times come after those of the files in the folder."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        number = time.time_ns()
+        for path in self._folder.glob(f"{_NAME}.*"):
+            self._wall_time = max(self._wall_time, path.lstat().st_mtime)
+            if found := re.match(r"[0-9]{19}\.", path.name.removeprefix(f"{_NAME}.")):
+                number = max(number, int(found[0][:-1]) + 1)
         # Files are read in the order of their names.
-        name = f"events.out.tfevents.{time.time_ns():019d}.{socket.gethostname()}.{os.getpid()}"
+        name = f"{_NAME}.{number:019d}.{socket.gethostname()}.{os.getpid()}"
         return (self._folder / name).open("xb", buffering=0)
 
     def _beginning(self) -> list[Event]:

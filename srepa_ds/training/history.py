@@ -1,15 +1,14 @@
 """`skipped.jsonl`: skipped steps and rollbacks. Append-only: a rollback never erases entries."""
 
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from srepa_ds.distributed import ranks
+from srepa_ds.errors import OutputError
 from srepa_ds.files import despite_full_disk
 from srepa_ds.run_folder import RunFolder
+from srepa_ds.telemetry.json_lines import append_line, is_count, keep_lines, read_lines
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def add_skipped(
 ) -> None:
     """Appends a skipped step: the terms that were not finite, and the samples of all ranks."""
     with despite_full_disk(run.skipped.name):
-        _append(run.skipped, {"step": step, "not_finite": not_finite, "sample_ids": sample_ids})
+        append_line(run.skipped, {"step": step, "not_finite": not_finite, "sample_ids": sample_ids})
 
 
 @ranks.main_rank_only
@@ -46,38 +45,45 @@ def add_rollback(run: RunFolder, failed_at: int, *, to: int, samples_seen: int) 
     """
     with run.writing():
         line = {"step": failed_at, "rolled_back_to": to, "samples_seen": samples_seen}
-        _append(run.skipped, line)
+        append_line(run.skipped, line)
 
 
 @ranks.main_rank_only
 def rollbacks_after(run: RunFolder, step: int) -> PastRollbacks:
     """Returns the rollbacks that count against a run whose newest good checkpoint is of `step`.
 
-    A rollback counts until a checkpoint of the step that failed, or of a later one, is good.
+    A rollback counts until a checkpoint of the step that failed, or of a later one, is good. Sets
+    damaged lines of the history aside, with a warning; raises OutputError if it cannot be read.
     """
     positions = [
         line["samples_seen"]
-        for line in _lines(run.skipped)
+        for line in _entries(run)
         if "rolled_back_to" in line and line["step"] > step
     ]
     return PastRollbacks(len(positions), max(positions, default=0))
 
 
-def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield dict(json.loads(line))
-        except (ValueError, TypeError):
-            # A kill or a full disk may have torn it.
-            continue
+def _entries(run: RunFolder) -> list[Mapping[str, Any]]:
+    """Returns the entries in order, and sets damaged lines aside.
+
+    Raises OutputError if the file cannot be read: rollbacks would be forgotten.
+    """
+    try:
+        lines = read_lines(run.skipped, _is_entry)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise OutputError(
+            f"cannot read {run.skipped}, which counts the run's rollbacks: {error.strerror}; fix "
+            "its permissions, or move it away to count from nought"
+        ) from error
+    if lines.bad:
+        with despite_full_disk(run.skipped.name):
+            keep_lines(lines, lines.good)
+    return [line.value for line in lines.good]
 
 
-def _append(path: Path, line: Mapping[str, Any]) -> None:
-    with path.open("ab+") as file:
-        torn = False
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            torn = file.read() != b"\n"
-        file.write(b"\n" * torn + json.dumps(line).encode() + b"\n")
+def _is_entry(line: Mapping[str, Any]) -> bool:
+    if "rolled_back_to" in line:
+        return all(map(is_count, (line.get("step"), line.get("samples_seen"))))
+    return is_count(line.get("step")) and "sample_ids" in line

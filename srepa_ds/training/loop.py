@@ -9,6 +9,7 @@ from srepa_ds.distributed import ranks
 from srepa_ds.engine import Engine
 from srepa_ds.optim.adamw import OptimizerConfig
 from srepa_ds.optim.learning_rate import learning_rate
+from srepa_ds.training.claim import Claim
 from srepa_ds.training.content_watch import ContentWatch
 from srepa_ds.training.feed import Feed
 from srepa_ds.training.monitor import Monitor
@@ -34,6 +35,7 @@ class TrainingLoop:
     writer: CheckpointWriter
     rollbacks: Rollbacks
     contents: ContentWatch
+    claim: Claim
     stop: list[int]
     """Signals received by this rank."""
 
@@ -41,7 +43,8 @@ class TrainingLoop:
         """Trains up to the last step, or saves early on a signal; returns whether it is finished.
 
         Raises DivergedError if rollbacks do not help against values that are not finite, and
-        DataError if a teacher gives such values or the data turn out to be damaged.
+        DataError if a teacher gives such values or the data turn out to be damaged, and OutputError
+        if the run's folder goes away.
         """
         engine, writer, total = self.engine, self.writer, self.train.steps
         if engine.step_count >= total:
@@ -88,6 +91,7 @@ class TrainingLoop:
         return engine.step_count >= total
 
     def _write_line(self, rate: float) -> None:
+        self.claim.check()
         not_finite = self.records.write_line(self.engine, learning_rate=rate)
         if not_finite:
             # The last good checkpoint may still be in progress.
@@ -96,6 +100,8 @@ class TrainingLoop:
 
     def _save(self) -> None:
         engine = self.engine
+        # In a folder of that name made anew, a checkpoint would lack the run it belongs to.
+        self.claim.check()
         self.writer.save(step=engine.step_count, pieces=engine.pieces(), state=engine.state())
 
     def _look(self, *, since: int) -> None:

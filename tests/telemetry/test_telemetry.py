@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from srepa_ds.console import set_up_logging, steps_shown
+from srepa_ds.errors import OutputError
 from srepa_ds.telemetry.environment import environment
 from srepa_ds.telemetry.metrics_log import Telemetry
 from srepa_ds.telemetry.window import Window
@@ -25,6 +27,12 @@ def record(folder, steps: range, *, first_step: int = 0, is_main: bool = True) -
     for step in steps:
         telemetry.record(step, {"loss": step / 2, "rate": 0.1})
     telemetry.close()
+
+
+def board_of(folder) -> EventAccumulator:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return events
 
 
 def test_a_line_per_step_and_tensorboard_as_a_view(tmp_path):
@@ -102,6 +110,88 @@ def test_a_torn_last_line_is_dropped(tmp_path, torn):
     record(tmp_path, range(4, 6), first_step=3)
     assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2, 3, 4, 5]
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
+
+
+def test_damaged_lines_never_keep_a_run_from_resuming(tmp_path, caplog):
+    record(tmp_path, range(1, 6))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = b'{"step": 2, "loss": "\xfc"}\n'
+    lines[3] = b"\0" * 100 + b"\n"
+    path.write_bytes(b"".join(lines))
+    record(tmp_path, range(5, 7), first_step=4)
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 3, 5, 6]
+    assert (tmp_path / "metrics.jsonl.bad").read_bytes() == lines[1] + lines[3]
+    assert "2 damaged lines (the first is line 2); moved to metrics.jsonl.bad" in caplog.text
+
+
+def test_a_record_that_cannot_be_written_to_is_an_error_at_the_start(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OutputError, match=r"metrics\.jsonl: Is a directory; move it away"):
+        record(tmp_path, range(1, 3))
+
+
+def test_a_view_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
+    (tmp_path / "tensorboard").write_text("a file")
+    (tmp_path / "pictures").write_text("a file")
+    telemetry = Telemetry(tmp_path, first_step=0, total_steps=9, is_main=True)
+    telemetry.record(1, {"loss": 1.0})
+    telemetry.picture(1, Image.new("RGB", (4, 4)))
+    telemetry.close()
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1]
+    assert "cannot write tensorboard: File exists" in caplog.text
+    assert "cannot write pictures: File exists" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_what_is_moved_away_meanwhile_is_begun_again(tmp_path, name):
+    telemetry = Telemetry(tmp_path, first_step=0, total_steps=9, is_main=True)
+    telemetry.record(1, {"loss": 1.0})
+    (tmp_path / name).rename(tmp_path / "rotated")
+    telemetry.record(2, {"loss": 2.0})
+    telemetry.rewind(1)
+    telemetry.record(2, {"loss": 3.0})
+    telemetry.close()
+    found = {"metrics.jsonl": [line["step"] for line in metrics_of(tmp_path)]}
+    found["tensorboard"] = [event.step for event in board_of(tmp_path).Scalars("train/loss")]
+    assert found.pop(name) == [2]
+    assert list(found.values()) == [[1, 2]]
+
+
+@pytest.mark.parametrize("name", ["step-\u00b2.png", "step-x.png", "step-.png", "step-9e9.png"])
+def test_pictures_of_other_names_are_left_alone(tmp_path, name):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / name).touch()
+    (tmp_path / "pictures" / "step-0000009.png").mkdir()
+    record(tmp_path, range(1, 3))
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
+
+
+@pytest.mark.parametrize("seconds", [-1e9, -3600.0, 0.0, 1e9])
+def test_a_clock_that_is_set_between_launches_costs_tensorboard_nothing(
+    tmp_path, monkeypatch, seconds
+):
+    record(tmp_path, range(1, 6))
+    now = time.time() + seconds
+    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(time, "time_ns", lambda: int(now * 1e9))
+    record(tmp_path, range(5, 8), first_step=4)
+    record(tmp_path, range(8, 10), first_step=7)
+    events = board_of(tmp_path).Scalars("train/loss")
+    assert [event.step for event in events] == list(range(1, 10))
+    times = [event.wall_time for event in events]
+    assert times == sorted(times)
+
+
+def test_files_of_others_in_the_folder_of_tensorboard_do_no_harm(tmp_path):
+    board = tmp_path / "tensorboard"
+    board.mkdir()
+    for name in ("events.out.tfevents", "events.out.tfevents.5", "events.out.tfevents.x.host"):
+        (board / name).write_bytes(b"no events")
+    (board / "events.out.tfevents.1700000000.host.1.v2").mkdir()
+    record(tmp_path, range(1, 4))
+    ours = [path.name for path in board.iterdir() if path.stat().st_size > 100]
+    assert any(re.fullmatch(r"events\.out\.tfevents\.\d{19}\..+", name) for name in ours)
 
 
 def test_a_window_is_the_mean_since_the_last(tmp_path):

@@ -1,0 +1,68 @@
+"""What is wrong with data, teachers and the weights a run begins with."""
+
+from bad_input.arrangements import (
+    contradicting_header,
+    empty_shard,
+    foreign_teacher,
+    no_data,
+    no_index,
+    nothing,
+    tokenless_teacher,
+    truncated_shard,
+)
+from bad_input.case import CONFIGS, TEACHER, Case
+
+CASES = [
+    # The data.
+    Case("no data folder", no_data, "train CONFIG", ("shards: no such data folder", "prepare")),
+    Case("unfinished data", no_index, "train CONFIG", ("index.json: missing", "prepare")),
+    Case("an empty shard", empty_shard, "train CONFIG",
+         ("shard-00000.safetensors: an empty shard", "the index says 40", "prepare it again")),
+    Case("a contradicting header", contradicting_header, "train CONFIG",
+         ("shard-00000.safetensors", "index disagree about num_samples", "found 39")),
+    Case("a truncated shard", truncated_shard, "train CONFIG",
+         ("shard-00001.safetensors: not a readable shard", "1000 bytes")),
+    Case("channels that do not match", nothing, "train CONFIG model.in_channels=4",
+         ("latents of shape (3, 16, 16)", "(4, 16, 16)", "model.in_channels")),
+    Case("classes that do not match", nothing, "train CONFIG model.num_classes=7",
+         ("has 10 classes", "model.num_classes is 7")),
+    Case("no data for a teacher", nothing,
+         f"teacher {CONFIGS}/digits-teacher.yaml train={{folder}}/none heldout={{folder}}/shards",
+         ("none: no such data folder",)),
+    # The teacher.
+    Case("no teacher weights", nothing, f"train CONFIG {TEACHER}.weights=none.safetensors",
+         ("none.safetensors: no such file", "teacher.weights")),
+    Case("teacher weights of another model", foreign_teacher, "train CONFIG",
+         ("do not fit the teacher", "blocks.0.attn.qkv_weight")),
+    Case("a teacher of another grid", nothing, f"train CONFIG {TEACHER}.spec.input_size=32",
+         ("alignments.0.teacher: gives a grid of (16, 16) tokens", "the model has (8, 8)")),
+    Case("a class token the teacher has not", tokenless_teacher,
+         "train CONFIG model.class_token_width=32",
+         ("alignments.0.teacher: 'vit_tiny_patch16_224' has no class token",)),
+    Case("a class token of another width", nothing, "train CONFIG model.class_token_width=48",
+         ("model.class_token_width: is 48, but the class token of", "has 32 channels")),
+    Case("a class token without a teacher", nothing,
+         "train CONFIG model.class_token_width=32 alignments=[]",
+         ("model.class_token_width", "there is no alignment")),
+    Case("comparing class tokens the model has not", nothing,
+         "train CONFIG alignments.0.pointwise.include_cls=true",
+         ("alignments.0: include_cls needs model.class_token_width",)),
+    Case("feature asked for with kl", nothing,
+         "train CONFIG alignments.0.structural.kind=kl "
+         "alignments.0.structural.algorithm=feature",
+         ("alignments.0.structural: algorithm 'feature' cannot compute kl",)),
+    Case("an unknown algorithm", nothing, "train CONFIG alignments.0.structural.algorithm=tield",
+         ("unknown algorithm 'tield'; did you mean 'tiled'?",)),
+    Case("triton where it cannot run", nothing,
+         "train CONFIG alignments.0.structural.algorithm=triton",
+         ("alignments.0.structural.algorithm: 'triton' cannot run here",)),
+    Case("a temperature of nought", nothing,
+         "train CONFIG alignments.0.structural.kind=kl alignments.0.structural.tau_student=0",
+         ("alignments.0.structural.tau_student", "greater than 0")),
+    # What a run begins with.
+    Case("weights to begin with that are not there", nothing,
+         "train CONFIG run.folder={folder}/runs/new train.init_from.path=nowhere.pt",
+         ("nowhere.pt: no such file; correct train.init_from",)),
+    Case("an attention that cannot run", nothing, "train CONFIG model.attention=flash_attn",
+         ("configuration: 1 fault", "model.attention: 'flash_attn' cannot run here")),
+]  # fmt: skip

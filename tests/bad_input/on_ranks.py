@@ -1,0 +1,20 @@
+"""Faults that several ranks meet. They go through the real launcher: ranks must agree."""
+
+from bad_input.arrangements import exported, misspelt_keys, nothing, trained
+from bad_input.case import Case
+
+CASES = [
+    Case("more ranks than images", exported, "sample CONFIG sample.num_samples=1 --ranks 2",
+         ("2 ranks cannot share 1 image", "raise num_samples")),
+    Case("a batch that ranks cannot share", nothing, "train CONFIG train.batch_size=15 --ranks 2",
+         ("train.batch_size 15 cannot be split over 2 ranks", "a multiple of 2")),
+    Case("a DeepSpeed file with typos", misspelt_keys,
+         "train CONFIG engine.deepspeed={folder}/ds.json --ranks 2",
+         ("did you mean 'zero_optimization'?", "gradient_cliping")),
+    Case("ranks that resume with other settings", trained,
+         "train CONFIG model.depth=2 run.seed=3 --ranks 2",
+         ("--allow-config-change to continue: 2 faults", "model.depth: was 3, is 2")),
+    Case("ranks that resume with another model", trained,
+         "train CONFIG model.depth=2 --allow-config-change --ranks 2",
+         ("is of another model", "sit.blocks.2.attn.qkv.weight: (144, 48) there, none in")),
+]  # fmt: skip

@@ -1,0 +1,30 @@
+"""Places that cannot be written to."""
+
+from bad_input.arrangements import (
+    a_file,
+    exported_beside_a_file,
+    foreign_export,
+    sampled_beside_a_file,
+    trained_beside_a_file,
+)
+from bad_input.case import CONFIGS, Case
+
+CASES = [
+    # Places that cannot be written to.
+    Case("run folder below a file", a_file, "train CONFIG run.folder={folder}/file/run",
+         ("file/run: Not a directory", "choose another run.folder")),
+    Case("export folder below a file", trained_beside_a_file,
+         "export CONFIG export.folder={folder}/file/export",
+         ("cannot write", "Not a directory")),
+    Case("export into a foreign folder", foreign_export, "export CONFIG",
+         ("other than an exported model (thesis.txt)", "choose another")),
+    Case("samples below a file", exported_beside_a_file,
+         "sample CONFIG sample.folder={folder}/file/samples",
+         ("cannot write", "Not a directory", "room for the samples")),
+    Case("shards below a file", a_file,
+         f"prepare {CONFIGS}/digits-prepare.yaml output={{folder}}/file/digits",
+         ("cannot write", "Not a directory")),
+    Case("scores below a file", sampled_beside_a_file,
+         "evaluate CONFIG run.folder={folder}/file/run evaluate.samples={folder}/run/samples",
+         ("cannot write", "Not a directory")),
+]  # fmt: skip
