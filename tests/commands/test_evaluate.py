@@ -181,3 +181,15 @@ def test_results_that_cannot_be_written(experiment, drawn):
     with pytest.raises(OutputError, match=r"cannot write .*results\.json"):
         evaluate(config)
     assert [path.name for path in config.run.folder.iterdir()] == ["results.json"]
+
+
+def test_an_unfinished_document_of_another_process_is_left_alone(experiment, drawn, tmp_path):
+    (tmp_path / "run").mkdir()
+    unfinished = tmp_path / "run" / "results.json.partial"
+    unfinished.write_text("of another process")
+    evaluate(experiment())
+    assert unfinished.read_text() == "of another process"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "results.json",
+        "results.json.partial",
+    ]
