@@ -1,5 +1,6 @@
 """Trainings for `ranks.run_function`: each rank of a test calls them."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -13,6 +14,30 @@ def train_runs(*runs: list[str]) -> None:
 
     for config, *overrides in runs:
         assert train(load_config(Path(config), overrides))
+
+
+def train_in_a_folder_that_goes_away(config: str, folder: str, *overrides: str) -> str | None:
+    """Trains while the run's folder is removed at the third step; returns the message, if any."""
+    from srepa_ds.commands.train import train
+    from srepa_ds.config.experiment import load_config
+    from srepa_ds.distributed import ranks
+    from srepa_ds.engine import Engine
+    from srepa_ds.errors import OutputError
+
+    step = Engine.step
+
+    def removing(engine, *args, **kwargs):
+        report = step(engine, *args, **kwargs)
+        if engine.step_count == 3 and ranks.rank() == 0:
+            shutil.rmtree(folder)
+        return report
+
+    Engine.step = removing
+    try:
+        train(load_config(Path(config), [f"run.folder={folder}", *overrides]))
+    except OutputError as error:
+        return str(error)
+    return None
 
 
 def train_on_faulty_data(config: str, spans: list[list[int]], *overrides: str) -> str | None:

@@ -1,6 +1,5 @@
 """Reads the documents in a run's folder, and names the training objective."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,9 @@ from srepa_ds.telemetry.metrics_log import is_metrics
 from srepa_ds.trees import load_tree, read_json
 
 Line = Mapping[str, float]
+
+# Those of float32 end at 3.4e38. Matplotlib fails near the largest of float64.
+_LARGEST = 1e100
 
 
 def read_metrics(path: Path) -> tuple[Line, ...]:
@@ -34,14 +36,13 @@ def read_metrics(path: Path) -> tuple[Line, ...]:
 
 
 def _numbers(values: Mapping[str, Any]) -> Line:
-    """Returns the values that are finite numbers."""
-    return {name: float(value) for name, value in values.items() if is_finite(value)}
+    """Returns the values that are numbers, as the float they are drawn with."""
+    return {name: float(value) for name, value in values.items() if is_drawable(value)}
 
 
-def is_finite(value: Any) -> bool:
-    """Returns whether a value of a document is a number that float can hold."""
-    # Of whole numbers, those of 300 digits and more are none.
-    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+def is_drawable(value: Any) -> bool:
+    """Returns whether a value of a document is a number that a picture or a sum can hold."""
+    return isinstance(value, int | float) and abs(value) <= _LARGEST
 
 
 def read_document(path: Path, *, hint: str = "") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The sections of text and numbers: scores, settings, versions, timings, files."""
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from srepa_ds.config.experiment import Config
 from srepa_ds.config.yaml_text import to_yaml
 from srepa_ds.report.markup import Markup, details, element, joined, note, section, table
-from srepa_ds.report.record import Line, is_finite, part, training_seconds
+from srepa_ds.report.record import Line, is_drawable, part, training_seconds
 from srepa_ds.schema import to_tree
 from srepa_ds.training.resume import unsafe_changes
 
@@ -107,10 +108,10 @@ def environment_section(environment: Mapping[str, Any]) -> Markup:
 
 def timings_section(timings: Mapping[str, Any]) -> Markup:
     """Returns the time of each command, and the total."""
-    measured = {name: s for name, s in timings.items() if is_finite(s)}
+    measured = {name: float(s) for name, s in timings.items() if is_drawable(s)}
     rows = [(name, duration(seconds)) for name, seconds in measured.items()]
     return section(
-        "timings", "Timings", table([*rows, ("total", duration(sum(measured.values())))])
+        "timings", "Timings", table([*rows, ("total", duration(sum(measured.values(), 0.0)))])
     )
 
 
@@ -136,6 +137,8 @@ def number(value: Any) -> str:
 
 def duration(seconds: float) -> str:
     """Returns a time in its two largest units."""
+    if not math.isfinite(seconds):
+        return "unknown"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

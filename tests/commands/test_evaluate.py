@@ -225,3 +225,15 @@ def test_the_runs_folder_may_be_a_link(experiment, drawn, tmp_path):
     (tmp_path / "run").symlink_to("unmounted")
     with pytest.raises(OutputError, match="run is a link to unmounted, which does not exist"):
         evaluate(experiment())
+
+
+def test_an_unfinished_document_of_another_process_is_left_alone(experiment, drawn, tmp_path):
+    (tmp_path / "run").mkdir()
+    unfinished = tmp_path / "run" / "results.json.partial"
+    unfinished.write_text("of another process")
+    evaluate(experiment())
+    assert unfinished.read_text() == "of another process"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "results.json",
+        "results.json.partial",
+    ]

@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import os
 import shutil
 import sys
 from html.parser import HTMLParser
@@ -171,6 +172,39 @@ def test_all_text_is_escaped(small_run):
     assert 'a<b>&"c"' in page.words
     assert NASTY in page.words
     assert NASTY.replace("/", ":") in page.words
+
+
+def test_damaged_lines_are_left_out_and_named(small_run, caplog):
+    run = small_run()
+    run.write_metrics()
+    path = run.folder / "metrics.jsonl"
+    damaged = b'{"step": 2, "loss_total": "\xfc"}\n' + b"\0" * 64 + b"\n[3]\n"
+    huge = f'{{"step": 6, "loss_total": 1{"0" * 400}, "loss_flow": 1e308}}\n'.encode()
+    lines = path.read_bytes().splitlines(keepends=True)[:5]
+    path.write_bytes(damaged + b"".join(lines) + huge)
+    before = path.read_bytes()
+    page = Page(report(run.config))
+    assert path.read_bytes() == before
+    assert not (run.folder / "metrics.jsonl.bad").exists()
+    assert "3 damaged lines (the first is line 1); the report leaves them out" in caplog.text
+    assert any("total loss over 5 points" in alt for alt in page.pictures)
+
+
+def test_a_file_whose_name_is_no_unicode_is_listed(small_run):
+    run = small_run()
+    run.write_metrics()
+    (run.folder / os.fsdecode(b"M\xfcnchen.txt")).touch()
+    assert "M?nchen.txt" in Page(report(run.config)).text
+
+
+def test_an_unfinished_page_of_another_process_is_left_alone(small_run):
+    run = small_run()
+    run.write_metrics()
+    unfinished = run.folder / "report.html.partial"
+    unfinished.write_text("of another process")
+    report(run.config)
+    assert unfinished.read_text() == "of another process"
+    assert len(list(run.folder.glob("report.html*"))) == 2
 
 
 def test_what_is_missing_is_named(small_run):

@@ -10,7 +10,7 @@ from builders import metrics_of
 from PIL import Image
 from ranks import run_function
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trainings import train_on_faulty_data, train_runs
+from trainings import train_in_a_folder_that_goes_away, train_on_faulty_data, train_runs
 
 from srepa_ds.checkpoint.folder import step_folder
 from srepa_ds.checkpoint.reader import CheckpointReader
@@ -123,6 +123,31 @@ def test_a_distance_is_that_of_the_exported_samples(small_world, tmp_path):
     (found,) = (line for line in metrics_of(folder) if "frechet_distance" in line)
     scores = json.loads((folder / "results.json").read_text())["scores"]
     assert found["frechet_distance"] == pytest.approx(scores["frechet_distance"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "lines_and_checkpoints",
+    [
+        ("train.log_every_steps=1", "checkpoint.every_steps=100"),
+        ("train.log_every_steps=100", "checkpoint.every_steps=4"),
+    ],
+)
+def test_a_folder_that_goes_away_ends_the_run_on_all_ranks(
+    small_world, tmp_path, lines_and_checkpoints
+):
+    folder = tmp_path / "runs" / "run"
+    messages = run_function(
+        train_in_a_folder_that_goes_away,
+        2,
+        small_world.config,
+        folder,
+        "train.steps=8",
+        *lines_and_checkpoints,
+    )
+    assert len(messages) == 2
+    assert all(f"{folder} was removed, moved or replaced" in message for message in messages)
+    # No checkpoint was written into a folder made anew.
+    assert not folder.exists()
 
 
 def faulty(world, folder: Path, span: tuple[int, int], *overrides: str):

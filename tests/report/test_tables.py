@@ -1,0 +1,34 @@
+"""The tables of a page: whatever a damaged or foreign document holds, a section is built of it."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from srepa_ds.report.tables import (
+    environment_section,
+    score_table,
+    scores_section,
+    timings_section,
+)
+
+NAMES = st.sampled_from(
+    (
+        *("scores", "settings", "samples", "extractor", "spec", "sampler", "class_accuracy", "ema"),
+        *("reference_class_accuracy", "reference_id", "extractor_sha256", "reference", "train"),
+    )
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.sampled_from([10**400, -(10**400)]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=10,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "build", [score_table, scores_section, environment_section, timings_section]
+)
+@settings(max_examples=150, deadline=None)
+@given(document=st.dictionaries(NAMES, VALUES, max_size=6))
+def test_no_document_is_an_error(build, document):
+    assert "<table" in build(document)
