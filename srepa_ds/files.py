@@ -55,9 +55,7 @@ def expanded(path: Path) -> Path:
     """
     text = os.path.expanduser(_VARIABLE.sub(_value_of, str(path)))
     if text.startswith("~"):
-        raise ValueError(
-            f"the user '{path.parts[0][1:]}' is unknown, so {path.parts[0]} is no path"
-        )
+        raise ValueError(f"the home folder of {text.split('/')[0]} is not known; write it out")
     if "\0" in text:
         raise ValueError("a path cannot hold the character NUL")
     parts = text.split("/")

@@ -25,7 +25,14 @@ from pydantic import (
 
 from srepa_ds.errors import ConfigError, Fault, nearest
 from srepa_ds.files import expanded
-from srepa_ds.trees import Tree, apply_overrides, load_files, merged, merged_files
+from srepa_ds.trees import (
+    MOST_LEVELS,
+    Tree,
+    apply_overrides,
+    load_files,
+    merged,
+    merged_files,
+)
 
 _LOG = logging.getLogger("srepa_ds")
 
@@ -287,6 +294,9 @@ def _renamed(
 def _current_override(schema: type[Section], override: str, renamings: dict[str, str]) -> str:
     """Returns `override` with the current names of its keys."""
     path, equals, value = override.partition("=")
+    if path.count(".") > MOST_LEVELS:
+        # No such place exists, which `apply_overrides` says.
+        return override
     sections, current = [schema], ()
     for key in path.split("."):
         name = _former_names(sections).get(key, key)

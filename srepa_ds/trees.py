@@ -54,6 +54,15 @@ class YamlLoader(yaml.SafeLoader):
             raise _too_many_values()
         return super().compose_node(parent, index)
 
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        """Notes a bracket or brace; raises yaml.YAMLError if there are too many inside each other.
+
+        PyYAML looks ahead, which takes seconds for some thousand of them.
+        """
+        if self.flow_level > MOST_LEVELS:
+            raise _too_deep()
+        super().fetch_flow_collection_start(TokenClass)
+
 
 class YamlDumper(yaml.SafeDumper):
     """Quotes text that `YamlLoader` would read as a number or another type."""

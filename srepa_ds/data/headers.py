@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from srepa_ds.errors import DataError
+from srepa_ds.trees import parse_json
 
 _KEY = "srepa_ds"
 
@@ -41,7 +42,7 @@ def metadata_of(facts: Mapping[str, Any]) -> dict[str, str]:
 def header_facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     """Returns the facts in the metadata of a header, empty if `metadata_of` did not write it."""
     try:
-        facts = json.loads((metadata or {}).get(_KEY, "{}"))
+        facts = parse_json((metadata or {}).get(_KEY, "{}"))
     except ValueError:
         return {}
     return facts if isinstance(facts, dict) else {}
