@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
@@ -39,6 +40,36 @@ RankCount = Annotated[
     int,
     typer.Option("--ranks", help="Processes on this machine; omit under torchrun."),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from srepa_ds import __version__
+
+        typer.echo(f"srepa_ds {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__)
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Takes the options that come before a command."""
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where to put them.")] = Path(),
+) -> None:
+    """Copy the shipped configurations into a folder: configs/ and ds_configs/."""
+    from srepa_ds.commands.init import init as run
+
+    typer.echo(run(folder))
 
 
 @app.command()
@@ -204,11 +235,19 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_code
     except typer.TyperException as error:
         text = error.format_message()
+        text += _advice_on_options(error)
         typer.echo(f"error: {text} See `srepa-ds --help`." if arguments else text, err=True)
         return 2
     except (typer.Abort, KeyboardInterrupt):
         _say("interrupted; run the same command again to continue")
         return 130
+
+
+def _advice_on_options(error: typer.TyperException) -> str:
+    """Returns how to write a setting that was given as if it were an option."""
+    option = getattr(error, "option_name", None) or ""
+    setting = option.lstrip("-").partition("=")[0]
+    return f"; write a setting as {setting}=VALUE." if "." in setting else ""
 
 
 def main() -> None:
@@ -240,7 +279,7 @@ def _say(text: str) -> None:
 
 def _print_error(error: SRepaError) -> None:
     """Prints an error once, not on every rank; with SREPA_DEBUG set, with its traceback."""
-    if os.environ.get("SREPA_DEBUG"):
+    if os.environ.get("SREPA_DEBUG", "").lower() not in ("", "0", "false", "no", "off"):
         traceback.print_exception(error)
     if os.environ.get("RANK", "0") == "0" or not error.on_all_ranks:
         typer.echo("\n  ".join([f"error: {error}", *getattr(error, "__notes__", ())]), err=True)
@@ -249,6 +288,7 @@ def _print_error(error: SRepaError) -> None:
 def _on_ranks(action: Callable[[], int], ranks: int, *, command: Sequence[str]) -> NoReturn:
     """Runs `action` on this rank, or starts `ranks` processes that each run `command`."""
     if ranks != 1 and not launched():
+        _check_readable_often(Path(command[1]))
         raise typer.Exit(run_ranks(command, ranks))
     from srepa_ds.distributed.devices import choose_accelerator
     from srepa_ds.distributed.ranks import close, lost_connection
@@ -275,6 +315,15 @@ def _in_one_process(command: str) -> None:
             f"{os.environ['WORLD_SIZE']}; run it once, without a launcher"
         )
     _log()
+
+
+def _check_readable_often(path: Path) -> None:
+    """Raises ConfigError for a pipe, which only one of the ranks could read."""
+    if path.is_fifo():
+        from srepa_ds.errors import ConfigError, Fault
+
+        advice = "with --ranks, each of them reads the file, and a pipe can be read once; save it"
+        raise ConfigError(str(path), [Fault("", advice)])
 
 
 def _config_of_all_ranks(path: Path, overrides: list[str] | None) -> "Config":
@@ -305,15 +354,18 @@ def _any_config(path: Path, overrides: list[str] | None) -> "Section":
     """Returns the configuration of the kind that the file's `kind` names."""
     from srepa_ds.commands.prepare import PrepareConfig
     from srepa_ds.commands.teacher import TeacherTrainingConfig
-    from srepa_ds.config.experiment import load_config
+    from srepa_ds.config.experiment import config_of
     from srepa_ds.errors import ConfigError, Fault, nearest
-    from srepa_ds.schema import load_section
-    from srepa_ds.trees import load_tree
+    from srepa_ds.schema import kind_of, section_of
+    from srepa_ds.trees import apply_overrides, load_files, merged_files
 
-    kinds = {"experiment": None, "prepare": PrepareConfig, "teacher": TeacherTrainingConfig}
-    kind = str(load_tree(path).get("kind", "experiment"))
-    if kind not in kinds:
-        fault = Fault("kind", f"unknown '{kind}'; {nearest(kind, kinds)}")
+    # Read once: the file may be a pipe.
+    files, overrides = load_files(path), overrides or []
+    kind = kind_of(apply_overrides(merged_files(files), overrides))
+    kinds = {"prepare": PrepareConfig, "teacher": TeacherTrainingConfig}
+    if kind == "experiment":
+        return config_of(files, overrides, source=str(path))
+    if not isinstance(kind, str) or kind not in kinds:
+        fault = Fault("kind", f"unknown '{kind}'; {nearest(str(kind), [*kinds, 'experiment'])}")
         raise ConfigError(str(path), [fault])
-    schema, overrides = kinds[kind], overrides or []
-    return load_section(schema, path, overrides) if schema else load_config(path, overrides)
+    return section_of(kinds[kind], files, overrides, source=str(path))

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -48,16 +49,63 @@ def write_aside(path: Path, write: Callable[[Path], object], *, concurrent: bool
         raise
 
 
+def expanded(path: Path) -> Path:
+    """Returns `path` with `~`, `~user`, `$NAME` and `${NAME}` replaced by what they stand for.
+
+    Raises ValueError if they stand for nothing, or no file system has such a path.
+    """
+    text = os.path.expanduser(_VARIABLE.sub(_value_of, str(path)))
+    if text.startswith("~"):
+        raise ValueError(f"the home folder of {text.split('/')[0]} is not known; write it out")
+    if "\0" in text:
+        raise ValueError("a path cannot hold the character NUL")
+    parts = text.split("/")
+    if longest := next((part for part in parts if len(os.fsencode(part)) > _LONGEST_NAME), None):
+        raise ValueError(
+            f"the name {longest[:20]}... is too long: it has {len(os.fsencode(longest))} bytes, a "
+            f"file's may have {_LONGEST_NAME}"
+        )
+    if len(os.fsencode(text)) > _LONGEST_PATH:
+        raise ValueError(f"the path is longer than {_LONGEST_PATH} bytes")
+    return Path(text)
+
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([^}]*)\})")
+# Linux's limits, less what is added to the names that a user gives.
+_LONGEST_NAME = 255
+_LONGEST_PATH = 3800
+
+
+def _value_of(variable: re.Match[str]) -> str:
+    name = variable[1] or variable[2]
+    value = os.environ.get(name)
+    if not value:
+        raise ValueError(f"the environment variable '{name}' is not set")
+    return value
+
+
+def looked_for(named: Path, found: Path | None = None) -> str:
+    """Returns where a relative path was looked for, as a part of a message; "" for another one."""
+    return "" if named.is_absolute() else f" (looked for at {os.path.abspath(found or named)})"
+
+
+def reason_of(error: Exception) -> str:
+    """Returns why a file cannot be read or written, without its name."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def shipped(path: Path) -> Path:
     """Returns `path` if it exists, else the file of that name shipped with the package."""
-    if path.exists() or path.is_absolute():
+    if os.path.exists(path) or path.is_absolute():
         return path
     return shipped_with_package(path) or path
 
 
 def shipped_with_package(path: Path) -> Path | None:
     """Returns the file of that name shipped with the package, if there is one."""
-    return next((root / path for root in _shipping_roots() if (root / path).exists()), None)
+    places = (root / path for root in _shipping_roots())
+    # Unlike Path.exists, this is False for whatever cannot be looked at.
+    return next((place for place in places if os.path.exists(place)), None)
 
 
 def _shipping_roots() -> Iterator[Path]:
@@ -208,8 +256,13 @@ def writing(place: Path | str, *, cure: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"cannot write {place}: {reason}; {cure}") from error
+        raise OutputError(f"cannot write {place}: {_reason_not_written(error)}; {cure}") from error
+
+
+def _reason_not_written(error: Exception) -> str:
+    if isinstance(error, FileExistsError) and error.filename and os.path.islink(error.filename):
+        return f"{error.filename} is a link to {os.readlink(error.filename)}, which does not exist"
+    return reason_of(error)
 
 
 @contextmanager

@@ -14,10 +14,25 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from srepa_ds.errors import ConfigError, Fault, nearest
-from srepa_ds.trees import Tree, apply_overrides, load_tree
+from srepa_ds.files import expanded
+from srepa_ds.trees import (
+    MOST_LEVELS,
+    Tree,
+    apply_overrides,
+    load_files,
+    merged,
+    merged_files,
+)
 
 _LOG = logging.getLogger("srepa_ds")
 
@@ -46,6 +61,11 @@ class Section(BaseModel):
     former_names: ClassVar[Mapping[str, str]] = {}
     """Keys that fields had in earlier versions, and the fields they name; still accepted."""
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _paths_are_expanded(cls, value: Any) -> Any:
+        return _with_expanded_paths(value)
+
     @model_validator(mode="after")
     def _has_only_settings_of_its_choices(self) -> "Section":
         for name, field in type(self).model_fields.items():
@@ -60,6 +80,13 @@ class Section(BaseModel):
                         f"'{chosen}'; remove it, or set {mark.chooser}: {mark.choice}"
                     )
         return self
+
+
+def _with_expanded_paths(value: Any) -> Any:
+    if isinstance(value, Path):
+        return expanded(value)
+    # Sections in a tuple have expanded their own.
+    return tuple(map(_with_expanded_paths, value)) if type(value) is tuple else value
 
 
 class MayChange:
@@ -111,15 +138,89 @@ def load_section(
 
     Raises ConfigError with every fault at once. Logs a warning for each former name of a key.
     """
+    files = load_files(path)
+    return section_of(schema, files, overrides, source=str(path), cross_checks=cross_checks)
+
+
+def section_of(
+    schema: type[S],
+    files: Iterable[Tree],
+    overrides: Iterable[str] = (),
+    *,
+    source: str,
+    cross_checks: CrossChecks | None = None,
+) -> S:
+    """Returns the `schema` of the trees that `load_files` returned; otherwise as `load_section`."""
     renamings: dict[str, str] = {}
-    tree = load_tree(path, each=lambda file: with_current_names(schema, file, renamings))
+    tree = merged_files(files, each=lambda file: with_current_names(schema, file, renamings))
     # Before they are applied: an override under the former name edits the value of the current one.
     current = [_current_override(schema, override, renamings) for override in overrides]
+    tree = _with_lists(schema, tree, current)
     tree = with_current_names(schema, apply_overrides(tree, current), renamings)
+    _check_kind(schema, tree, source)
     if os.environ.get("RANK", "0") == "0":
         for former, name in renamings.items():
             _LOG.warning("the key '%s' is now '%s'; please rename it", former, name)
-    return validated(schema, tree, source=str(path), cross_checks=cross_checks)
+    return validated(schema, tree, source=source, cross_checks=cross_checks)
+
+
+COMMANDS_OF_KIND: Mapping[str, str] = {
+    "experiment": "train (or export, sample, evaluate, report)",
+    "prepare": "prepare",
+    "teacher": "teacher",
+}
+"""The commands that take a file of a kind."""
+
+
+def kind_of(tree: Mapping[str, Any]) -> Any:
+    """Returns the kind of a file; one that names none is an experiment."""
+    return tree.get("kind", "experiment")
+
+
+def _check_kind(schema: type[Section], tree: Tree, source: str) -> None:
+    """Raises ConfigError if the file is of a kind that another command takes."""
+    field, kind = schema.model_fields.get("kind"), kind_of(tree)
+    wanted = get_args(field.annotation) if field else ()
+    if not wanted or kind in wanted or not isinstance(kind, str) or kind not in COMMANDS_OF_KIND:
+        return
+    # A file without a kind may be one that lacks only that.
+    if "kind" in tree or {"model", "run", "base"} & tree.keys():
+        command, _, others = COMMANDS_OF_KIND[kind].partition(" ")
+        advice = f"`srepa-ds {command} {source}`{' ' * bool(others)}{others}"
+        message = f"this file is of kind '{kind}', not '{wanted[0]}'; run {advice}"
+        raise ConfigError(source, [Fault("kind", message)])
+
+
+def _with_lists(schema: type[Section], tree: Tree, overrides: Iterable[str]) -> Tree:
+    """Returns `tree` with the default of each list that it lacks and an override has an item of."""
+    for override in overrides:
+        keys = override.partition("=")[0].split(".")
+        for number, key in enumerate(keys):
+            default = _default_list(schema, keys[:number]) if key.isdecimal() else None
+            if default is not None:
+                tree = merged(_nested(keys[:number], default), tree)
+    return tree
+
+
+def _default_list(schema: type[Section], keys: Iterable[str]) -> list[Any] | None:
+    """Returns the default of the list at a path, or None if it has none."""
+    sections, default = [schema], None
+    for key in keys:
+        known = [fields for section in sections if key in (fields := section.model_fields)]
+        if isinstance(default, Section):
+            default = getattr(default, key, None)
+        else:
+            default = known[0][key].get_default(call_default_factory=False) if known else None
+        sections = _below(sections, key)
+    # Plain values alone: sections have faults of their own.
+    is_plain = isinstance(default, tuple) and not any(isinstance(v, Section) for v in default)
+    return list(default) if is_plain else None
+
+
+def _nested(keys: Iterable[str], value: Any) -> Tree:
+    for key in reversed(list(keys)):
+        value = {key: value}
+    return value
 
 
 def validated(
@@ -194,6 +295,9 @@ def _renamed(
 def _current_override(schema: type[Section], override: str, renamings: dict[str, str]) -> str:
     """Returns `override` with the current names of its keys."""
     path, equals, value = override.partition("=")
+    if path.count(".") > MOST_LEVELS:
+        # No such place exists, which `apply_overrides` says.
+        return override
     sections, current = [schema], ()
     for key in path.split("."):
         name = _former_names(sections).get(key, key)
@@ -270,8 +374,15 @@ def _fault(schema: type[Section], detail: Any) -> Fault:
     message = detail["msg"].removeprefix("Value error, ")
     given = detail.get("input")
     if isinstance(given, str | int | float | bool) and detail["type"] != "value_error":
-        message += f" (given: {given!r})"
+        message += f" (given: {_shortened(given)})"
+    if detail["type"] == "bool_type" and str(given).lower() in ("yes", "no", "on", "off"):
+        message += "; write true or false"
     return Fault(path, message)
+
+
+def _shortened(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:100]}..."
 
 
 def _located(

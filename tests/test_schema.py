@@ -87,7 +87,7 @@ def faults(tree: dict, **arguments) -> list[Fault]:
     ("text", "value"),
     [
         ("1e-4", 1e-4), ("1E5", 1e5), ("-2.5e+3", -2500.0), (".5", 0.5), ("3.", 3.0),
-        ("7", 7), ("-7", -7), ("yes", True), ("null", None), ("1e", "1e"), ("e5", "e5"),
+        ("7", 7), ("-7", -7), ("true", True), ("null", None), ("1e", "1e"), ("e5", "e5"),
         ("2026-01-31", "2026-01-31"), ("'1e-4'", "1e-4"), ("[1e-1, 2]", [0.1, 2]),
     ],
 )  # fmt: skip
@@ -418,3 +418,86 @@ def test_replaced_validates():
     for changes in ({"rate": -1.0}, {"steps": "7"}, {"stpes": 7}):
         with pytest.raises(ValueError, match=next(iter(changes))):
             replaced(config, **changes)
+
+
+def test_paths_are_expanded_wherever_they_stand(tmp_path, monkeypatch):
+    class Places(Section):
+        one: Path = Path("x")
+        maybe: Path | None = None
+        many: tuple[Path, ...] = ()
+        nested: Filter | None = None
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", "place")
+    tree = {
+        "one": "~/a", "maybe": "$PLACE/b", "many": ["~", "${PLACE}"],
+        "nested": {"rate": 1, "folder": "~/c"},
+    }  # fmt: skip
+    found = validated(Places, tree, source="test")
+    assert (found.one, found.maybe) == (tmp_path / "a", Path("place/b"))
+    assert found.many == (tmp_path, Path("place"))
+    assert found.nested is not None
+    assert found.nested.folder == tmp_path / "c"
+    assert to_tree(found)["one"] == f"{tmp_path}/a", "resolved settings have the path itself"
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("$NOT_SET_ANYWHERE/x", "the environment variable 'NOT_SET_ANYWHERE' is not set"),
+        ("~nobody_of_that_name", "home folder of ~nobody_of_that_name is not known"),
+        ("a\0b", "NUL"), ("x" * 256, "is too long"),
+    ],
+)  # fmt: skip
+def test_a_path_that_stands_for_nothing_is_a_fault(folder, words):
+    (fault,) = faults({"rate": 1, "folder": folder})
+    assert fault.path == "folder"
+    assert words in fault.message
+
+
+def test_words_for_truths_are_named():
+    (fault,) = faults(apply_overrides({"rate": 1}, ["flag=yes"]))
+    assert fault.message.endswith("(given: 'yes'); write true or false")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes"),
+    [
+        (["betas.1=0.95"], {"betas": (0.9, 0.95)}),
+        (["betas.0=0.5", "betas.1=0.6"], {"betas": (0.5, 0.6)}),
+    ],
+)
+def test_an_override_may_address_an_item_of_a_list_left_to_its_default(
+    tmp_path, overrides, changes
+):
+    path = write(tmp_path, main="rate: 1\n")
+    assert load_section(Filter, path, overrides) == build({"rate": 1, **changes})
+    with pytest.raises(ConfigError, match="betas has 2 items, numbered from 0"):
+        load_section(Filter, path, ["betas.2=1"])
+
+
+def test_an_item_of_a_given_list_is_changed_in_that_list(tmp_path):
+    path = write(tmp_path, main="rate: 1\nbetas: [0.1, 0.2]\n")
+    assert load_section(Filter, path, ["betas.1=0.5"]).betas == (0.1, 0.5)
+
+
+def test_a_file_of_another_kind_is_one_fault(tmp_path):
+    class Recipe(Section):
+        kind: Literal["prepare"]
+        output: Path
+
+    path = write(tmp_path, main="kind: teacher\nsteps: 3\n")
+    with pytest.raises(ConfigError) as caught:
+        load_section(Recipe, path)
+    (fault,) = caught.value.faults
+    words = f"this file is of kind 'teacher', not 'prepare'; run `srepa-ds teacher {path}`"
+    assert fault == Fault("kind", words)
+    write(tmp_path, main="model: {}\n")
+    with pytest.raises(ConfigError, match=r"kind 'experiment', not 'prepare'; run `srepa-ds train"):
+        load_section(Recipe, path)
+    write(tmp_path, main="output: x\n")
+    with pytest.raises(ConfigError, match="kind: is required"):
+        load_section(Recipe, path)
+    write(tmp_path, main="kind: [1]\noutput: x\n")
+    with pytest.raises(ConfigError, match="kind: Input should be 'prepare'"):
+        load_section(Recipe, path)

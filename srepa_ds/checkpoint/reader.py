@@ -16,8 +16,31 @@ from srepa_ds.trees import read_json
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Returns what a checkpoint holds besides the fragments; raises OSError or ValueError."""
-    return read_json(folder / STATE)
+    """Returns what a checkpoint holds besides the fragments.
+
+    Raises CheckpointError if it cannot be read, or lacks what every checkpoint has.
+    """
+    try:
+        state = read_json(folder / STATE)
+        if not isinstance(state, dict):
+            raise ValueError("it is not a JSON object")
+        for name, kind in _STATE_KINDS.items():
+            if name in state and not isinstance(state[name], kind):
+                raise ValueError(f"'{name}' is of another type")
+        for name in ("step", "config"):
+            if name not in state:
+                raise ValueError(f"it lacks '{name}'")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / STATE} cannot be read ({error}); restore it, or move {folder} away"
+        ) from error
+    return state
+
+
+_STATE_KINDS = {
+    **dict.fromkeys(("step", "adam_step", "samples_seen"), int),
+    **dict.fromkeys(("config", "identity", "shapes"), dict),
+}
 
 
 class CheckpointReader:

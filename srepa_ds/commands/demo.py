@@ -5,15 +5,21 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from srepa_ds.distributed.launcher import start_child
 from srepa_ds.distributed.signals import handled
-from srepa_ds.errors import ConfigError, Fault, nearest
+from srepa_ds.errors import ConfigError, Fault, OutputError, SRepaError, nearest
 from srepa_ds.files import shipped, write_aside
 from srepa_ds.run_folder import RunFolder
+from srepa_ds.schema import load_section
 from srepa_ds.trees import read_json
+
+if TYPE_CHECKING:
+    from srepa_ds.config.experiment import Config
 
 MODES = (
     *("sit", "repa", "srepa-mse", "srepa-kl"),
@@ -27,7 +33,8 @@ def run_demo(
     """Runs all steps and returns 0, or the exit code of the first one that fails.
 
     Prints each command line before running it. The same demo run again continues where it stopped,
-    since finished steps find their work done. Raises ConfigError for an unknown mode.
+    since finished steps find their work done. Raises SRepaError, before the first step, for what
+    would make a later one refuse.
     """
     if mode not in MODES:
         raise ConfigError("demo", [Fault("--mode", f"unknown '{mode}'; {nearest(mode, MODES)}")])
@@ -36,6 +43,7 @@ def run_demo(
     changes += [f"train.steps={steps}"] if steps is not None else []
     changes += [f"run.seed={seed}", f"sample.seed={seed}"] if seed else []
     changes += [f"sample.num_samples={images}"] if images is not None else []
+    check(mode, changes, ranks=ranks)
     spent = _read_timings(run.timings)
     timings: dict[str, float] = {}
     for arguments in commands(mode, changes, ranks=ranks):
@@ -48,11 +56,100 @@ def run_demo(
             run.timings, {n: spent.get(n, 0) + timings.get(n, 0) for n in {**spent, **timings}}
         )
         if code != 0:
-            print(f"\n{name} ended with code {code}; the same demo command continues from here")
+            print(f"\n{name} ended with code {code}; {_what_next(code)}")
             return code
     print("\n" + "  ".join(f"{name} {seconds:.0f} s" for name, seconds in timings.items()))
     print(f"total {sum(timings.values()):.0f} s; open {run.report}")
     return 0
+
+
+def _what_next(code: int) -> str:
+    if code == SRepaError.exit_code:
+        return "correct what its message names, then run the same demo command again"
+    return "the same demo command continues from here"
+
+
+def check(mode: str, changes: Sequence[str], *, ranks: int) -> None:
+    """Checks everything that can be known before the first step.
+
+    Raises ConfigError with all faults, OutputError or DataError for what the machine lacks.
+    """
+    from srepa_ds.commands.prepare import PrepareConfig
+    from srepa_ds.commands.teacher import TeacherTrainingConfig
+    from srepa_ds.config.experiment import load_config
+    from srepa_ds.distributed.devices import local_device
+
+    faults: list[Fault] = []
+    outputs: list[Path] = []
+    for name, path, *_ in commands(mode, changes, ranks=ranks):
+        if name == "prepare":
+            outputs.append(load_section(PrepareConfig, Path(path)).output)
+        elif name == "teacher":
+            outputs.append(load_section(TeacherTrainingConfig, Path(path)).output)
+        elif name == "train":
+            try:
+                config = load_config(Path(path), changes)
+            except ConfigError as error:
+                given = error.faults
+                faults += [Fault(_OPTIONS.get(one.path, one.path), one.message) for one in given]
+                config = load_config(Path(path))
+            outputs.append(config.run.folder)
+            faults += _faults_of_numbers(config, ranks)
+    if ranks < 1:
+        faults.append(Fault("--ranks", f"must be at least 1 (given: {ranks})"))
+    if faults:
+        raise ConfigError("demo", dict.fromkeys(faults))
+    local_device(ranks - 1)
+    _check_packages()
+    for folder in outputs:
+        _check_writable(folder)
+
+
+_OPTIONS = {
+    "train.steps": "--steps",
+    "run.seed": "--seed",
+    "sample.seed": "--seed",
+    "sample.num_samples": "--images",
+}
+"""The option that gives a setting."""
+
+FEWEST_IMAGES = 4
+"""Precision and recall look for each image's 3 nearest neighbours."""
+
+
+def _faults_of_numbers(config: "Config", ranks: int) -> Iterator[Fault]:
+    """Yields a fault for each number that fits the settings but not the pipeline."""
+    images, batch = config.sample.num_samples, config.train.batch_size
+    if images < FEWEST_IMAGES:
+        message = f"must be at least {FEWEST_IMAGES}, to be scored (given: {images})"
+        yield Fault("--images", message)
+    parts = ranks * config.train.accumulation_steps
+    if ranks >= 1 and batch % parts:
+        yield Fault("--ranks", f"cannot share batches of {batch} images (given: {ranks})")
+    if ranks > images:
+        yield Fault("--ranks", f"must be at most the number of images, {images} (given: {ranks})")
+
+
+def _check_packages() -> None:
+    """Raises SRepaError if a package is missing that only a late step imports."""
+    needed = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+    missing = [name for module, name in needed.items() if find_spec(module) is None]
+    if missing:
+        raise SRepaError(
+            f"the demo needs {' and '.join(missing)}; install the extra: "
+            "pip install 'srepa_ds[demo]'"
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises OutputError if `folder` can be neither made nor written to; writes nothing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        reason = "is no folder" if not existing.is_dir() else "cannot be written to"
+        raise OutputError(
+            f"the demo writes to {folder}, but {existing.absolute()} {reason}; run it in another "
+            "folder"
+        )
 
 
 def commands(mode: str, changes: Sequence[str], *, ranks: int) -> list[list[str]]:
@@ -92,9 +189,11 @@ def _run(arguments: Sequence[str]) -> int:
 def _read_timings(path: Path) -> dict[str, float]:
     """Returns the seconds each step has taken so far, summed over earlier runs of the demo."""
     try:
-        return read_json(path)
+        found = read_json(path)
     except (OSError, ValueError):
         return {}
+    seconds = found.items() if isinstance(found, dict) else ()
+    return {name: float(s) for name, s in seconds if isinstance(s, int | float)}
 
 
 def _write_timings(path: Path, timings: dict[str, float]) -> None:

@@ -14,6 +14,7 @@ from srepa_ds.checkpoint.folder import restore_names
 from srepa_ds.checkpoint.reader import CheckpointReader
 from srepa_ds.checkpoint.writer import CheckpointWriter
 from srepa_ds.config.experiment import Config
+from srepa_ds.config.machine_checks import check_machine
 from srepa_ds.config.yaml_text import to_yaml
 from srepa_ds.data.loader import BatchLoader
 from srepa_ds.data.shards import ShardDataset
@@ -54,6 +55,7 @@ def train(config: Config, *, allow_config_change: bool = False) -> bool:
     """
     rank, run = ranks.initialize(), config.run_folder
     deepspeed = ranks.together(deepspeed_settings, config, rank.world_size)
+    ranks.together(check_machine, config, rank)
     inputs = open_inputs(config, rank)
     _check_same_files(inputs, deepspeed)
     with ExitStack() as stack:

@@ -64,6 +64,25 @@ def _class_tokens_have_a_source(
             yield Fault(f"{path}", f"include_cls: the teacher '{named}' has no class token")
 
 
+def _tokens_form_pairs(
+    model: SiTConfig, alignments: tuple[AlignmentConfig, ...]
+) -> Iterator[Fault]:
+    """A structural term compares pairs of tokens, on the model's grid or on the teacher's."""
+    if model.num_tokens > 1:
+        return
+    for number, alignment in enumerate(alignments):
+        structural, resampling = alignment.structural, alignment.resampling
+        on_own_grid = resampling is None or resampling.direction == "teacher_to_student"
+        if structural is not None and not structural.include_cls and on_own_grid:
+            _, height, width = model.latent_shape
+            yield Fault(
+                f"alignments.{number}.structural",
+                f"compares pairs of tokens, and the model has one: its patches of "
+                f"{model.shape.patch_size} are as large as its latents of {height}x{width}; choose "
+                "smaller patches, or set it to null",
+            )
+
+
 def _weights_are_available(alignments: tuple[AlignmentConfig, ...]) -> Iterator[Fault]:
     for number, alignment in enumerate(alignments):
         fault = alignment.teacher.weights_fault()
@@ -118,7 +137,11 @@ def _deepspeed_json_is_sound(engine: EngineConfig) -> Iterator[Fault]:
 
 
 CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {
-    ("model", "alignments"): (_depth_within_model, _class_tokens_have_a_source),
+    ("model", "alignments"): (
+        _depth_within_model,
+        _class_tokens_have_a_source,
+        _tokens_form_pairs,
+    ),
     ("model", "engine"): (_checkpointing_finds_a_block,),
     ("alignments",): (_weights_are_available,),
     ("evaluate",): (_extractor_is_available,),

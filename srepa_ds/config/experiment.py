@@ -23,7 +23,7 @@ from srepa_ds.objective import ObjectiveConfig
 from srepa_ds.optim.adamw import OptimizerConfig
 from srepa_ds.optim.ema import EmaConfig
 from srepa_ds.run_folder import RunFolder
-from srepa_ds.schema import MayChange, Section, load_section, validated
+from srepa_ds.schema import MayChange, Section, load_section, section_of, validated
 from srepa_ds.trees import Tree
 from srepa_ds.weights.exported import exported_step
 
@@ -108,6 +108,11 @@ def samples_folder(config: Config) -> Path:
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     """Returns the experiment of a YAML file with overrides; raises ConfigError with all faults."""
     return load_section(Config, path, overrides, cross_checks=CROSS_CHECKS)
+
+
+def config_of(files: Iterable[Tree], overrides: Iterable[str] = (), *, source: str) -> Config:
+    """Returns the experiment of the trees that `load_files` returned, as `load_config` does."""
+    return section_of(Config, files, overrides, source=source, cross_checks=CROSS_CHECKS)
 
 
 def config_from(tree: Tree, *, source: str) -> Config:

@@ -60,7 +60,7 @@ def metadata_of(facts: Mapping[str, Any]) -> dict[str, str]:
 def header_facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     """Returns the facts in the metadata of a header, empty if `metadata_of` did not write it."""
     try:
-        facts = json.loads((metadata or {}).get(_KEY, "{}"))
+        facts = parse_json((metadata or {}).get(_KEY, "{}"))
     except ValueError:
         return {}
     return facts if isinstance(facts, dict) else {}

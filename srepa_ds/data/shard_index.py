@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from pydantic import Field
 
 from srepa_ds.data.index_document import INDEX_NAME as INDEX_NAME
 from srepa_ds.data.index_document import FileName, check_different, read_index_document
-from srepa_ds.errors import DataError
+from srepa_ds.errors import DataError, listed
+from srepa_ds.files import looked_for
 from srepa_ds.schema import Section
 
 FORMAT = "srepa-ds shards"
@@ -85,7 +87,13 @@ def read_index(folder: Path) -> ShardIndex:
         raise DataError(f"{folder}: {reason}; make it readable, or correct the path") from error
     if not is_there:
         raise DataError(
-            f"{folder}: no such data folder; prepare it with {_PREPARE}, or correct the path"
+            f"{folder}: no such data folder{looked_for(folder)}; prepare it with {_PREPARE}, or "
+            "correct the path"
+        )
+    if inner := _data_sets_in(folder):
+        raise DataError(
+            f"{folder}: holds no {INDEX_NAME}, but {listed(inner, ' and ')} in it "
+            f"{'are data sets' if len(inner) > 1 else 'is a data set'}; give such a folder"
         )
     index = read_index_document(
         folder,
@@ -99,6 +107,13 @@ def read_index(folder: Path) -> ShardIndex:
     names = [entry.file for entry in index.shards]
     check_different(folder / INDEX_NAME, names, again=again(folder))
     return index
+
+
+def _data_sets_in(folder: Path) -> list[str]:
+    """Returns the names of the data sets inside a folder that is none itself."""
+    if os.path.exists(folder / INDEX_NAME):
+        return []
+    return sorted(path.parent.name + "/" for path in folder.glob(f"*/{INDEX_NAME}"))
 
 
 def _check_sums(path: Path, index: ShardIndex) -> None:

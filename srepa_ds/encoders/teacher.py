@@ -4,6 +4,7 @@ Alignment matches the tokens; the metrics use the pooled features and the logits
 embeddings are resampled once, when weights are loaded, by timm's antialiased bicubic interpolation.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -24,7 +25,8 @@ from srepa_ds.encoders.timm_models import (
     known_architecture,
     published_names,
 )
-from srepa_ds.errors import ConfigError, Fault, nearest
+from srepa_ds.errors import ConfigError, DataError, Fault, nearest
+from srepa_ds.files import looked_for
 from srepa_ds.schema import MayChange, Section, one_of
 
 
@@ -243,6 +245,17 @@ def _contradictions(spec: TeacherSpec, encoder: Encoder) -> list[Fault]:
     return faults
 
 
+def _check_present(weights: Path, spec: TeacherSpec) -> None:
+    """Raises DataError if there is no such file, with what makes one."""
+    if not os.path.exists(weights):
+        published = has_published_weights(spec.architecture)
+        how = "" if published else ", or train this teacher first with `srepa-ds teacher CONFIG`"
+        raise DataError(
+            f"teacher weights {weights}: no such file{looked_for(weights)}; correct "
+            f"teacher.weights{how}"
+        )
+
+
 def load_teacher(
     config: TeacherConfig, *, resolution: Resolution, device: torch.device | str
 ) -> Teacher:
@@ -257,6 +270,7 @@ def load_teacher(
     spec = config.resolved
     encoder = build_encoder(spec, resolution=resolution, pretrained=config.weights is None)
     if config.weights is not None:
+        _check_present(config.weights, spec)
         # Published files may contain heads that this teacher does not have.
         heads = {"head.": spec.num_classes, "attn_pool.": getattr(encoder, "attn_pool", None)}
         ignored = tuple(prefix for prefix, own in heads.items() if not own)

@@ -33,7 +33,9 @@ def finished_accuracy(folder: Path, identity: dict[str, Any]) -> float | None:
         return None
     try:
         report = read_json(path)
-        found, accuracy = dict(report["identity"]), float(report["heldout_accuracy"])
+        found, accuracy = report["identity"], float(report["heldout_accuracy"])
+        if not isinstance(found, dict):
+            raise TypeError("its identity is not an object")
         expected_hash = str(report["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(

@@ -13,6 +13,7 @@ from srepa_ds.errors import DataError
 from srepa_ds.metrics.frechet import frechet_distance
 from srepa_ds.metrics.manifold import precision_recall
 from srepa_ds.metrics.statistics import FeatureStatistics
+from srepa_ds.trees import parse_json
 
 Metric = Callable[[Tensor, Tensor], Mapping[str, float]]
 """(features of the samples (n, width), of the reference (m, width)) -> fields of `Scores`."""
@@ -39,13 +40,15 @@ class Scores:
     def from_json(cls, text: str) -> "Scores":
         """Returns the scores of a JSON object; raises DataError for any other text."""
         try:
-            values = json.loads(text)
+            values = parse_json(text)
         except ValueError as error:
             raise DataError(f"scores are not JSON: {error}") from error
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or not known.issuperset(values):
             raise DataError(f"scores must be an object with keys among {', '.join(sorted(known))}")
-        return cls(**values)
+        if not all(type(value) in (int, float) for value in values.values()):
+            raise DataError("scores must be numbers")
+        return cls(**{name: float(value) for name, value in values.items()})
 
 
 def _frechet(samples: Tensor, reference: Tensor) -> Mapping[str, float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from srepa_ds.errors import ConfigError, Fault, nearest
-from srepa_ds.files import shipped
+from srepa_ds.files import looked_for, reason_of, shipped
 from srepa_ds.trees import read_json
 
 OWNED_BY_YAML = {
@@ -126,7 +126,9 @@ def load_deepspeed_json(path: Path) -> dict[str, Any]:
     try:
         document = read_json(shipped(path))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or f"is not JSON: {error}"
+        reason = f"is not JSON: {error}"
+        if isinstance(error, OSError):
+            reason = f"{reason_of(error)}{looked_for(path)}; give the path of a DeepSpeed JSON"
         raise ConfigError(str(path), [Fault("", reason)]) from error
     if not isinstance(document, dict):
         raise ConfigError(str(path), [Fault("", "must be a JSON object")])

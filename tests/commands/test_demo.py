@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from places import ROOT
 
-from srepa_ds.commands.demo import MODES, commands, run_demo
-from srepa_ds.errors import ConfigError
+from srepa_ds.commands import demo as demo_command
+from srepa_ds.commands.demo import FEWEST_IMAGES, MODES, commands, run_demo
+from srepa_ds.errors import ConfigError, DataError, OutputError, SRepaError
+from srepa_ds.metrics.scores import score
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -24,9 +28,88 @@ def test_every_command_is_one_of_the_command_line_with_a_shipped_config(mode):
     assert lines[train][2:] == ["run.folder=runs/x", "train.steps=7", "--ranks", "3"]
 
 
-def test_an_unknown_mode_names_the_nearest():
-    with pytest.raises(ConfigError, match="did you mean 'srepa-mse'"):
-        run_demo(mode="srepa-mes", steps=None, ranks=2, seed=0)
+@pytest.fixture
+def started(tmp_path, monkeypatch) -> list[list[str]]:
+    """The commands that a demo in an empty folder starts; each of them succeeds."""
+    monkeypatch.chdir(tmp_path)
+    lines: list[list[str]] = []
+    monkeypatch.setattr(demo_command, "_run", lambda arguments: lines.append(arguments) or 0)
+    return lines
+
+
+REFUSED = [
+    ({"mode": "srepa-mes"}, "did you mean 'srepa-mse'"),
+    ({"steps": 0}, "--steps: Input should be greater than or equal to 1 (given: 0)"),
+    ({"steps": 10**30}, "--steps: "),
+    ({"ranks": 0}, "--ranks: must be at least 1 (given: 0)"),
+    ({"ranks": -2}, "--ranks: must be at least 1"),
+    ({"ranks": 3}, "--ranks: cannot share batches of 32 images (given: 3)"),
+    ({"ranks": 32, "images": 20}, "--ranks: must be at most the number of images, 20"),
+    ({"images": 0}, "--images: "),
+    ({"images": 3}, "--images: must be at least 4, to be scored (given: 3)"),
+    ({"seed": -1}, "--seed: "),
+    ({"seed": 1 << 63}, "--seed: "),
+    ({"seed": 10**400}, "--seed: "),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED)
+def test_impossible_values_are_refused_before_the_first_step(started, tmp_path, options, words):
+    given = {"mode": "repa", "steps": None, "ranks": 1, "seed": 0, **options}
+    with pytest.raises(SRepaError, match=re.escape(words)):
+        run_demo(**given)
+    assert started == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_impossible_values_come_at_once(started):
+    with pytest.raises(ConfigError) as caught:
+        run_demo(mode="reg", steps=0, ranks=0, seed=-1, images=2)
+    options = sorted(fault.path for fault in caught.value.faults)
+    assert options == ["--ranks", "--seed", "--steps"] or "--images" in options
+
+
+@pytest.mark.parametrize("place", ["runs", "data", "runs/digits-repa", "data/digits-teacher"])
+def test_a_place_that_cannot_be_written_to_is_refused_first(started, tmp_path, place):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("a file in the way")
+    with pytest.raises(OutputError, match=f"{tmp_path}/{place} is no folder"):
+        run_demo(mode="repa", steps=None, ranks=1, seed=0)
+    assert started == []
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "sklearn"])
+def test_a_package_that_a_late_step_needs_is_looked_for_first(started, monkeypatch, package):
+    real = demo_command.find_spec
+    monkeypatch.setattr(demo_command, "find_spec", lambda name: name != package and real(name))
+    with pytest.raises(SRepaError, match=r"pip install 'srepa_ds\[demo\]'"):
+        run_demo(mode="repa", steps=None, ranks=1, seed=0)
+    assert started == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_possible_values_start_all_steps(started, mode):
+    assert run_demo(mode=mode, steps=1, ranks=2, seed=(1 << 63) - 1, images=4) == 0
+    assert started == commands(mode, [
+        f"run.folder=runs/digits-{mode}-seed{(1 << 63) - 1}", "train.steps=1",
+        f"run.seed={(1 << 63) - 1}", f"sample.seed={(1 << 63) - 1}", "sample.num_samples=4",
+    ], ranks=2)  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "goes_on"), [(2, False), (1, True), (75, True), (130, True)])
+def test_what_a_failed_step_promises(started, monkeypatch, capsys, code, goes_on):
+    monkeypatch.setattr(demo_command, "_run", lambda arguments: code)
+    assert run_demo(mode="repa", steps=None, ranks=1, seed=0) == code
+    said = capsys.readouterr().out
+    assert ("continues from here" in said) == goes_on
+    assert ("correct what its message names" in said) != goes_on
+
+
+def test_the_fewest_images_are_those_that_can_be_scored():
+    images = torch.randn(FEWEST_IMAGES, 8)
+    score(images, images)
+    with pytest.raises(DataError):
+        score(images[1:], images)
 
 
 def demo(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:

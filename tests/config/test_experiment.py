@@ -153,3 +153,24 @@ def test_an_unknown_kind_names_the_known_ones(tmp_path, capsys):
     path.write_text("kind: preparation\n")
     assert run(["config", str(path)]) == 2
     assert "kind: unknown 'preparation'; did you mean 'prepare'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_refused"),
+    [
+        ({}, True),
+        ({"resampling": {"direction": "teacher_to_student", "mode": "area"}}, True),
+        ({"resampling": {"direction": "student_to_teacher", "mode": "area"}}, False),
+        ({"structural": None, "pointwise": {"weight": 1.0}}, False),
+    ],
+)
+def test_a_structural_term_needs_two_tokens(changes, is_refused):
+    model = {"variant": "SiT-B/2", "input_size": 2, "in_channels": 4, "num_classes": 10}
+    experiment = tree(model=model, alignments=[{**ALIGNMENT, **changes}])
+    if is_refused:
+        with pytest.raises(ConfigError, match="compares pairs of tokens, and the model has one"):
+            config_from(experiment, source="test")
+    else:
+        config_from(experiment, source="test")
+    oblong = {**experiment, "model": {**model, "input_size": [2, 4]}}
+    config_from(oblong, source="test")

@@ -1,6 +1,7 @@
 import json
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -387,3 +388,16 @@ def test_shards_have_the_permissions_of_ordinary_files(folder):
     (folder / "ordinary").write_text("")
     expected = (folder / "ordinary").stat().st_mode
     assert all(path.stat().st_mode == expected for path in folder.iterdir())
+
+
+def test_a_folder_of_data_sets_names_them(tmp_path, monkeypatch):
+    for part in ("train", "heldout"):
+        write(tmp_path / "digits" / part)
+    with pytest.raises(DataError, match="but heldout/ and train/ in it are data sets; give such"):
+        ShardDataset(tmp_path / "digits")
+    (tmp_path / "digits" / "heldout" / INDEX_NAME).unlink()
+    with pytest.raises(DataError, match="but train/ in it is a data set"):
+        ShardDataset(tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"none: no such data folder .looked for at {tmp_path}/no"):
+        ShardDataset(Path("none"))
