@@ -42,12 +42,13 @@ RankCount = Annotated[
 ]
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         from srepa_ds import __version__
 
         typer.echo(f"srepa_ds {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback(help=__doc__)

@@ -7,6 +7,7 @@ faults at once, whether a value came from a file or from the command line.
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -377,6 +378,8 @@ def _fault(schema: type[Section], detail: Any) -> Fault:
         message += f" (given: {_shortened(given)})"
     if detail["type"] == "bool_type" and str(given).lower() in ("yes", "no", "on", "off"):
         message += "; write true or false"
+    if detail["type"] in ("int_type", "float_type") and re.fullmatch(r"[\d.]+(_\d+)+", str(given)):
+        message += "; write the number without _"
     return Fault(path, message)
 
 

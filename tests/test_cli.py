@@ -51,10 +51,10 @@ def test_a_pipe_as_configuration(tmp_path, capsys):
     for text, kind in ((f"base: {DIGITS}\n", "experiment"), ("kind: prepare\n", "prepare")):
         if kind == "prepare":
             text = (ROOT / "configs/digits-prepare.yaml").read_text()
-        writer = threading.Thread(target=pipe.write_text, args=(text,))
+        writer = threading.Thread(target=pipe.write_text, args=(text,), daemon=True)
         writer.start()
         assert run(["config", str(pipe)]) == 0
-        writer.join()
+        writer.join(10)
         assert f"kind: {kind}\n" in capsys.readouterr().out
     assert run(["train", str(pipe), "--ranks", "2"]) == 2
     assert "a pipe can be read once" in capsys.readouterr().err

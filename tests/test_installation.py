@@ -99,6 +99,12 @@ def test_the_wheel_works_in_an_empty_folder(elsewhere, tmp_path):
     # The experiment names a DeepSpeed file by a relative path, which is not in this folder either.
     assert "zero" in succeeded([elsewhere / "srepa-ds", "config", found], **settings)
     assert list(tmp_path.iterdir()) == []
+    mine = "configs/digits-srepa-mse.yaml"
+    printed = succeeded([elsewhere / "srepa-ds", "config", mine], **settings)
+    assert "runs/digits-srepa-mse" in printed, "shipped configurations are found by their names"
+    succeeded([elsewhere / "srepa-ds", "init", "copied"], **settings)
+    assert (tmp_path / "copied" / mine).read_bytes() == (ROOT / mine).read_bytes()
+    assert (tmp_path / "copied/ds_configs/zero3.json").is_file()
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

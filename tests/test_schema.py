@@ -458,6 +458,8 @@ def test_a_path_that_stands_for_nothing_is_a_fault(folder, words):
 def test_words_for_truths_are_named():
     (fault,) = faults(apply_overrides({"rate": 1}, ["flag=yes"]))
     assert fault.message.endswith("(given: 'yes'); write true or false")
+    (fault,) = faults(apply_overrides({"rate": 1}, ["steps=5_000"]))
+    assert fault.message.endswith("(given: '5_000'); write the number without _")
 
 
 @pytest.mark.parametrize(

@@ -202,10 +202,10 @@ def test_a_file_is_opened_once(tmp_path):
     """A pipe is empty the second time, as is `<(...)` of a shell."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    writer = threading.Thread(target=lambda: pipe.write_text("a: 1\n"))
+    writer = threading.Thread(target=lambda: pipe.write_text("a: 1\n"), daemon=True)
     writer.start()
     assert load_tree(pipe) == {"a": 1}
-    writer.join()
+    writer.join(10)
 
 
 def test_a_missing_file_is_named_with_the_place_where_it_was_looked_for(tmp_path, monkeypatch):

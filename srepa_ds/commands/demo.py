@@ -92,7 +92,10 @@ def check(mode: str, changes: Sequence[str], *, ranks: int) -> None:
             except ConfigError as error:
                 given = error.faults
                 faults += [Fault(_OPTIONS.get(one.path, one.path), one.message) for one in given]
-                config = load_config(Path(path))
+                # The folder's name holds the seed, whatever that is.
+                wrong = {one.path for one in given} | {"run.folder"}
+                sound = [one for one in changes if one.partition("=")[0] not in wrong]
+                config = load_config(Path(path), sound)
             outputs.append(config.run.folder)
             faults += _faults_of_numbers(config, ranks)
     if ranks < 1:

@@ -100,23 +100,23 @@ def _memory_faults(config: Config, rank: Rank) -> Iterator[Fault]:
     for place, (wanted, available) in places.items():
         if wanted > _MARGIN * available:
             share = " for it" if place == "the machine" and ranks_here > 1 else ""
-            yield _too_large(
-                config, needed, f"{place} has {_gigabytes(available)}{share}", wanted=wanted
-            )
+            need = f"a rank needs at least {_gigabytes(wanted)}, and {place} has"
+            need += f" {_gigabytes(available)}{share}"
+            yield _too_large(config, need, model=needed.states > _MARGIN * available)
 
 
-def _too_large(config: Config, needed: _Bytes, available: str, *, wanted: int) -> Fault:
-    need = f"a rank needs at least {_gigabytes(wanted)}, and {available}"
-    if needed.activations > needed.states:
+def _too_large(config: Config, need: str, *, model: bool) -> Fault:
+    """Returns the fault of the model, if that alone is too large, else of the batch."""
+    if model:
         return Fault(
-            "train.batch_size",
-            f"{config.train.batch_size} in {config.train.accumulation_steps} accumulation steps: "
-            f"{need}; choose a smaller batch, more ranks, or more train.accumulation_steps",
+            "model",
+            f"has some {_fewest_weights(config):.2g} weights: {need}; choose a smaller model "
+            "(depth, hidden_size), projector or number of classes, or more ranks",
         )
     return Fault(
-        "model",
-        f"has some {_fewest_weights(config):.2g} weights: {need}; choose a smaller model (depth, "
-        "hidden_size), projector or number of classes, or more ranks",
+        "train.batch_size",
+        f"{config.train.batch_size} in {config.train.accumulation_steps} accumulation steps: "
+        f"{need}; choose a smaller batch, more ranks, or more train.accumulation_steps",
     )
 
 

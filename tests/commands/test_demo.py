@@ -66,7 +66,7 @@ def test_all_impossible_values_come_at_once(started):
     with pytest.raises(ConfigError) as caught:
         run_demo(mode="reg", steps=0, ranks=0, seed=-1, images=2)
     options = sorted(fault.path for fault in caught.value.faults)
-    assert options == ["--ranks", "--seed", "--steps"] or "--images" in options
+    assert options == ["--images", "--ranks", "--seed", "--steps"]
 
 
 @pytest.mark.parametrize("place", ["runs", "data", "runs/digits-repa", "data/digits-teacher"])
@@ -81,7 +81,9 @@ def test_a_place_that_cannot_be_written_to_is_refused_first(started, tmp_path, p
 @pytest.mark.parametrize("package", ["matplotlib", "sklearn"])
 def test_a_package_that_a_late_step_needs_is_looked_for_first(started, monkeypatch, package):
     real = demo_command.find_spec
-    monkeypatch.setattr(demo_command, "find_spec", lambda name: name != package and real(name))
+    monkeypatch.setattr(
+        demo_command, "find_spec", lambda name: None if name == package else real(name)
+    )
     with pytest.raises(SRepaError, match=r"pip install 'srepa_ds\[demo\]'"):
         run_demo(mode="repa", steps=None, ranks=1, seed=0)
     assert started == []

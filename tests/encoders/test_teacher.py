@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from teacher_models import (
@@ -15,7 +17,15 @@ from teacher_models import (
 from timm.models import get_pretrained_cfg
 from torch._dynamo.utils import counters
 
-from srepa_ds.encoders.teacher import TEACHERS, Teacher, build_encoder
+from srepa_ds.encoders import teacher as teacher_module
+from srepa_ds.encoders.teacher import (
+    TEACHERS,
+    Teacher,
+    TeacherConfig,
+    build_encoder,
+    load_teacher,
+)
+from srepa_ds.errors import DataError
 
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -298,3 +308,13 @@ def test_images_of_another_size_or_type_are_refused(tmp_path):
     for wrong in (images(20), images((16, 20))):
         with pytest.raises(ValueError, match="takes"):
             teacher.tokens(wrong)
+
+
+@pytest.mark.parametrize(("name", "is_own"), [("digits-vit", True), ("dinov2-vit-s", False)])
+def test_missing_weights_are_named_with_what_makes_them(tmp_path, monkeypatch, name, is_own):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacher_module, "build_encoder", lambda *given, **more: None)
+    config = TeacherConfig(name=name, weights=Path("none.safetensors"))
+    with pytest.raises(DataError, match=f"no such file .looked for at {tmp_path}/none") as caught:
+        load_teacher(config, resolution=16, device="cpu")
+    assert ("srepa-ds teacher" in str(caught.value)) == is_own
