@@ -83,10 +83,7 @@ def _opened(path: Path) -> Any:
     if not stat.S_ISREG(mode):
         raise _OtherFileError("it is no regular file")
     size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(512)
-        file.seek(max(size - 8, 0))
-        tail = file.read(8)
+    head, tail = _ends_of(path)
     if _is_safetensors(head, size):
         return load_file(path)
     if head.startswith(b"PK\x03\x04"):
@@ -95,6 +92,22 @@ def _opened(path: Path) -> Any:
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return _unpickled(path, mapped=False)
     raise _OtherFileError(_kind_of(head, tail))
+
+
+def other_kind(path: Path) -> str | None:
+    """Returns what the file is if its first bytes show that it holds no weights, else None.
+
+    Raises OSError.
+    """
+    kind = _kind_of(*_ends_of(path))
+    return None if kind == _DAMAGED else kind
+
+
+def _ends_of(path: Path) -> tuple[bytes, bytes]:
+    with path.open("rb") as file:
+        head = file.read(512)
+        file.seek(max(path.stat().st_size - 8, 0))
+        return head, file.read(8)
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from srepa_ds.errors import CheckpointError, ConfigError, OutputError, listed
@@ -17,12 +18,14 @@ from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.schema import Section, replaced, validated
 from srepa_ds.trees import read_json
+from srepa_ds.weight_file import other_kind, plain_tensors, read_weight_file
 
 FORMAT = "srepa_ds.model"
 VERSION = 1
 WEIGHTS = "model.safetensors"
 DOCUMENT = "config.json"
-_UNFINISHED = {WEIGHTS + PARTIAL, DOCUMENT + PARTIAL}
+# Files of an export that is under way or was killed; the last is safetensors' own.
+_UNFINISHED = re.compile(rf"({WEIGHTS}|{DOCUMENT}){PARTIAL}|\.tmp\w{{6}}")
 # Weights that sampling does not need.
 _TRAINING_ONLY = ("projectors.",)
 
@@ -131,17 +134,17 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 
 def _refuse_foreign(folder: Path) -> None:
     """Raises OutputError unless `folder` is absent, empty, or holds an exported model alone."""
-    names = _own_names(folder)
+    names = {name for name in _own_names(folder) if not _UNFINISHED.fullmatch(name)}
     # Only a kill between the renames leaves weights beside a document without its name.
     mark = DOCUMENT if DOCUMENT in names else DOCUMENT + PARTIAL
-    if not (names <= _UNFINISHED or _is_document(folder / mark)):
+    if names and not _is_document(folder / mark):
         raise _foreign(folder, names)
 
 
 def _own_names(folder: Path) -> set[str]:
     """Returns the names of the files in `folder`; raises OutputError if one is not of a model."""
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if not names <= {WEIGHTS, DOCUMENT} | _UNFINISHED:
+    if any(not _UNFINISHED.fullmatch(name) for name in names - {WEIGHTS, DOCUMENT}):
         raise _foreign(folder, names)
     return names
 
@@ -162,8 +165,8 @@ def _is_document(path: Path) -> bool:
 
 def _remove_leftovers(folder: Path) -> None:
     """Removes what killed exports left in `folder`, and what those of the first release left."""
-    for name in _UNFINISHED:
-        (folder / name).unlink(missing_ok=True)
+    for left in [path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name)]:
+        left.unlink(missing_ok=True)
     place = folder.absolute()
     for ending in ("writing", "replaced") if place.name else ():
         left = place.parent / f".{place.name}.{ending}"
@@ -232,6 +235,8 @@ def checked_document(folder: Path) -> tuple[ExportDocument, str]:
     if document.sha256 is not None and document.sha256 != found:
         if (folder / (DOCUMENT + PARTIAL)).exists():
             raise _interrupted(folder)
+        if kind := other_kind(folder / WEIGHTS):
+            raise _without_model(folder, f"{folder / WEIGHTS}: {kind}")
         raise CheckpointError(
             f"{folder / WEIGHTS} has changed since it was exported (its sha256 is {found[:12]}..., "
             f"not {document.sha256[:12]}...); {_EXPORT_AGAIN}"
@@ -253,14 +258,16 @@ def read_model(folder: Path) -> ExportedModel:
     Raises CheckpointError that says what is missing, changed or does not fit.
     """
     document, sha256 = checked_document(folder)
+    path = folder / WEIGHTS
     try:
-        tensors = load_file(folder / WEIGHTS)
-    # A damaged file may raise anything: the reader trusts its names, lengths and types.
-    except Exception as error:
-        raise _without_model(folder, f"{folder / WEIGHTS}: {error}") from error
+        found = read_weight_file(path, named=str(path), setting="the folder", fault=CheckpointError)
+        tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        tensors = plain_tensors(tensors, path, named=str(path), fault=CheckpointError)
+    except CheckpointError as error:
+        raise _without_model(folder, str(error)) from error
     config = document.section(SiTConfig, "model")
     wanted = {k: v for k, v in tensors.items() if not k.startswith(_TRAINING_ONLY)}
-    model = _model_of(config, wanted, folder / WEIGHTS)
+    model = _model_of(config, wanted, path)
     return ExportedModel(model.eval().requires_grad_(False), document, sha256)
 
 

@@ -169,6 +169,14 @@ DAMAGES = {
         ),
         "does not hold an exported model",
     ),
+    "a pointer": (
+        lambda f: (f / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1"),
+        "it is a Git LFS pointer, not the weights; run `git lfs pull`",
+    ),
+    "a pointer without a hash": (
+        lambda f: (drop(f, "sha256"), (f / WEIGHTS).write_text("version https://git-lfs.")),
+        "it is a Git LFS pointer, not the weights; run `git lfs pull`",
+    ),
     "torn document": (lambda f: (f / DOCUMENT).write_text("{"), "does not hold an exported model"),
     "a list": (lambda f: (f / DOCUMENT).write_text("[]"), "does not describe a model"),
     "another format": (lambda f: edit(f, format="other"), "is of format"),
@@ -254,6 +262,14 @@ def test_a_kill_at_any_rename_leaves_a_model_or_is_recognised(
     write(folder, seed=3)
     assert names(folder) == {WEIGHTS, DOCUMENT}
     assert load_file(folder / WEIGHTS)["projectors.0.weight"].unique() == 3
+
+
+def test_leftovers_of_kills_are_removed(tmp_path):
+    for first in (True, False):
+        for name in (".tmpEltVq6", f"{WEIGHTS}.partial", f"{DOCUMENT}.partial"):
+            (tmp_path / name).write_text("half")
+        write(tmp_path)
+        assert names(tmp_path) == {WEIGHTS, DOCUMENT}, first
 
 
 def test_leftovers_of_the_first_release_are_removed_and_others_are_not(tmp_path):
