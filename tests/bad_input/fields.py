@@ -21,16 +21,15 @@ _TEXT = "nonsense"
 
 
 def _cases() -> Iterator[Case]:
-    """Yields, per section and kind of value, a row in which all fields that take it are wrong."""
-    wrong: dict[tuple[str, str], list[str]] = defaultdict(list)
+    """Yields a row per kind of value, in which all fields that take it are wrong at once."""
+    wrong: dict[str, list[str]] = defaultdict(list)
     for path, field in _fields(Config):
-        if path.startswith(_SEEN_ELSEWHERE):
-            continue
-        for kind, value in _bad_values(field):
-            wrong[path.partition(".")[0], kind].append(f"{path}={value}")
-    for (section, kind), overrides in wrong.items():
+        if not path.startswith(_SEEN_ELSEWHERE):
+            for kind, value in _bad_values(field):
+                wrong[kind].append(f"{path}={value}")
+    for kind, overrides in wrong.items():
         words = tuple(f"{override.partition('=')[0]}: " for override in overrides)
-        yield _case(f"{kind} in {section}", overrides, words)
+        yield _case(f"{kind} in all fields", overrides, words)
 
 
 def _typos() -> Iterator[Case]:
@@ -45,7 +44,7 @@ def _typos() -> Iterator[Case]:
 
 
 def _case(name: str, overrides: list[str], words: tuple[str, ...]) -> Case:
-    return Case(f"{name}", nothing, f"config CONFIG {' '.join(overrides)}", words)
+    return Case(name, nothing, f"config CONFIG {' '.join(overrides)}", words)
 
 
 def _fields(section: type[Section], above: str = "") -> Iterator[tuple[str, FieldInfo]]:
