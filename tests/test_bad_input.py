@@ -9,21 +9,26 @@ import sys
 from collections import Counter
 
 import pytest
-from bad_input import command_lines, fields, files, inputs, models, on_ranks, outputs, paths
+from bad_input import (
+    command_lines,
+    damaged,
+    fields,
+    files,
+    inputs,
+    models,
+    on_ranks,
+    outputs,
+    paths,
+)
 from bad_input.arrangements import overflowing_teacher
 from bad_input.case import Case, Place
-from bad_input.known import KNOWN
 from builders import contents
 
 from srepa_ds.cli import run
 from srepa_ds.distributed import ranks
 
-TABLES = (command_lines, fields, files, inputs, models, outputs, paths)
-CASES = [
-    pytest.param(case, marks=[pytest.mark.xfail(strict=True)] if case.name in KNOWN else [])
-    for table in TABLES
-    for case in table.CASES
-]
+TABLES = (command_lines, damaged, fields, files, inputs, models, outputs, paths)
+CASES = [case for table in TABLES for case in table.CASES]
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def test_a_folder_without_permission(closed):
             load_tree(closed / "file.yaml")
         with pytest.raises(ConfigError, match="Permission denied"):
             load_deepspeed_json(closed / "ds.json")
-        with pytest.raises(DataError, match="no such data folder"):
+        with pytest.raises(DataError, match="Permission denied; make it readable"):
             read_index(closed / "sub")
         claim = claimed(closed / "new", doing="training in", cure="choose another")
         with pytest.raises(OutputError, match="Permission denied; choose another"), claim:

@@ -43,7 +43,7 @@ CASES = [
          ("train.steps=3", "No such file")),
     Case("an override without a key", nothing, "config CONFIG =3", ("section.field=value",)),
     Case("an override of no YAML", nothing, "config CONFIG train.steps=[3",
-         ("train.steps: the value '[3' is not valid YAML",)),
+         ("train.steps: '[3' is not valid YAML",)),
     Case("an override below a plain value", nothing, "config CONFIG train.steps.more=3",
          ("train.steps.more: addresses no place",)),
     Case("an override of an item that is not there", nothing, "config CONFIG alignments.5.depth=1",

@@ -45,7 +45,7 @@ FOR_EVERY_COMMAND = {
 
 # They are read by the same function, so each is given to one command.
 FOR_SOME_COMMAND = {
-    "of a long name": Broken(_nothing, ("File name too long",), "long" * 100 + ".yaml"),
+    "of a long name": Broken(_nothing, ("is too long",), "long" * 100 + ".yaml"),
     "a dangling link": Broken(lambda path: path.symlink_to("nowhere"), ("No such file",)),
     "a link to itself": Broken(lambda path: path.symlink_to(path), ("symbolic links",)),
     "a comment": _text("# nothing yet\n", "must be a mapping of sections"),
