@@ -15,10 +15,10 @@ from srepa_ds.files import sha256_of
 from srepa_ds.trees import read_json
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path, *, needed: tuple[str, ...] = ()) -> dict[str, Any]:
     """Returns what a checkpoint holds besides the fragments.
 
-    Raises CheckpointError if it cannot be read, or lacks what every checkpoint has.
+    Raises CheckpointError if it cannot be read, lacks what is `needed`, or has it in another type.
     """
     try:
         state = read_json(folder / STATE)
@@ -27,9 +27,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         for name, kind in _STATE_KINDS.items():
             if name in state and not isinstance(state[name], kind):
                 raise ValueError(f"'{name}' is of another type")
-        for name in ("step", "config"):
-            if name not in state:
-                raise ValueError(f"it lacks '{name}'")
+        if lacking := [name for name in needed if name not in state]:
+            raise ValueError(f"it lacks '{lacking[0]}'")
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder / STATE} cannot be read ({error}); restore it, or move {folder} away"

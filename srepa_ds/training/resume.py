@@ -26,7 +26,7 @@ def checkpoint_to_resume(
     source = newest_valid(config.run_folder.checkpoints)
     if source is None or allow_change:
         return source
-    state = read_state(source)
+    state = read_state(source, needed=("config",))
     stored = state.get("identity", {})
     faults = list(unsafe_changes(state["config"], config))
     faults += [
