@@ -13,7 +13,7 @@ import typer
 from srepa_ds.console import show_warnings_once
 from srepa_ds.distributed.launcher import run_ranks
 from srepa_ds.distributed.surroundings import check_surroundings, launched
-from srepa_ds.errors import SRepaError, TopologyError
+from srepa_ds.errors import OutputError, SRepaError, TopologyError
 
 if TYPE_CHECKING:
     from srepa_ds.config.experiment import Config
@@ -234,6 +234,13 @@ def run(arguments: Sequence[str]) -> int:
     except SRepaError as error:
         _print_error(error)
         return error.exit_code
+    except OSError as error:
+        if error.filename is None or isinstance(error, BrokenPipeError):
+            raise
+        named = OutputError(f"{os.fsdecode(error.filename)}: {error.strerror or error}")
+        named.__cause__ = error
+        _print_error(named)
+        return named.exit_code
     except typer.TyperException as error:
         text = error.format_message()
         text += _advice_on_options(error)

@@ -149,6 +149,14 @@ def is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
 
 
+def is_unfinished_save(name: str) -> bool:
+    """Returns whether a file's name is one that safetensors gives until a file is whole.
+
+    A kill leaves such files behind.
+    """
+    return re.fullmatch(r"\.tmp\w{6}", name) is not None
+
+
 def sha256_of(path: Path) -> str:
     """Returns the sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
@@ -213,7 +221,7 @@ def _holder_of(folder: Path) -> str:
         process = next(fields[4] for fields in found if fields[1] == "FLOCK")
         words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except (OSError, StopIteration):
-        return "on another machine or in another container"
+        return "which has just ended, or is on another machine or in another container"
     return f"{process}: {' '.join(words).strip()}"
 
 

@@ -24,6 +24,7 @@ from srepa_ds.data.stored_tokens import StoredTokens, as_stored
 from srepa_ds.data.token_index import TokenDescription, TokenFileEntry, is_finished
 from srepa_ds.data.token_writer import TokenStoreWriter, claimed
 from srepa_ds.distributed import ranks
+from srepa_ds.distributed.heartbeat import moved
 from srepa_ds.distributed.ranks import Rank
 from srepa_ds.encoders.teacher import Teacher, load_teacher
 from srepa_ds.errors import ConfigError, DataError, Fault, OutputError
@@ -197,7 +198,7 @@ def _write_files(
     shown = steps_shown(pieces, total=len(pieces), what="batch", is_main=rank.is_main)
     for number, of_shard in itertools.groupby(shown, key=lambda piece: piece.shard):
         # The file will say that it holds the tokens of these contents.
-        check_contents(dataset.claims[number])
+        check_contents(dataset.indexed_files[number])
         tokens = (_tokens(job, dataset, piece.samples, rank.device) for piece in of_shard)
         writer.write(number, tokens)
         # Now, while the system still has the file in memory.
@@ -218,6 +219,7 @@ def _pieces(dataset: ShardDataset, numbers: Sequence[int], batch_size: int) -> l
 
 def _tokens(job: _Job, dataset: ShardDataset, samples: range, device: torch.device) -> StoredTokens:
     """Returns the tokens to store for some samples; raises DataError if they are not finite."""
+    moved()
     described = job.writer.description
     batch = dataset.read(torch.arange(samples.start, samples.stop))
     found = job.teacher.tokens(batch.pixels.to(device))

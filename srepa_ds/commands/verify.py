@@ -8,11 +8,11 @@ from typing import NamedTuple
 from srepa_ds.checkpoint.folder import fault_of, steps_in
 from srepa_ds.checkpoint.manifest import MANIFEST
 from srepa_ds.console import steps_shown
-from srepa_ds.data.contents import Claim, check_contents
+from srepa_ds.data.contents import IndexedFile, check_contents
 from srepa_ds.data.index_document import INDEX_NAME
 from srepa_ds.data.shard_index import ShardEntry, ShardIndex, read_index
 from srepa_ds.data.shard_writer import MARKER_NAME, shard_name
-from srepa_ds.data.shards import check_labels, check_shard, labels_of, shard_claims
+from srepa_ds.data.shards import check_labels, check_shard, indexed_shards, labels_of
 from srepa_ds.data.token_index import (
     TOKEN_FORMAT,
     TokenFileEntry,
@@ -21,7 +21,7 @@ from srepa_ds.data.token_index import (
     read_token_index,
     token_file_name,
 )
-from srepa_ds.data.token_store import TokenStore, check_token_file, token_claims
+from srepa_ds.data.token_store import TokenStore, check_token_file, indexed_tokens
 from srepa_ds.encoders.teacher_folder import REPORT_NAME, WEIGHTS_NAME, check_teacher
 from srepa_ds.errors import CheckpointError, DataError, SRepaError
 from srepa_ds.run_folder import RunFolder
@@ -123,10 +123,10 @@ def _of_data(folder: Path) -> list[_Part]:
         index = read_index(folder)
     except SRepaError as error:
         return [_failed(folder / INDEX_NAME, error)]
-    claims = shard_claims(folder, index)
+    files = indexed_shards(folder, index)
     parts = [
-        _Part((claim.path,), partial(_check_shard, folder, index, entry, claim))
-        for entry, claim in zip(index.shards, claims, strict=True)
+        _Part((file.path,), partial(_check_shard, folder, index, entry, file))
+        for entry, file in zip(index.shards, files, strict=True)
     ]
     for store in filter(is_finished, sorted((folder / STORES).glob("*"))):
         parts += _of_store(store)
@@ -134,9 +134,9 @@ def _of_data(folder: Path) -> list[_Part]:
     return [_Part((folder / INDEX_NAME,), lambda: None), *parts]
 
 
-def _check_shard(folder: Path, index: ShardIndex, entry: ShardEntry, claim: Claim) -> None:
+def _check_shard(folder: Path, index: ShardIndex, entry: ShardEntry, indexed: IndexedFile) -> None:
     file = check_shard(folder, index, entry)
-    check_contents(claim)
+    check_contents(indexed)
     check_labels(file.path, labels_of(file, entry.num_samples), num_classes=index.num_classes)
 
 
@@ -145,17 +145,19 @@ def _of_store(folder: Path) -> list[_Part]:
         index = read_token_index(folder)
     except SRepaError as error:
         return [_failed(folder / INDEX_NAME, error)]
-    claims = token_claims(folder, index)
+    files = indexed_tokens(folder, index)
     parts = [
-        _Part((claim.path,), partial(_check_tokens, folder, index, entry, claim))
-        for entry, claim in zip(index.files, claims, strict=True)
+        _Part((file.path,), partial(_check_tokens, folder, index, entry, file))
+        for entry, file in zip(index.files, files, strict=True)
     ]
     return [_Part((folder / INDEX_NAME,), lambda: None), *parts]
 
 
-def _check_tokens(folder: Path, index: TokenIndex, entry: TokenFileEntry, claim: Claim) -> None:
+def _check_tokens(
+    folder: Path, index: TokenIndex, entry: TokenFileEntry, file: IndexedFile
+) -> None:
     check_token_file(folder, index, entry)
-    check_contents(claim)
+    check_contents(file)
 
 
 def _check_fits(store: Path, index: ShardIndex, folder: Path) -> None:

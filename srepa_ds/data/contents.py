@@ -32,7 +32,7 @@ _LOWEST_PRIORITY = 19
 log = logging.getLogger("srepa_ds")
 
 
-class Claim(NamedTuple):
+class IndexedFile(NamedTuple):
     """A file, and what the index says of its contents."""
 
     path: Path
@@ -50,25 +50,25 @@ class Damage(NamedTuple):
     message: str
 
 
-def check_contents(claim: Claim) -> None:
+def check_contents(file: IndexedFile) -> None:
     """Reads a whole file and compares its hash; raises DataError if it differs."""
     try:
-        found = _sha256_of(claim.path)
+        found = _sha256_of(file.path)
     except OSError as error:
-        raise DataError(f"{claim.path}: {error.strerror or error}; make it readable") from error
-    if found != claim.sha256:
-        raise DataError(_differs(claim, found))
+        raise DataError(f"{file.path}: {error.strerror or error}; make it readable") from error
+    if found != file.sha256:
+        raise DataError(_differs(file, found))
 
 
-def are_small(claims: Iterable[Claim]) -> bool:
+def are_small(files: Iterable[IndexedFile]) -> bool:
     """Returns whether the files are compared in a moment: 256 MiB, 0.2 s at 1.5 GB/s."""
-    return sum(claim.num_bytes for claim in claims) < _SMALL
+    return sum(file.num_bytes for file in files) < _SMALL
 
 
-def _differs(claim: Claim, found: str | None) -> str:
+def _differs(file: IndexedFile, found: str | None) -> str:
     return (
-        f"{claim.path}: contents changed since it was written (sha256 {found}, expected "
-        f"{claim.sha256}); {claim.again}"
+        f"{file.path}: contents changed since it was written (sha256 {found}, expected "
+        f"{file.sha256}); {file.again}"
     )
 
 
@@ -91,8 +91,8 @@ class ContentCheck:
     hash. Where it cannot be written, the next start compares all files again. Run one per machine.
     """
 
-    def __init__(self, claims: Sequence[Claim], *, remembered_in: Path):
-        self._claims = tuple(claims)
+    def __init__(self, files: Sequence[IndexedFile], *, remembered_in: Path):
+        self._files = tuple(files)
         self._place = remembered_in
         self._known = _remembered(remembered_in)
         self._remembered_at = time.monotonic()
@@ -112,7 +112,7 @@ class ContentCheck:
 
     def is_finished(self) -> bool:
         """Returns whether all files were compared."""
-        return self._num_done == len(self._claims)
+        return self._num_done == len(self._files)
 
     def wait(self) -> Damage | None:
         """Waits until all files were compared, or one is damaged; returns the damaged one."""
@@ -131,7 +131,7 @@ class ContentCheck:
                 "compared the contents of %d of %d data files with their index; `srepa-ds verify` "
                 "compares all of them",
                 self._num_done,
-                len(self._claims),
+                len(self._files),
             )
 
     def _run(self) -> None:
@@ -142,31 +142,31 @@ class ContentCheck:
         self._remember()
 
     def _compare_all(self) -> None:
-        for claim in self._claims:
+        for file in self._files:
             if self._ended.is_set():
                 return
             try:
-                found = self._hash_of(claim)
+                found = self._hash_of(file)
             except OSError as error:
                 # Whoever needs the file meets the same error. A removed one may still be open.
-                log.warning("cannot check %s: %s", claim.path, error.strerror or error)
+                log.warning("cannot check %s: %s", file.path, error.strerror or error)
                 continue
             if found is None:
                 return
-            if found != claim.sha256:
-                self._failure = Damage(claim.path, _differs(claim, found))
+            if found != file.sha256:
+                self._failure = Damage(file.path, _differs(file, found))
                 return
             self._num_done += 1
 
-    def _hash_of(self, claim: Claim) -> str | None:
+    def _hash_of(self, file: IndexedFile) -> str | None:
         """Returns the hash of a file, read or remembered; None if the check was closed."""
-        key, identity = os.path.relpath(claim.path, self._place.parent), Identity.of(claim.path)
+        key, identity = os.path.relpath(file.path, self._place.parent), Identity.of(file.path)
         # Without the device: its number may change when a disk is mounted again.
         mark = [identity.inode, identity.size, identity.modified]
-        if self._known.get(key) == [*mark, claim.sha256]:
-            return claim.sha256
-        found = _sha256_of(claim.path, lambda: not self._ended.is_set())
-        if found is not None and found == claim.sha256 and Identity.of(claim.path) == identity:
+        if self._known.get(key) == [*mark, file.sha256]:
+            return file.sha256
+        found = _sha256_of(file.path, lambda: not self._ended.is_set())
+        if found is not None and found == file.sha256 and Identity.of(file.path) == identity:
             self._known[key] = [*mark, found]
             self._has_news = True
             if time.monotonic() - self._remembered_at > _SECONDS_BETWEEN_NOTES:

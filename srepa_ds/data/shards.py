@@ -13,7 +13,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from srepa_ds.data.batch import Batch
-from srepa_ds.data.contents import Claim, are_small, check_contents
+from srepa_ds.data.contents import IndexedFile, are_small, check_contents
 from srepa_ds.data.headers import Form, Header, Kind, check_header, read_header, rows_of
 from srepa_ds.data.sample_files import SampleFiles, StoredFile
 from srepa_ds.data.shard_index import FORMAT, VERSION, ShardEntry, ShardIndex, again, read_index
@@ -63,9 +63,9 @@ class ShardDataset:
         return self._files.tensor("labels")
 
     @property
-    def claims(self) -> tuple[Claim, ...]:
+    def indexed_files(self) -> tuple[IndexedFile, ...]:
         """The hash that the index gives for each shard."""
-        return shard_claims(self.folder, self.index)
+        return indexed_shards(self.folder, self.index)
 
     def read(
         self, indices: Int64[Tensor, " batch"], *, positions: Int64[Tensor, " batch"] | None = None
@@ -89,11 +89,11 @@ class ShardDataset:
 
         Raises DataError naming the first shard that is damaged.
         """
-        if not are_small(self.claims):
+        if not are_small(self.indexed_files):
             log.info("%s: not compared with its index; `srepa-ds verify` does it", self.folder)
             return
-        for claim in self.claims:
-            check_contents(claim)
+        for file in self.indexed_files:
+            check_contents(file)
 
     def samples_in(self, path: Path) -> range | None:
         """Returns the samples whose images or tokens lie in a file, None for any other file."""
@@ -112,10 +112,10 @@ class ShardDataset:
 
         Raises DataError naming the first shard that is damaged.
         """
-        for number, claim in enumerate(self.claims):
-            check_contents(claim)
+        for number, file in enumerate(self.indexed_files):
+            check_contents(file)
             labels = self._files.tensor("labels", file=number)
-            check_labels(claim.path, labels, num_classes=self.num_classes)
+            check_labels(file.path, labels, num_classes=self.num_classes)
 
 
 def shard_facts(num_samples: int, image_shape: tuple[int, ...], dataset_id: str) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def check_labels(path: Path, labels: Int64[Tensor, " samples"], *, num_classes: 
         )
 
 
-def shard_claims(folder: Path, index: ShardIndex) -> tuple[Claim, ...]:
+def indexed_shards(folder: Path, index: ShardIndex) -> tuple[IndexedFile, ...]:
     """Returns the hash that the index of a data set gives for each shard."""
     cure = again(folder)
-    return tuple(Claim(folder / e.file, e.bytes, e.sha256, cure) for e in index.shards)
+    return tuple(IndexedFile(folder / e.file, e.bytes, e.sha256, cure) for e in index.shards)

@@ -5,7 +5,7 @@ from pathlib import Path
 from jaxtyping import Int64
 from torch import Tensor
 
-from srepa_ds.data.contents import Claim, check_contents
+from srepa_ds.data.contents import IndexedFile, check_contents
 from srepa_ds.data.headers import Header, Kind, check_header, read_header, rows_of
 from srepa_ds.data.sample_files import SampleFiles, StoredFile
 from srepa_ds.data.shard_index import ShardIndex
@@ -58,9 +58,9 @@ class TokenStore:
                 )
 
     @property
-    def claims(self) -> tuple[Claim, ...]:
+    def indexed_files(self) -> tuple[IndexedFile, ...]:
         """The hash that the index gives for each file."""
-        return token_claims(self.folder, self.index)
+        return indexed_tokens(self.folder, self.index)
 
     def read(self, indices: Int64[Tensor, " batch"]) -> StoredTokens:
         """Returns the tokens of the samples `indices`, in their order.
@@ -72,8 +72,8 @@ class TokenStore:
 
     def verify(self) -> None:
         """Checks the hash of every file; raises DataError naming the first that differs."""
-        for claim in self.claims:
-            check_contents(claim)
+        for file in self.indexed_files:
+            check_contents(file)
 
 
 def check_token_file(folder: Path, index: TokenIndex, entry: TokenFileEntry) -> StoredFile:
@@ -85,7 +85,7 @@ def check_token_file(folder: Path, index: TokenIndex, entry: TokenFileEntry) -> 
     return found.file
 
 
-def token_claims(folder: Path, index: TokenIndex) -> tuple[Claim, ...]:
+def indexed_tokens(folder: Path, index: TokenIndex) -> tuple[IndexedFile, ...]:
     """Returns the hash that the index of a store gives for each file."""
     cure = again(folder)
-    return tuple(Claim(folder / e.file, e.bytes, e.sha256, cure) for e in index.files)
+    return tuple(IndexedFile(folder / e.file, e.bytes, e.sha256, cure) for e in index.files)

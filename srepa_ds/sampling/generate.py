@@ -9,6 +9,7 @@ from torch import Tensor
 
 from srepa_ds import noise
 from srepa_ds.codec.latent_codec import LatentCodec
+from srepa_ds.distributed.heartbeat import moved
 from srepa_ds.errors import TopologyError
 from srepa_ds.interpolant import Interpolant
 from srepa_ds.noise import NoiseStream
@@ -115,6 +116,7 @@ def generate(
     `config.precision` says so. Nothing here communicates between ranks.
     """
     for chunk in chunks:
+        moved()
         yield _generate_chunk(model, codec, interpolant, config, chunk, torch.device(device))
 
 

@@ -12,8 +12,8 @@ from srepa_ds.codec.table import build_codec
 from srepa_ds.config.experiment import Config
 from srepa_ds.data.contents import (
     CHECKED_NAME,
-    Claim,
     ContentCheck,
+    IndexedFile,
     are_small,
     check_contents,
 )
@@ -67,19 +67,19 @@ def _check_contents(
 
     Collective. Raises DataError for a damaged file.
     """
-    of_stores = (claim for store in stores if store is not None for claim in store.claims)
-    claims = tuple(dict.fromkeys((*dataset.claims, *of_stores, *monitor.claims)))
-    if not are_small(claims):
-        return ContentCheck(claims, remembered_in=dataset.folder / CHECKED_NAME)
-    ranks.together(_compare, claims)
+    of_stores = (file for store in stores if store is not None for file in store.indexed_files)
+    files = tuple(dict.fromkeys((*dataset.indexed_files, *of_stores, *monitor.indexed_files)))
+    if not are_small(files):
+        return ContentCheck(files, remembered_in=dataset.folder / CHECKED_NAME)
+    ranks.together(_compare, files)
     return None
 
 
-def _compare(claims: Iterable[Claim]) -> None:
+def _compare(files: Iterable[IndexedFile]) -> None:
     """Checks the files on one rank of each machine, which may have its own copies."""
     if is_first_on_machine():
-        for claim in claims:
-            check_contents(claim)
+        for file in files:
+            check_contents(file)
 
 
 @ranks.collective
@@ -98,7 +98,7 @@ def _identity(config: Config, dataset: ShardDataset) -> dict[str, str | None]:
 def _contents(dataset: ShardDataset) -> str:
     """Returns a hash of the shards' hashes: equal settings may have prepared other pictures.
 
-    Small data were compared with these hashes by now. For large data they are the index's claims,
+    Small data were compared with these hashes by now. For large data they are the index's word,
     until `ContentCheck` has compared them; a run on other contents stops.
     """
     hashes = "".join(entry.sha256 for entry in dataset.index.shards)

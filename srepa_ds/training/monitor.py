@@ -13,7 +13,7 @@ from torch import Tensor
 
 from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.config.sections import EvaluateConfig, MonitorConfig
-from srepa_ds.data.contents import Claim
+from srepa_ds.data.contents import IndexedFile
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
@@ -91,9 +91,9 @@ class Monitor:
                 log.warning("distances during training: %s", sentence)
 
     @property
-    def claims(self) -> tuple[Claim, ...]:
+    def indexed_files(self) -> tuple[IndexedFile, ...]:
         """The hash that the index gives for each shard of the reference, if there is one."""
-        return () if self._real is None else self._real.claims
+        return () if self._real is None else self._real.indexed_files
 
     def is_due(self, step: int, *, since: int) -> bool:
         """Returns whether images or a distance are due after optimizer step `step`.

@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 from srepa_ds.config.experiment import Config
 from srepa_ds.schema import Section
 
-# Its fields are those of the teacher's.
-_SEEN_ELSEWHERE = "evaluate.extractor."
+# Its fields are those of the teacher's; and without the right kind, no other field is looked at.
+_SEEN_ELSEWHERE = ("evaluate.extractor.", "kind")
 _TEXT = "nonsense"
 
 

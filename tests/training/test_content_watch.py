@@ -54,7 +54,7 @@ def dataset(tmp_path):
 
 
 def watch_of(dataset, engine):
-    check = ContentCheck(dataset.claims, remembered_in=dataset.folder / CHECKED_NAME)
+    check = ContentCheck(dataset.indexed_files, remembered_in=dataset.folder / CHECKED_NAME)
     return check, ContentWatch(check, dataset, engine, seed=1, batch_size=2)
 
 
