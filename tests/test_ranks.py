@@ -28,7 +28,7 @@ def test_ranks_that_print_a_megabyte_each_before_they_meet_do_not_hang(tmp_path)
 
 
 def test_a_rank_that_does_not_end_in_time_is_reported():
-    sleeper = RankProcess([sys.executable, "-c", "import time; time.sleep(60)"], {}, None)
+    sleeper = RankProcess([sys.executable, "-c", "import time; time.sleep(60)"], {}, None, [])
     try:
         with pytest.raises(subprocess.TimeoutExpired):
             sleeper.output(seconds=0.1)

@@ -14,6 +14,11 @@ from srepa_ds.errors import CheckpointError
 from srepa_ds.files import sha256_of
 from srepa_ds.trees import read_json
 
+_STATE_KINDS = {
+    **dict.fromkeys(("step", "adam_step", "samples_seen"), int),
+    **dict.fromkeys(("config", "identity", "shapes"), dict),
+}
+
 
 def read_state(folder: Path, *, needed: tuple[str, ...] = ()) -> dict[str, Any]:
     """Returns what a checkpoint holds besides the fragments.
@@ -21,25 +26,24 @@ def read_state(folder: Path, *, needed: tuple[str, ...] = ()) -> dict[str, Any]:
     Raises CheckpointError if it cannot be read, lacks what is `needed`, or has it in another type.
     """
     try:
-        state = read_json(folder / STATE)
-        if not isinstance(state, dict):
-            raise ValueError("it is not a JSON object")
-        for name, kind in _STATE_KINDS.items():
-            if name in state and not isinstance(state[name], kind):
-                raise ValueError(f"'{name}' is of another type")
-        if lacking := [name for name in needed if name not in state]:
-            raise ValueError(f"it lacks '{lacking[0]}'")
+        return _state(folder, needed)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder / STATE} cannot be read ({error}); restore it, or move {folder} away"
         ) from error
+
+
+def _state(folder: Path, needed: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the state, as `read_state` does; raises OSError or ValueError."""
+    state = read_json(folder / STATE)
+    if not isinstance(state, dict):
+        raise ValueError("it is not a JSON object")
+    for name, kind in _STATE_KINDS.items():
+        if name in state and not isinstance(state[name], kind):
+            raise ValueError(f"'{name}' is of another type")
+    if lacking := [name for name in needed if name not in state]:
+        raise ValueError(f"it lacks '{lacking[0]}'")
     return state
-
-
-_STATE_KINDS = {
-    **dict.fromkeys(("step", "adam_step", "samples_seen"), int),
-    **dict.fromkeys(("config", "identity", "shapes"), dict),
-}
 
 
 class CheckpointReader:
@@ -56,7 +60,7 @@ class CheckpointReader:
 
     def _open(self, folder: Path) -> None:
         self.folder = folder
-        self.state = read_state(folder)
+        self.state = _state(folder, needed=("shapes",))
         self._shapes: dict[str, list[int]] = self.state["shapes"]
         self._files = {}
         self._pieces: dict[tuple[str, str], list[tuple[int, str, str]]] = {}

@@ -186,7 +186,7 @@ def test_damaged_lines_are_left_out_and_named(small_run, caplog):
     page = Page(report(run.config))
     assert path.read_bytes() == before
     assert not (run.folder / "metrics.jsonl.bad").exists()
-    assert "3 damaged lines (the first is line 1); the report leaves them out" in caplog.text
+    assert "4 damaged lines (the first is line 1); the report leaves them out" in caplog.text
     assert any("total loss over 5 points" in alt for alt in page.pictures)
 
 

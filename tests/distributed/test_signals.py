@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
+from srepa_ds.distributed.signals import STOP_SIGNALS
+
 WAITS = """
 import os, signal, sys, time
 from srepa_ds.distributed import signals
@@ -38,9 +40,16 @@ PATIENT = "\n    ".join(
 )
 
 
+def as_from_a_terminal() -> None:
+    """Undoes what the tests' own start may have set to be ignored, as `nohup` does."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(body: str, before: str = "", **settings) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", WAITS.format(before=before, body=body)],
+        preexec_fn=settings.pop("preexec_fn", as_from_a_terminal),
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -112,6 +121,7 @@ def test_ctrl_c_while_modules_load_is_no_traceback(slow_module):
     )
     process = subprocess.Popen(
         [sys.executable, "-c", text],
+        preexec_fn=as_from_a_terminal,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -132,6 +142,7 @@ def test_ctrl_c_elsewhere_lets_files_be_cleaned_up():
     )
     process = subprocess.Popen(
         [sys.executable, "-c", text],
+        preexec_fn=as_from_a_terminal,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
