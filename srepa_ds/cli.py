@@ -243,7 +243,7 @@ def run(arguments: Sequence[str]) -> int:
         return named.exit_code
     except typer.TyperException as error:
         text = error.format_message()
-        text += _advice_on_options(error)
+        text = f"{(text + _advice_on_options(error)).rstrip('.')}."
         typer.echo(f"error: {text} See `srepa-ds --help`." if arguments else text, err=True)
         return 2
     except (typer.Abort, KeyboardInterrupt):

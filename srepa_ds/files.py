@@ -52,6 +52,7 @@ def write_aside(path: Path, write: Callable[[Path], object], *, concurrent: bool
 def expanded(path: Path) -> Path:
     """Returns `path` with `~`, `~user`, `$NAME` and `${NAME}` replaced by what they stand for.
 
+    `$$` stands for a dollar sign.
     Raises ValueError if they stand for nothing, or no file system has such a path.
     """
     text = os.path.expanduser(_VARIABLE.sub(_value_of, str(path)))
@@ -70,18 +71,34 @@ def expanded(path: Path) -> Path:
     return Path(text)
 
 
-_VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([^}]*)\})")
-# Linux's limits, less what is added to the names that a user gives.
+_VARIABLE = re.compile(r"\$(?:([$])|([A-Za-z_][A-Za-z0-9_]*)|\{([^}]*)\})")
+# Linux's limits; that of a path less the names that are added to what a user gives.
 _LONGEST_NAME = 255
 _LONGEST_PATH = 3800
 
 
 def _value_of(variable: re.Match[str]) -> str:
-    name = variable[1] or variable[2]
+    if variable[1]:
+        return "$"
+    name = variable[2] or variable[3]
+    if not name:
+        raise ValueError(f"{variable[0]} names no environment variable; write $$ for a dollar sign")
     value = os.environ.get(name)
     if not value:
-        raise ValueError(f"the environment variable '{name}' is not set")
+        raise ValueError(
+            f"the environment variable '{name}' is not set; set it, or write $$ for a dollar sign"
+        )
     return value
+
+
+def unexpanded(path: Path) -> str:
+    """Returns the text of which `expanded` makes `path`, which it has made before."""
+    return str(path).replace("$", "$$")
+
+
+def is_of_the_system(name: str) -> bool:
+    """Returns whether a name in a folder is one that systems put there: `.DS_Store`, `.nfs...`."""
+    return name.startswith(".") or name == "lost+found"
 
 
 def looked_for(named: Path, found: Path | None = None) -> str:
@@ -147,14 +164,6 @@ def read_document(path: Path) -> str:
 def is_plain_name(name: str) -> bool:
     """Returns whether `name` can only be a file in the folder that it is joined to."""
     return name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
-
-
-def is_unfinished_save(name: str) -> bool:
-    """Returns whether a file's name is one that safetensors gives until a file is whole.
-
-    A kill leaves such files behind.
-    """
-    return re.fullmatch(r"\.tmp\w{6}", name) is not None
 
 
 def sha256_of(path: Path) -> str:

@@ -20,12 +20,13 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     ValidationError,
+    field_serializer,
     field_validator,
     model_validator,
 )
 
 from srepa_ds.errors import ConfigError, Fault, nearest
-from srepa_ds.files import expanded
+from srepa_ds.files import expanded, unexpanded
 from srepa_ds.trees import (
     MOST_LEVELS,
     Tree,
@@ -66,6 +67,13 @@ class Section(BaseModel):
     @classmethod
     def _paths_are_expanded(cls, value: Any) -> Any:
         return _with_expanded_paths(value)
+
+    @field_serializer("*", mode="wrap", when_used="json")
+    def _paths_read_back(self, value: Any, otherwise: Callable[[Any], Any]) -> Any:
+        if isinstance(value, Path):
+            return unexpanded(value)
+        is_paths = type(value) is tuple and all(isinstance(item, Path) for item in value)
+        return [unexpanded(path) for path in value] if is_paths else otherwise(value)
 
     @model_validator(mode="after")
     def _has_only_settings_of_its_choices(self) -> "Section":
@@ -185,7 +193,7 @@ def _check_kind(schema: type[Section], tree: Tree, source: str) -> None:
     if not wanted or kind in wanted or not isinstance(kind, str) or kind not in COMMANDS_OF_KIND:
         return
     # A file without a kind may be one that lacks only that.
-    if "kind" in tree or {"model", "run", "base"} & tree.keys():
+    if "kind" in tree or {"model", "run"} & tree.keys():
         command, _, others = COMMANDS_OF_KIND[kind].partition(" ")
         advice = f"`srepa-ds {command} {source}`{' ' * bool(others)}{others}"
         message = f"this file is of kind '{kind}', not '{wanted[0]}'; run {advice}"
@@ -376,6 +384,8 @@ def _fault(schema: type[Section], detail: Any) -> Fault:
     given = detail.get("input")
     if isinstance(given, str | int | float | bool) and detail["type"] != "value_error":
         message += f" (given: {_shortened(given)})"
+    if detail["type"] in ("string_type", "path_type") and isinstance(given, int | float):
+        message += "; put it in quotes"
     if detail["type"] == "bool_type" and str(given).lower() in ("yes", "no", "on", "off"):
         message += "; write true or false"
     if detail["type"] in ("int_type", "float_type") and re.fullmatch(r"[\d.]+(_\d+)+", str(given)):

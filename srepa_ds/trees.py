@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
@@ -132,7 +133,11 @@ class _Builder:
     def _mapping(self, node: yaml.MappingNode) -> Tree:
         _check_tag(node, "map")
         result: Tree = {}
+        merged_in: list[Tree] = []
         for key_node, value_node in node.value:
+            if _is_merge_key(key_node):
+                merged_in += self._mappings(value_node)
+                continue
             key = _scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
             if not isinstance(key, str):
                 shown = f" {key_node.value!r}" if isinstance(key_node, yaml.ScalarNode) else ""
@@ -142,7 +147,22 @@ class _Builder:
             if key in result:
                 raise yaml.YAMLError(f"key '{key}' is given twice{_line_of(key_node)}")
             result[key] = self.value(value_node)
+        for mapping in merged_in:
+            result |= {key: value for key, value in mapping.items() if key not in result}
         return result
+
+    def _mappings(self, node: yaml.Node) -> list[Tree]:
+        """Returns the mappings that `<<` brings in; the first that has a key gives its value."""
+        value = self.value(node)
+        found = value if isinstance(value, list) else [value]
+        if not all(isinstance(mapping, dict) for mapping in found):
+            raise yaml.YAMLError(f"'<<' takes a mapping or a list of them{_line_of(node)}")
+        return found
+
+
+def _is_merge_key(node: yaml.Node) -> bool:
+    # Of YAML 1.1, but in wide use with anchors; in quotes it is a key like any other.
+    return isinstance(node, yaml.ScalarNode) and node.value == "<<" and node.style is None
 
 
 def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
@@ -264,8 +284,7 @@ def _children(node: Any) -> Iterable[Any]:
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
+        ((twin, _),) = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"the key '{twin}' is given twice")
     return result
 

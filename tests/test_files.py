@@ -60,6 +60,7 @@ def test_a_locked_folder_is_free_again_afterwards(tmp_path):
         ("~", "{home}"), ("~/runs/x", "{home}/runs/x"), ("~root/x", "/root/x"),
         ("$PLACE/x", "{home}/x"), ("a/${PLACE_2}b", "a/twob"), ("a~/$", "a~/$"),
         ("cost$5", "cost$5"), ("a/~", "a/~"), ("plain/x y", "plain/x y"), ("$TILDE/x", "{home}/x"),
+        ("a$$PLACE", "a$PLACE"),
     ],
 )  # fmt: skip
 def test_what_a_path_stands_for(tmp_path, monkeypatch, path, expected):
@@ -75,7 +76,7 @@ def test_what_a_path_stands_for(tmp_path, monkeypatch, path, expected):
     [
         ("$NOT_SET_ANYWHERE/x", "environment variable 'NOT_SET_ANYWHERE' is not set"),
         ("a/${not set}", "environment variable 'not set' is not set"),
-        ("${}", "environment variable '' is not set"),
+        ("${}", "${} names no environment variable; write $$ for a dollar sign"),
         ("~nobody_of_that_name/x", "home folder of ~nobody_of_that_name is not known"),
         ("a\0b", "cannot hold the character NUL"),
         ("a/" + "é" * 128, "is too long: it has 256 bytes"),

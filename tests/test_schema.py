@@ -441,6 +441,16 @@ def test_paths_are_expanded_wherever_they_stand(tmp_path, monkeypatch):
     assert to_tree(found)["one"] == f"{tmp_path}/a", "resolved settings have the path itself"
 
 
+def test_a_dollar_sign_in_a_path_survives_resolving():
+    class Places(Section):
+        one: Path
+        many: tuple[Path, ...]
+
+    found = validated(Places, {"one": "a$$HOME", "many": ["$$x"]}, source="test")
+    assert (found.one, found.many) == (Path("a$HOME"), (Path("$x"),))
+    assert validated(Places, to_tree(found), source="test") == found
+
+
 @pytest.mark.parametrize(
     ("folder", "words"),
     [

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -266,3 +267,21 @@ def test_json_that_is_refused(text, words):
 def test_json_reads_back(tree):
     text = json.dumps(tree)
     assert json.dumps(parse_json(text)) == text
+
+
+def test_a_merge_key_brings_in_what_is_not_given():
+    text = "a: &a {x: 1, y: 2}\nb: &b {y: 3, z: 4}\nc: {<<: [*a, *b], z: 5}\nd: {<<: *a, x: 6}"
+    tree = parse_yaml(text)
+    assert tree["c"] == {"x": 1, "y": 2, "z": 5}
+    assert tree["d"] == {"x": 6, "y": 2}
+    assert parse_yaml('"<<": 1') == {"<<": 1}
+    with pytest.raises(yaml.YAMLError, match="takes a mapping or a list of them"):
+        parse_yaml("<<: 3")
+
+
+def test_a_key_given_twice_among_many_is_found_at_once():
+    names = [f'"{number}": 0' for number in range(100_000)]
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="the key '99999' is given twice"):
+        parse_json(f"{{{', '.join([*names, names[-1]])}}}")
+    assert time.monotonic() - began < 5

@@ -170,7 +170,8 @@ def _of_checkpoint(folder: Path) -> _Part:
 
 def _check_checkpoint(folder: Path) -> None:
     fault = fault_of(folder)
-    if fault is not None:
+    # A run that goes on may have deleted it in the meantime.
+    if fault is not None and folder.is_dir():
         raise CheckpointError(f"{folder}: {fault}; restore it, or delete it")
 
 

@@ -17,6 +17,7 @@ import torch
 from srepa_ds.alignment.alignment import AlignmentConfig
 from srepa_ds.config.experiment import Config
 from srepa_ds.distributed.ranks import Rank
+from srepa_ds.distributed.surroundings import launched
 from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.model.variants import MLP_RATIO, SiTConfig
 from srepa_ds.plan.activations import activation_bytes
@@ -61,9 +62,13 @@ def missing_compiler(device: torch.device) -> str | None:
     variable, language, known = (
         ("CC", "C", ("gcc", "clang"))
         if device.type == "cuda"
-        else ("CXX", "C++", ("g++", "clang++"))
+        # As torch looks: by default for this one alone.
+        else ("CXX", "C++", ("g++",))
     )
-    command = shlex.split(os.environ.get(variable, ""))[:1]
+    try:
+        command = shlex.split(os.environ.get(variable, ""))[:1]
+    except ValueError as error:
+        return f"{variable} is no command ({error}); set it to a {language} compiler"
     if not any(map(shutil.which, command or known)):
         missing = f"{variable} names no program" if command else f"there is no {language} compiler"
         return f"{missing}; install {known[0]}, or set {variable} to a {language} compiler"
@@ -86,7 +91,7 @@ class _Bytes(NamedTuple):
 
 def _memory_faults(config: Config, rank: Rank) -> Iterator[Fault]:
     needed = _needed(config, rank)
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks_here
     total = needed.states + needed.activations
     if rank.device.type == "cuda":

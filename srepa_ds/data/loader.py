@@ -265,7 +265,9 @@ class _Rows(Dataset[Batch | DataError]):
         except DataError as error:
             # As a value: torch would put a worker's traceback into the message of what it raises.
             return error
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not get_worker_info():
+                raise
             # Sharing fails here and not, without a word, in the thread that passes batches on.
             return DataError(_fault_of_workers(error))
 

@@ -29,6 +29,8 @@ from srepa_ds.schema import to_tree
 from srepa_ds.trees import read_json
 
 MARKER_NAME = "preparing.json"
+# Its own name for a file until that is whole.
+_OF_SAFETENSORS = ".tmp??????"
 _CURE = "choose a folder you may write to, with free space"
 _UNNAMED = {MARKER_NAME + PARTIAL, CHECKED_NAME}
 """What may lie in a folder whose preparation was killed before its marker got its name."""
@@ -139,7 +141,7 @@ class ShardWriter:
                 f"{', ...' if len(held) > 3 else ''}) and not an unfinished preparation with "
                 "these settings; choose an empty folder or delete it"
             )
-        for pattern in ("shard-*.safetensors", f"*{PARTIAL}", CHECKED_NAME):
+        for pattern in ("shard-*.safetensors", f"*{PARTIAL}", _OF_SAFETENSORS, CHECKED_NAME):
             for path in self._folder.glob(pattern):
                 path.unlink()
         text = json.dumps({"format": FORMAT, "dataset_id": self._description.dataset_id})

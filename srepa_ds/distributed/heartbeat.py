@@ -29,8 +29,8 @@ STUCK_SECONDS = "SREPA_STUCK_SECONDS"
 _INNERMOST, _OWN = 4, 8
 _PACKAGE = str(Path(srepa_ds.__file__).parent)
 _RANKS_NAMED = 4
-# A rank whose main thread is in one of these waits for others.
-_WAITING = (os.path.join("torch", "distributed"), os.path.join("srepa_ds", "distributed"))
+# A rank whose main thread is in one of these calls waits for others.
+_TORCH_DISTRIBUTED = os.path.join("torch", "distributed") + os.sep
 # The rank that names others, and the one that does it when the first is silent.
 _READERS = 2
 
@@ -102,6 +102,7 @@ class Heartbeat:
         self._beats: dict[int, Beat] = {}
         self._heard_at = dict.fromkeys(range(world_size), time.monotonic())
         self._exchanged_at = time.monotonic()
+        self._has_store = True
         self._named: set[int] = set()
 
     def __enter__(self) -> "Heartbeat":
@@ -128,7 +129,11 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while not self._ended.wait(self._interval):
-            self._exchange(self._own())
+            own = self._own()
+            if self._has_store:
+                self._exchange(own)
+            else:
+                self._hear(self._rank, own)
 
     def _watch(self) -> None:
         while not self._ended.wait(self._interval):
@@ -142,7 +147,7 @@ class Heartbeat:
             self._place, self._there_since = place, now
         self._count += 1
         stack = tuple(map(_line, _shown(frames)))
-        waits = any(folder in frame.f_code.co_filename for frame in frames for folder in _WAITING)
+        waits = _waits(frames)
         return Beat(self._where, self._count, round(now - self._there_since, 1), waits, stack)
 
     def _exchange(self, own: Beat) -> None:
@@ -155,7 +160,9 @@ class Heartbeat:
                         self._hear(rank, json.loads(self._store.get(f"beat/{rank}")))
             self._exchanged_at = time.monotonic()
         except (RuntimeError, ValueError):
-            # The store is gone, and with it the rank that hosts it.
+            # The store is gone, and with it the rank that hosts it. Each further try would print
+            # a trace of torch's own.
+            self._has_store = False
             self._hear(self._rank, own)
 
     def _hear(self, rank: int, fields: Iterable[object]) -> None:
@@ -177,11 +184,13 @@ class Heartbeat:
         at_fault = {rank for rank in still if not self._beats[rank].waits}
         # Where all wait, they wait for one that is silent, or for the network.
         found = silent | (at_fault or (set() if silent else still))
-        for rank in sorted(found - self._named)[:_RANKS_NAMED]:
+        new = sorted(found - self._named)[:_RANKS_NAMED]
+        for rank in new:
             log.warning("%s", self._words(rank, is_silent=rank in silent))
-        for rank in sorted(self._named - found):
+        moving = {rank for rank in self._named - found if rank not in still}
+        for rank in sorted(moving & self._beats.keys()):
             log.warning("%s moves again", self._beats[rank].where)
-        self._named = found
+        self._named = (self._named - moving) | set(new)
 
     def _words(self, rank: int, *, is_silent: bool) -> str:
         beat = self._beats.get(rank)
@@ -200,6 +209,20 @@ def _frames(frame: FrameType | None) -> Iterable[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def _waits(frames: list[FrameType]) -> bool:
+    """Returns whether the innermost frame of torch or this package is in a collective.
+
+    `ranks.together` does not count: the rank does its own work inside it.
+    """
+    for frame in frames:
+        name = frame.f_code.co_filename
+        if _TORCH_DISTRIBUTED in name:
+            return True
+        if name.startswith(_PACKAGE):
+            return False
+    return False
 
 
 def _shown(frames: list[FrameType]) -> list[FrameType]:

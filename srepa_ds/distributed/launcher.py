@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import srepa_ds
@@ -16,6 +17,7 @@ from srepa_ds.distributed.surroundings import STORE_DESCRIPTOR
 from srepa_ds.errors import TopologyError
 
 _POLL_SECONDS = 0.1
+_SECONDS_TO_DIE = 3.0
 _PR_SET_PDEATHSIG = 1
 # More ranks than this on one machine may have to try again to reach rank 0.
 _WAITING_CONNECTIONS = 1024
@@ -75,8 +77,12 @@ def die_with_parent() -> None:
 
     SIGKILL, because a rank that is stopped or waits in a collective heeds nothing else.
     """
+    parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:
+        # It died before that.
+        os._exit(128 + signal.SIGKILL)
 
 
 def listening_socket() -> socket.socket:
@@ -114,6 +120,7 @@ class _Ranks:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._requests = Requests()
         self._ended_by: int | None = None
+        self._killed_at = float("inf")
 
     def start(self, arguments: Sequence[str], num_ranks: int) -> None:
         command = [sys.executable, "-m", "srepa_ds", *arguments]
@@ -129,11 +136,11 @@ class _Ranks:
             self._ended_by = number
             self._kill()
             return
-        if sys.stderr is not None:
-            # Not print: the signal may have interrupted one.
-            os.write(2, b"stopping; a second signal ends the ranks at once\n")
         for process in self._alive():
             process.send_signal(number)
+        # Not print: the signal may have interrupted one.
+        with suppress(OSError):
+            os.write(2, b"stopping; a second signal ends the ranks at once\n")
 
     def wait(self) -> int:
         """Waits for all ranks and returns the code of the first that failed, else 0.
@@ -142,7 +149,7 @@ class _Ranks:
         """
         first: int | None = None
         failed_at, asked, named = 0.0, False, False
-        while alive := self._alive():
+        while (alive := self._alive()) and not self._is_past_killing():
             time.sleep(_POLL_SECONDS)
             if first is None and (first := self._failed()) is not None:
                 failed_at = time.monotonic()
@@ -172,8 +179,15 @@ class _Ranks:
     def end(self) -> None:
         """Kills the ranks that are left, with their own processes."""
         self._kill()
-        for process in self._processes:
-            process.wait()
+        while self._alive() and not self._is_past_killing():
+            time.sleep(_POLL_SECONDS)
+        for process in self._alive():
+            with suppress(OSError):
+                os.write(2, f"process {process.pid} waits for a disk and cannot end\n".encode())
+
+    def _is_past_killing(self) -> bool:
+        """Returns whether ranks were killed long ago: those left wait for a disk, in the system."""
+        return time.monotonic() - self._killed_at > _SECONDS_TO_DIE
 
     def _alive(self) -> list[subprocess.Popen[bytes]]:
         return [process for process in self._processes if process.poll() is None]
@@ -186,15 +200,19 @@ class _Ranks:
         return next(iter([*killed, *failed]), None)
 
     def _kill(self) -> None:
+        if self._alive():
+            self._killed_at = min(self._killed_at, time.monotonic())
         for process in self._alive():
             # The session's number is that of its first process. Data workers belong to it too.
             os.killpg(process.pid, signal.SIGKILL)
 
     def _name(self, rank: int) -> None:
         code = self._processes[rank].returncode
-        if self._ended_by is None and sys.stderr is not None:
+        if self._ended_by is None:
             others = "; ending the other ranks" if self._alive() else ""
-            print(f"rank {rank} {_end_of(code)}{others}", file=sys.stderr, flush=True)
+            # Whoever read the messages may have gone.
+            with suppress(OSError):
+                os.write(2, f"rank {rank} {_end_of(code)}{others}\n".encode())
 
 
 def _end_of(code: int) -> str:

@@ -77,6 +77,23 @@ def initialize(timeout: timedelta = timedelta(minutes=30)) -> Rank:
 def _join(own: Place, timeout: timedelta) -> None:
     seconds = stuck_seconds()
     store: dist.Store = _meet(own, timeout) if launched() else dist.HashStore()
+    heartbeat = Heartbeat(
+        _another_client(store, seconds),
+        rank=own.rank,
+        world_size=own.world_size,
+        where=place_of(own.rank),
+        seconds=seconds,
+    )
+    # Before the ranks wait for each other: one of them may never come.
+    _joined.enter_context(heartbeat)
+    try:
+        _form_group(own, store, timeout)
+    except BaseException:
+        _joined.close()
+        raise
+
+
+def _form_group(own: Place, store: dist.Store, timeout: timedelta) -> None:
     if launched():
         let_ranks_agree(lambda key: store.add(f"shown/{key}", 1) == 1)
         device = agreed_device(store, own.rank, own.world_size, own.local_rank)
@@ -90,14 +107,6 @@ def _join(own: Place, timeout: timedelta) -> None:
         rank=own.rank,
         world_size=own.world_size,
     )
-    heartbeat = Heartbeat(
-        _another_client(store, seconds),
-        rank=own.rank,
-        world_size=own.world_size,
-        where=place_of(own.rank),
-        seconds=seconds,
-    )
-    _joined.enter_context(heartbeat)
 
 
 def _meet(own: Place, timeout: timedelta) -> dist.Store:
@@ -234,6 +243,7 @@ def together(action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     except OSError as caught:
         # Otherwise this rank alone would leave.
         error = OutputError(f"{caught.filename or 'a file'}: {caught.strerror or caught}")
+        error.__cause__ = caught
     except Exception as caught:
         if world_size() == 1:
             raise
@@ -304,10 +314,14 @@ def check_same(facts: Mapping[str, Any], *, what: str) -> None:
         raise raised_on_all_ranks(ConfigError(what, faults.values()))
 
 
+_GONE = re.compile(r"closed|reset|refused|broken pipe|exited|timed out", re.IGNORECASE)
+
+
 def lost_connection(error: Exception) -> RankError | None:
     """Returns the error to raise if `error` means that another rank has gone; else None."""
     text = str(error)
-    if not (isinstance(error, dist.DistError) or "/gloo/" in text or "NCCL" in text):
+    of_connections = isinstance(error, dist.DistError) or "/gloo/" in text
+    if isinstance(error, SRepaError) or not of_connections or not _GONE.search(text):
         return None
     # The place in the library's source comes first, in brackets.
     reason = re.sub(r"^\[\S*\] *", "", text.split("\n")[0])

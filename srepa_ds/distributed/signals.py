@@ -65,6 +65,9 @@ def stop_requested() -> Iterator[list[int]]:
 
 @contextmanager
 def _ended_by_second() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     # Python runs a signal's handler only between two of its own instructions, so never while the
     # main thread waits in C. The number of a signal reaches this pipe even then.
     read_end, write_end = os.pipe()

@@ -18,7 +18,8 @@ _STARTERS = {
     "OMPI_COMM_WORLD_SIZE": "mpirun",
     "MV2_COMM_WORLD_SIZE": "mpirun",
     "PMI_SIZE": "mpirun",
-    "SLURM_NTASKS": "srun",
+    # Set by srun alone; a batch script has the others of Slurm too.
+    "SLURM_STEP_NUM_TASKS": "srun",
 }
 
 
@@ -71,8 +72,10 @@ def _faults(variables: Mapping[str, str]) -> Iterator[str]:
     missing = [name for name in _ALL if name not in variables]
     if len(given) == 2 and missing:
         yield f"{', '.join(missing)} not set"
+    # Without a launcher the others have no meaning, and may be somebody else's: Kubernetes sets
+    # MASTER_PORT for a service that is called "master".
     numbers = {}
-    for name in _NUMBERS:
+    for name in _NUMBERS if given else ("LOCAL_RANK",):
         text = variables.get(name)
         if text is None:
             continue
@@ -80,8 +83,11 @@ def _faults(variables: Mapping[str, str]) -> Iterator[str]:
             numbers[name] = int(text)
         else:
             yield f"{name} is {text!r}, not a number from 0 on"
-    if "MASTER_ADDR" in variables and not variables["MASTER_ADDR"].strip():
+    if given and not variables.get("MASTER_ADDR", "-").strip():
         yield "MASTER_ADDR is empty"
+    sizes = (numbers.get("LOCAL_RANK", 0), numbers.get("LOCAL_WORLD_SIZE", 1 << 40))
+    if sizes[0] >= sizes[1]:
+        yield f"LOCAL_RANK {sizes[0]} is not below LOCAL_WORLD_SIZE {sizes[1]}"
     if numbers.get("RANK", 0) >= numbers.get("WORLD_SIZE", 1 << 40):
         yield f"RANK {numbers['RANK']} is not below WORLD_SIZE {numbers['WORLD_SIZE']}"
     if not 1 <= numbers.get("MASTER_PORT", 1) < 1 << 16:
@@ -91,8 +97,6 @@ def _faults(variables: Mapping[str, str]) -> Iterator[str]:
 def _check_alone(variables: Mapping[str, str]) -> None:
     for name, starter in _STARTERS.items():
         text = variables.get(name, "")
-        if starter == "srun" and "SLURM_PROCID" not in variables:
-            continue
         if text.isdecimal() and int(text) > 1:
             raise TopologyError(
                 f"{starter} started {text} processes ({name}) that do not know of each other; "

@@ -13,7 +13,7 @@ from torch import nn
 
 from srepa_ds import __version__, files
 from srepa_ds.errors import DataError, OutputError
-from srepa_ds.files import PARTIAL, is_unfinished_save, sha256_of, write_aside, writing
+from srepa_ds.files import PARTIAL, is_of_the_system, sha256_of, write_aside, writing
 from srepa_ds.trees import read_json
 
 WEIGHTS_NAME = "model.safetensors"
@@ -69,7 +69,7 @@ def claimed(folder: Path) -> Iterator[None]:
 def _check_own(folder: Path) -> None:
     """Raises OutputError if `folder` holds foreign files, OSError if it cannot be written to."""
     names = {path.name for path in folder.iterdir()} - _OWN_NAMES
-    foreign = sorted(name for name in names if not is_unfinished_save(name))
+    foreign = sorted(name for name in names if not is_of_the_system(name))
     probe = folder / (REPORT_NAME + PARTIAL)
     probe.touch()
     probe.unlink()

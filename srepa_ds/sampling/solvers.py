@@ -1,5 +1,6 @@
 """Solvers of the sampling ODE and SDE, from noise (t = 1) to data (t = 0), in float64."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -7,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from srepa_ds.sampling.guidance import Guidance
@@ -130,9 +131,17 @@ def integrate(
     return x_t
 
 
+def _class_number(key: Any) -> Any:
+    """Returns the number that a key is; raises ValueError for text that is none, or is `03`."""
+    if isinstance(key, str) and not re.fullmatch(r"0|[1-9][0-9]{0,9}", key):
+        raise ValueError(f"{key!r} is no class; write its number, such as 3")
+    return int(key) if isinstance(key, str) else key
+
+
 _Label = Annotated[int, Field(ge=0, lt=1 << 31)]
+_Counted = Annotated[_Label, BeforeValidator(_class_number)]
 _InTurn = Annotated[tuple[_Label, ...], Tag("in turn")]
-_Counts = Annotated[dict[_Label, Annotated[int, Field(ge=1, lt=1 << 40)]], Tag("counts")]
+_Counts = Annotated[dict[_Counted, Annotated[int, Field(ge=1, lt=1 << 40)]], Tag("counts")]
 
 
 def _form_of_labels(labels: Any) -> str:

@@ -10,7 +10,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from srepa_ds.errors import OutputError, listed
-from srepa_ds.files import PARTIAL, make_folder, remove_empty, write_aside, writing
+from srepa_ds.files import (
+    PARTIAL,
+    is_of_the_system,
+    make_folder,
+    remove_empty,
+    write_aside,
+    writing,
+)
 from srepa_ds.sampling.generate import Chunk, ImageBatch
 from srepa_ds.sampling.npz import NpzMember, write_npz
 from srepa_ds.sampling.provenance import Provenance, differences
@@ -154,7 +161,10 @@ class ChunkWriter:
                 )
             # By default, the sets of other steps lie in folders of a run's `samples`.
             other = sorted(
-                name for name in names if not (name.startswith("step-") or name.endswith(PARTIAL))
+                name
+                for name in names
+                if not (name.startswith("step-") or name.endswith(PARTIAL))
+                and not is_of_the_system(name)
             )
             if other:
                 raise OutputError(

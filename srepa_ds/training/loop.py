@@ -59,7 +59,8 @@ class TrainingLoop:
             step, is_last = engine.step_count, engine.step_count == total
             self.records.add(report, waited=self.feed.waited())
             if not report.applied:
-                self._stop_if_data_failed()
+                if self._data_failed():
+                    break
                 self.rollbacks.explain(report)
 
             # Write a line of the record.
@@ -88,6 +89,7 @@ class TrainingLoop:
         if engine.step_count < total:
             self._stop_early()
         writer.wait()
+        self.contents.look()
         return engine.step_count >= total
 
     def _write_line(self, rate: float) -> None:
@@ -108,15 +110,22 @@ class TrainingLoop:
         step = self.engine.step_count
         self.records.write_look(step, *self.monitor.look(self.engine, step, since=since))
 
-    def _stop_if_data_failed(self) -> None:
-        """Raises, on all ranks, the DataError of a rank that could not read; saves before that."""
+    def _data_failed(self) -> bool:
+        """Returns whether a rank could not read its batch because the run is told to stop.
+
+        Otherwise raises, on all ranks, the DataError of a rank that could not; saves before that.
+        """
         if not ranks.any_rank(self.feed.has_failed):
-            return
+            return False
         self.engine.untake_step()
+        if ranks.any_rank(bool(self.stop)):
+            # The signal may have ended its data workers too.
+            return True
         if self.writer.last_applied > self.writer.last_saved:
             self._save()
         self.writer.wait()
         ranks.together(self.feed.raise_failure)
+        return False
 
     def _stop_early(self) -> None:
         """Saves, unless every step since the last checkpoint was skipped and changed nothing."""

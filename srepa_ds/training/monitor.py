@@ -146,7 +146,9 @@ class Monitor:
             return extractor.classify(images.to(device)).pooled.cpu()
 
         if self._real_statistics is None:
-            self._real_statistics = _over_ranks(map(seen, self._real_images(self._real)), device)
+            # A rank that cannot read its share must not leave the others waiting.
+            real = ranks.together(list, map(seen, self._real_images(self._real)))
+            self._real_statistics = _over_ranks(iter(real), device)
         drawn = (
             seen(batch.images[batch.sample_ids < count].permute(0, 3, 1, 2).contiguous())
             for batch in self._drawn(engine, count)

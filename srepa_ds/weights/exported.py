@@ -13,7 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from srepa_ds.errors import CheckpointError, ConfigError, OutputError, listed
-from srepa_ds.files import PARTIAL, claimed, flush_to_disk, sha256_of, write_aside, writing
+from srepa_ds.files import (
+    PARTIAL,
+    claimed,
+    flush_to_disk,
+    is_of_the_system,
+    sha256_of,
+    write_aside,
+    writing,
+)
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.schema import Section, replaced, validated
@@ -144,6 +152,7 @@ def _refuse_foreign(folder: Path) -> None:
 def _own_names(folder: Path) -> set[str]:
     """Returns the names of the files in `folder`; raises OutputError if one is not of a model."""
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    names = {name for name in names if _UNFINISHED.fullmatch(name) or not is_of_the_system(name)}
     if any(not _UNFINISHED.fullmatch(name) for name in names - {WEIGHTS, DOCUMENT}):
         raise _foreign(folder, names)
     return names
@@ -170,7 +179,8 @@ def _remove_leftovers(folder: Path) -> None:
     place = folder.absolute()
     for ending in ("writing", "replaced") if place.name else ():
         left = place.parent / f".{place.name}.{ending}"
-        if left.is_dir() and {path.name for path in left.iterdir()} <= {WEIGHTS, DOCUMENT}:
+        # Not Path.is_dir, for which a name that is too long is an error.
+        if os.path.isdir(left) and {path.name for path in left.iterdir()} <= {WEIGHTS, DOCUMENT}:
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -185,6 +185,9 @@ def _state_of(found: Mapping[str, Any], path: Path, which: WeightsKind) -> dict[
             state = state[inner[0]]
         elif which in kinds:
             state, chosen = state[which], True
+        elif which == "model" and (plain := [key for key in inner if key != "ema"]):
+            # Beside an average, a plain state_dict is the model's.
+            state, chosen = state[plain[0]], True
         else:
             raise CheckpointError(
                 f"{path} does not hold '{which}', but {listed(map(str, state))}; set "

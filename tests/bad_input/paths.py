@@ -49,8 +49,8 @@ def _dangling(place: Place) -> None:
 
 # The name of the kind, how it comes about, the value as YAML, and words of the message.
 UNREADABLE = (
-    ("with a NUL byte", nothing, r'"a\0b"', ()),
-    ("of a long name", nothing, _LONG, ()),
+    ("with a NUL byte", nothing, r'"a\0b"', ("cannot hold the character NUL",)),
+    ("of a long name", nothing, _LONG, ("is too long",)),
     ("below a file", _file, "{folder}/file/below", ("file/below",)),
     ("a link to itself", _loop, "{folder}/loop", ("loop",)),
     ("a dangling link", _dangling, "{folder}/dangling", ("dangling",)),

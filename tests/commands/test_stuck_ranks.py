@@ -84,7 +84,7 @@ def assert_gone(processes: list[int], *, seconds: float) -> None:
 def training(small_world, tmp_path) -> Iterator[Training]:
     overrides = ["monitor.images_every_steps=0", "monitor.evaluate_every_steps=0"]
     overrides += ["data.num_workers=1"]
-    started = Training(small_world.config, tmp_path, *overrides, SREPA_STUCK_SECONDS="3")
+    started = Training(small_world.config, tmp_path, *overrides, SREPA_STUCK_SECONDS="5")
     try:
         started.wait_until("step 2/")
         yield started
@@ -94,7 +94,7 @@ def training(small_world, tmp_path) -> Iterator[Training]:
 
 def assert_names_a_frozen(training: Training, rank: int) -> None:
     os.kill(training.ranks()[rank], signal.SIGSTOP)
-    training.wait_until(f"rank {rank} (", seconds=30)
+    training.wait_until(f"rank {rank} (", seconds=60)
     assert "has given no sign of life" in training.said()
     assert "commands/train.py" in training.said()
 
@@ -107,7 +107,7 @@ def test_a_frozen_rank_is_named_and_a_second_signal_ends_the_run(training):
     assert training.launcher.poll() is None
     training.launcher.send_signal(signal.SIGTERM)
     assert training.launcher.wait(5) == 128 + signal.SIGTERM
-    assert_gone(everything, seconds=1)
+    assert_gone(everything, seconds=5)
 
 
 def test_ranks_die_with_their_launcher_even_frozen_ones(training):
@@ -128,6 +128,14 @@ def test_a_killed_rank_is_named_and_the_others_give_one_line(training):
     lost = [line for line in said.splitlines() if "lost the connection to another rank" in line]
     assert len(lost) == 1, said
     assert_gone(everything, seconds=5)
+
+
+def test_a_signal_to_every_process_of_the_job_saves_and_stops(training):
+    for process in training.processes():
+        os.kill(process, signal.SIGTERM)
+    assert training.launcher.wait(60) == 75
+    assert "error:" not in training.said()
+    assert len(steps_in(training.run.checkpoints)) == 1
 
 
 def test_a_worker_s_death_ends_all_ranks_after_saving(training):

@@ -1,17 +1,19 @@
 """A rank that stands still is named by the others, with the place where it was last seen."""
 
 import logging
+import sys
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from srepa_ds.distributed import heartbeat
+from srepa_ds.distributed import heartbeat, ranks
 from srepa_ds.distributed.heartbeat import Heartbeat, moved, stuck_seconds
 from srepa_ds.errors import TopologyError
 
-SECONDS = 0.5
+SECONDS = 1.0
 
 
 def beating(store: dist.Store, rank: int, *, world_size: int = 2) -> Heartbeat:
@@ -74,13 +76,24 @@ def test_a_silent_rank_that_comes_back_is_named_once_more(caplog):
 
 def test_a_main_thread_that_stands_still_is_named_with_its_stack(caplog):
     def stands_still_here() -> None:
-        threading.Event().wait(3 * SECONDS)
+        threading.Event().wait(4 * SECONDS)
 
     with beating(dist.HashStore(), 0, world_size=1):
         stands_still_here()
-    (text,) = [record.getMessage() for record in caplog.records]
+    text = caplog.records[0].getMessage()
     assert text.startswith("rank 0 (here) may be stuck: for")
     assert "in stands_still_here" in text
+
+
+def test_a_rank_waits_in_torch_s_collectives_and_not_in_its_own_work():
+    def waits_here() -> bool:
+        return heartbeat._waits(list(heartbeat._frames(sys._getframe())))
+
+    assert not ranks.together(waits_here)
+    source = "def all_gather(look):\n    return look()"
+    names: dict[str, Any] = {}
+    exec(compile(source, "site-packages/torch/distributed/distributed_c10d.py", "exec"), names)
+    assert ranks.together(names["all_gather"], waits_here)
 
 
 def test_the_deputy_names_a_main_rank_that_is_silent(caplog):

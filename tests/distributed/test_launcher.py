@@ -152,6 +152,21 @@ def test_a_second_signal_ends_ranks_that_do_not_heed_the_first(launch, tmp_path,
     assert capfd.readouterr().err == "stopping; a second signal ends the ranks at once\n"
 
 
+def test_a_lost_terminal_does_not_keep_the_ranks_from_saving(launch, tmp_path):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    kept = os.dup(2)
+    os.dup2(write_end, 2)
+    try:
+        thread = send_when_ready(tmp_path, 2, signal.SIGTERM)
+        assert launch("count", "count") == 71
+        thread.join()
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(write_end)
+
+
 def test_a_rank_that_was_killed_is_named(launch, capfd):
     launch("stubborn", "crash", kill_seconds=0.5)
     said = capfd.readouterr().err

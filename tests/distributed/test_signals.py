@@ -15,7 +15,7 @@ from srepa_ds.distributed.signals import STOP_SIGNALS
 WAITS = """
 import os, signal, sys, time
 from srepa_ds.distributed import signals
-signals.SAME_REQUEST_SECONDS = 0.3
+signals.SAME_REQUEST_SECONDS = 1.0
 {before}
 with signals.stop_requested() as received:
     print("ready", flush=True)
@@ -83,7 +83,7 @@ def test_two_of_one_request_count_once():
 def test_a_second_request_ends_a_process_that_runs_no_python(number):
     process = start(STUCK)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.6)
+    time.sleep(1.5)
     assert process.poll() is None
     process.send_signal(number)
     assert end_of(process) == (128 + number, "")

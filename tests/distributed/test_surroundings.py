@@ -15,7 +15,7 @@ def variables(monkeypatch):
     """Sets the launcher's variables to those given, and no others."""
 
     def set_only(given: dict[str, str]) -> None:
-        for name in (*NAMES, *STARTERS, "SLURM_NTASKS", "SLURM_PROCID"):
+        for name in (*NAMES, *STARTERS, "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
             monkeypatch.delenv(name, raising=False)
         for name, value in given.items():
             monkeypatch.setenv(name, value)
@@ -50,11 +50,21 @@ def test_no_number(variables, name, text):
         ({"MASTER_PORT": "0"}, "MASTER_PORT 0 is not a port"),
         ({"MASTER_PORT": "65536"}, "MASTER_PORT 65536 is not a port"),
         ({"MASTER_ADDR": " "}, "MASTER_ADDR is empty"),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_RANK 0 is not below LOCAL_WORLD"),
+        ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK 2 is not below LOCAL_WORLD"),
     ],
 )
 def test_no_such_place(variables, given, words):
     variables(SOUND | given)
     with pytest.raises(TopologyError, match=words):
+        place()
+
+
+def test_without_a_launcher_other_variables_are_somebody_else_s(variables):
+    variables({"MASTER_PORT": "tcp://10.96.0.1:80", "LOCAL_WORLD_SIZE": "0"})
+    assert place() == Place(0, 1, 0)
+    variables({"LOCAL_RANK": "one"})
+    with pytest.raises(TopologyError, match="LOCAL_RANK is 'one'"):
         place()
 
 
@@ -84,8 +94,11 @@ def test_mpirun_without_a_place(variables, name):
 
 
 def test_srun_without_a_place(variables):
-    variables({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"})
+    variables({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"})
     with pytest.raises(TopologyError, match="srun started 2 processes"):
         place()
-    variables({"SLURM_NTASKS": "2"})
-    place()
+
+
+def test_a_batch_script_is_one_process(variables):
+    variables({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"})
+    assert place() == Place(0, 1, 0)
