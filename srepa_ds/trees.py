@@ -78,7 +78,7 @@ for _resolver in (YamlLoader, YamlDumper):
     _resolver.yaml_implicit_resolvers = {
         None: [
             (_TAG + kind, re.compile(rf"(?:{pattern.pattern})\Z"))
-            for kind, pattern in _PLAIN.items()
+            for kind, pattern in {**_PLAIN, "merge": re.compile("<<")}.items()
         ]
     }
 
@@ -162,12 +162,12 @@ class _Builder:
 
 def _is_merge_key(node: yaml.Node) -> bool:
     # Of YAML 1.1, but in wide use with anchors; in quotes it is a key like any other.
-    return isinstance(node, yaml.ScalarNode) and node.value == "<<" and node.style is None
+    return node.tag == f"{_TAG}merge"
 
 
 def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
     kind, text = node.tag.removeprefix(_TAG), node.value
-    if kind == "str":
+    if kind in ("str", "merge"):
         return _whole_characters(text, node)
     if kind not in _PLAIN:
         raise _foreign_tag(node)

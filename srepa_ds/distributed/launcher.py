@@ -179,8 +179,9 @@ class _Ranks:
     def end(self) -> None:
         """Kills the ranks that are left, with their own processes."""
         self._kill()
-        while self._alive() and not self._is_past_killing():
-            time.sleep(_POLL_SECONDS)
+        for process in self._processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_SECONDS_TO_DIE)
         for process in self._alive():
             with suppress(OSError):
                 os.write(2, f"process {process.pid} waits for a disk and cannot end\n".encode())

@@ -197,6 +197,7 @@ def test_an_exception_leaves_no_rank_behind(launch, tmp_path, monkeypatch):
 
     def sleep(seconds: float) -> None:
         if len(list(tmp_path.glob("*.json"))) == 2:
+            monkeypatch.setattr(launcher.time, "sleep", real_sleep)
             raise Stop
         real_sleep(seconds)
 

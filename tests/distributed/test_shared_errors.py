@@ -84,7 +84,7 @@ def a_record_that_cannot_be_written(folder: Path, rank: int) -> None:
     if rank == 0:
         (folder / "run" / "metrics.jsonl").mkdir(parents=True)
     ranks.barrier()
-    words = ("cannot write to the run's folder", "Is a directory")
+    words = ("cannot write", "metrics.jsonl: Is a directory", "move it away")
     assert_one_voice(rank, ["train", str(folder / "experiment.yaml")], *words)
 
 

@@ -308,7 +308,8 @@ def test_chosen_classes_are_drawn_in_turn_or_as_many_as_asked(labels, num_sample
         ({"labels": [3, -1]}, r"labels\.1: .*greater than or equal to 0 \(given: -1\)"),
         ({"labels": [3, "cat"]}, r"labels\.1: .*valid integer"),
         ({"labels": [True]}, r"labels\.0: .*valid integer"),
-        ({"labels": {"cat": 3}}, "labels: .*valid integer"),
+        ({"labels": {"cat": 3}}, "labels: 'cat' is no class; write its number"),
+        ({"labels": {"3": 1, "03": 2}}, "labels: '03' is no class; write its number"),
         ({"labels": {"3": 0}}, "labels: .*greater than or equal to 1"),
         (
             {"labels": {"3": 10, "4": 5}, "num_samples": 64},
