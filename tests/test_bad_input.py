@@ -80,6 +80,7 @@ def test_ranks_speak_with_one_voice(case, place):
     assert contents(place.folder) == before
 
 
+@pytest.mark.slow
 def test_samples_on_which_a_teacher_fails_are_named(place):
     bad = overflowing_teacher(place)
     assert 0 < len(bad)

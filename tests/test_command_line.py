@@ -53,6 +53,7 @@ def test_a_reader_that_has_enough_is_no_error(tmp_path):
     assert process.returncode == 1
 
 
+@pytest.mark.slow
 def test_python_files_in_the_working_directory_are_not_imported(tmp_path):
     for name in ("yaml.py", "typer.py", "torch.py"):
         (tmp_path / name).write_text("raise SystemExit('imported from the working directory')")

@@ -34,6 +34,7 @@ def draw(config: str, *overrides: str) -> None:
     sample(load_config(Path(config), overrides))
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_the_number_of_ranks(small_world, trained):
     sets = []
     for world_size in (1, 2):

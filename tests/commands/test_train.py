@@ -47,6 +47,7 @@ def twenty_steps(small_world, tmp_path_factory) -> dict[int, Path]:
     return folders
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_the_number_of_ranks(twenty_steps):
     one, two = losses(twenty_steps[1]), losses(twenty_steps[2])
     assert len(one) == 20
@@ -65,6 +66,7 @@ def test_a_run_leaves_its_description(twenty_steps):
     assert {"loss_flow", "loss_pointwise", "loss_structural", "gradient_norm"} <= last.keys()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_same_run_bit_for_bit(small_world, tmp_path):
     # Large enough steps that the kill comes between the checkpoint and the end.
     overrides = ("train.batch_size=48", "train.steps=10", "model.hidden_size=96")
@@ -86,6 +88,7 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(small_world, tmp_path):
     assert_same_state(*(step_folder(f / "checkpoints", 10) for f in (whole, broken)))
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_resumes(small_world, tmp_path):
     overrides = ("train.steps=400", "checkpoint.every_steps=1000")
     ranks = start_training(small_world, tmp_path, *overrides)

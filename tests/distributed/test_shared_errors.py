@@ -114,6 +114,7 @@ def train_with_gpus(seen_by_rank_1: int) -> None:
     main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seen", "words"),
     [

@@ -1,11 +1,13 @@
 import re
 import runpy
 
+import pytest
 from places import ROOT
 
 TOOL = ROOT / "tools" / "activation_memory.py"
 
 
+@pytest.mark.slow
 def test_the_table_has_every_policy_and_both_numbers_agree(capsys):
     main = runpy.run_path(str(TOOL))["main"]
     main(["--variants", "SiT-Ti/2", "--pixels", "128", "--precision", "bf16"])
