@@ -13,6 +13,7 @@ import pytest
 from srepa_ds.distributed import launcher
 from srepa_ds.distributed import signals as launcher_signals
 from srepa_ds.distributed.launcher import run_ranks
+from srepa_ds.distributed.signals import STOP_SIGNALS
 from srepa_ds.distributed.surroundings import launched
 from srepa_ds.errors import TopologyError
 
@@ -44,6 +45,15 @@ while time.monotonic() < until:
         time.sleep(0.3)
         sys.exit(70 + len(received))
 """
+
+
+@pytest.fixture(autouse=True)
+def _as_from_a_terminal():
+    """Undoes what the tests' own start may have set to be ignored, as `nohup` does."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
