@@ -26,7 +26,7 @@ _DIGEST = 12
 
 
 def score_table(results: Mapping[str, Any]) -> Markup:
-    """Returns the scores, one row each, and what is to be said about them."""
+    """Returns the scores, one row each, and the notes on them."""
     real = results.get("reference_class_accuracy")
     rows = []
     for name, value in part(results, "scores").items():
