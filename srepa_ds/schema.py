@@ -25,16 +25,10 @@ from pydantic import (
     model_validator,
 )
 
+from srepa_ds.documents.yaml_reader import MOST_LEVELS
 from srepa_ds.errors import ConfigError, Fault, nearest
 from srepa_ds.files import expanded, unexpanded
-from srepa_ds.trees import (
-    MOST_LEVELS,
-    Tree,
-    apply_overrides,
-    load_files,
-    merged,
-    merged_files,
-)
+from srepa_ds.trees import Tree, apply_overrides, load_files, merged, merged_files
 
 _LOG = logging.getLogger("srepa_ds")
 

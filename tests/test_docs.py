@@ -6,7 +6,7 @@ import pytest
 from places import ROOT
 
 from srepa_ds.config.experiment import config_from
-from srepa_ds.trees import parse_yaml
+from srepa_ds.documents.yaml_reader import parse_yaml
 
 DOCS = ROOT / "docs"
 BASE = {

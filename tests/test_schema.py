@@ -8,6 +8,7 @@ import pytest
 from pydantic import Field
 
 from srepa_ds.config.yaml_text import to_yaml
+from srepa_ds.documents.yaml_reader import parse_yaml
 from srepa_ds.errors import ConfigError, Fault, nearest
 from srepa_ds.schema import (
     Section,
@@ -18,7 +19,7 @@ from srepa_ds.schema import (
     validated,
     with_current_names,
 )
-from srepa_ds.trees import apply_overrides, load_tree, merged, parse_yaml
+from srepa_ds.trees import apply_overrides, load_tree, merged
 
 
 class Kernel(Section):

@@ -17,17 +17,10 @@ from hypothesis import strategies as st
 from places import ROOT
 
 from srepa_ds.config.experiment import config_of, load_config
+from srepa_ds.documents.json_reader import parse_json
+from srepa_ds.documents.yaml_reader import YamlDumper, parse_yaml
 from srepa_ds.errors import ConfigError
-from srepa_ds.trees import (
-    Difference,
-    YamlDumper,
-    apply_overrides,
-    differences,
-    leaves,
-    load_tree,
-    parse_json,
-    parse_yaml,
-)
+from srepa_ds.trees import Difference, apply_overrides, differences, leaves, load_tree
 
 
 def test_leaves_are_the_plain_values_by_path():

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from srepa_ds.documents.json_reader import read_json
 from srepa_ds.files import flush_to_disk, is_plain_name, sha256_of
-from srepa_ds.trees import read_json
 
 MANIFEST = "manifest.json"
 FOREIGN = "of format"

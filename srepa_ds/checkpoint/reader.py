@@ -10,9 +10,9 @@ from torch import Tensor
 
 from srepa_ds.checkpoint.folder import STATE
 from srepa_ds.checkpoint.manifest import MANIFEST
+from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import CheckpointError
 from srepa_ds.files import sha256_of
-from srepa_ds.trees import read_json
 
 _STATE_KINDS = {
     **dict.fromkeys(("step", "adam_step", "samples_seen"), int),

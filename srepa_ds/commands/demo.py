@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from srepa_ds.distributed.launcher import start_child
 from srepa_ds.distributed.signals import handled
+from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import ConfigError, Fault, OutputError, SRepaError, nearest
 from srepa_ds.files import shipped, write_aside
 from srepa_ds.run_folder import RunFolder
 from srepa_ds.schema import load_section
-from srepa_ds.trees import read_json
 
 if TYPE_CHECKING:
     from srepa_ds.config.experiment import Config
@@ -148,7 +148,7 @@ def _check_writable(folder: Path) -> None:
     """Raises OutputError if `folder` can be neither made nor written to; writes nothing."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        reason = "is no folder" if not existing.is_dir() else "cannot be written to"
+        reason = "is not a folder" if not existing.is_dir() else "cannot be written to"
         raise OutputError(
             f"the demo writes to {folder}, but {existing.absolute()} {reason}; run it in another "
             "folder"

@@ -22,11 +22,11 @@ from srepa_ds.data.token_index import (
     token_file_name,
 )
 from srepa_ds.data.token_store import TokenStore, check_token_file, indexed_tokens
+from srepa_ds.documents.json_reader import read_json
 from srepa_ds.encoders.teacher_folder import REPORT_NAME, WEIGHTS_NAME, check_teacher
 from srepa_ds.errors import CheckpointError, DataError, SRepaError
 from srepa_ds.run_folder import RunFolder
 from srepa_ds.training.stored_teachers import STORES
-from srepa_ds.trees import read_json
 from srepa_ds.weights.exported import DOCUMENT, WEIGHTS, check_export
 
 

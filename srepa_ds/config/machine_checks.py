@@ -24,8 +24,8 @@ from srepa_ds.plan.activations import activation_bytes
 from srepa_ds.zero.json_file import load_deepspeed_json, offloads_optimizer, stage_of
 
 _MARGIN = 4
-"""How many times too large a run must be to be refused: the sums below leave much out, but swap
-memory, lazily used pages and other precisions of some tensors could make them too high as well."""
+"""A run is refused only if it needs this many times the memory. The estimates below leave much out,
+but swap, pages that are never touched and lower precisions could also make them too high."""
 
 _STATE_BYTES = 16
 """Per weight: the fp32 master, Adam's two moments, and the main average."""
@@ -68,7 +68,9 @@ def missing_compiler(device: torch.device) -> str | None:
     try:
         command = shlex.split(os.environ.get(variable, ""))[:1]
     except ValueError as error:
-        return f"{variable} is no command ({error}); set it to a {language} compiler"
+        return (
+            f"{variable} cannot be parsed as a command ({error}); set it to a {language} compiler"
+        )
     if not any(map(shutil.which, command or known)):
         missing = f"{variable} names no program" if command else f"there is no {language} compiler"
         return f"{missing}; install {known[0]}, or set {variable} to a {language} compiler"

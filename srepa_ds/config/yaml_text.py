@@ -4,8 +4,8 @@ from typing import Any
 
 import yaml
 
+from srepa_ds.documents.yaml_reader import YamlDumper
 from srepa_ds.schema import Section, to_tree
-from srepa_ds.trees import YamlDumper
 
 
 def to_yaml(config: Section, *, documented: bool = False) -> str:

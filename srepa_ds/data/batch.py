@@ -50,7 +50,7 @@ class Batch:
     def shared(self) -> "Batch":
         """Returns the batch in memory that other processes can map.
 
-        Raises RuntimeError if there is no room for it in /dev/shm.
+        Raises RuntimeError if /dev/shm is full.
         """
         return self._map(lambda tensor: tensor.share_memory_())
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from srepa_ds.data.sample_files import Identity
+from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import DataError
 from srepa_ds.files import write_aside
-from srepa_ds.trees import read_json
 
 CHECKED_NAME = ".checked.json"
 """The file beside the data that remembers which contents were compared."""

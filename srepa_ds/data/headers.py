@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from srepa_ds.data.sample_files import Identity, Row, StoredFile
+from srepa_ds.documents.json_reader import parse_json
 from srepa_ds.errors import DataError
-from srepa_ds.trees import parse_json
 
 _KEY = "srepa_ds"
 

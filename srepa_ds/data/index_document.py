@@ -6,10 +6,10 @@ from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator
 
+from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import ConfigError, DataError, listed
 from srepa_ds.files import is_plain_name
 from srepa_ds.schema import Section, validated
-from srepa_ds.trees import read_json
 
 Index = TypeVar("Index", bound=Section)
 INDEX_NAME = "index.json"

@@ -23,10 +23,10 @@ from srepa_ds.data.shard_index import (
     read_index,
 )
 from srepa_ds.data.shards import shard_facts
+from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import OutputError
 from srepa_ds.files import PARTIAL, claimed, sha256_of, write_aside, writing
 from srepa_ds.schema import to_tree
-from srepa_ds.trees import read_json
 
 MARKER_NAME = "preparing.json"
 # Its own name for a file until that is whole.

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from srepa_ds import __version__, files
+from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import DataError, OutputError
 from srepa_ds.files import PARTIAL, is_of_the_system, sha256_of, write_aside, writing
-from srepa_ds.trees import read_json
 
 WEIGHTS_NAME = "model.safetensors"
 REPORT_NAME = "teacher.json"

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from srepa_ds.documents.json_reader import parse_json
 from srepa_ds.errors import DataError
 from srepa_ds.metrics.frechet import frechet_distance
 from srepa_ds.metrics.manifold import precision_recall
 from srepa_ds.metrics.statistics import FeatureStatistics
-from srepa_ds.trees import parse_json
 
 Metric = Callable[[Tensor, Tensor], Mapping[str, float]]
 """(features of the samples (n, width), of the reference (m, width)) -> fields of `Scores`."""

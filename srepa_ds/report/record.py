@@ -6,11 +6,12 @@ from typing import Any
 
 from srepa_ds.alignment.alignment import AlignmentConfig
 from srepa_ds.config.experiment import Config
+from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import DataError
 from srepa_ds.schema import validated
 from srepa_ds.telemetry.json_lines import read_lines
 from srepa_ds.telemetry.metrics_log import is_metrics
-from srepa_ds.trees import load_tree, read_json
+from srepa_ds.trees import load_tree
 
 Line = Mapping[str, float]
 

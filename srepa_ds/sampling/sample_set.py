@@ -11,8 +11,8 @@ from numpy import ndarray
 from numpy.lib.npyio import NpzFile
 from PIL import Image
 
+from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import DataError
-from srepa_ds.trees import read_json
 
 SAMPLES = "samples.npz"
 PROVENANCE = "provenance.json"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from srepa_ds.documents.json_reader import parse_json
 from srepa_ds.files import write_aside
-from srepa_ds.trees import parse_json
 
 Check = Callable[[Mapping[str, Any]], bool]
 """Returns whether an object is a line of the file: whether it has the keys, of the right types."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from safetensors.torch import save_file
 from torch import Tensor
 
+from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import CheckpointError, ConfigError, OutputError, listed
 from srepa_ds.files import (
     PARTIAL,
@@ -25,7 +26,6 @@ from srepa_ds.files import (
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.schema import Section, replaced, validated
-from srepa_ds.trees import read_json
 from srepa_ds.weight_file import other_kind, plain_tensors, read_weight_file
 
 FORMAT = "srepa_ds.model"

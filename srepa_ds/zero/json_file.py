@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import ConfigError, Fault, nearest
 from srepa_ds.files import looked_for, reason_of, shipped
-from srepa_ds.trees import read_json
 
 OWNED_BY_YAML = {
     "train_batch_size": "train.batch_size",

@@ -73,7 +73,7 @@ def test_all_impossible_values_come_at_once(started):
 def test_a_place_that_cannot_be_written_to_is_refused_first(started, tmp_path, place):
     (tmp_path / place).parent.mkdir(exist_ok=True)
     (tmp_path / place).write_text("a file in the way")
-    with pytest.raises(OutputError, match=f"{tmp_path}/{place} is no folder"):
+    with pytest.raises(OutputError, match=f"{tmp_path}/{place} is not a folder"):
         run_demo(mode="repa", steps=None, ranks=1, seed=0)
     assert started == []
 

@@ -9,9 +9,10 @@ from srepa_ds.cli import run
 from srepa_ds.commands.prepare import PrepareConfig
 from srepa_ds.commands.teacher import TeacherTrainingConfig
 from srepa_ds.config.experiment import Config, config_from, load_config, samples_folder
+from srepa_ds.documents.yaml_reader import parse_yaml
 from srepa_ds.errors import ConfigError
 from srepa_ds.schema import validated
-from srepa_ds.trees import load_tree, parse_yaml
+from srepa_ds.trees import load_tree
 
 CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 KINDS = {"prepare": PrepareConfig, "teacher": TeacherTrainingConfig, "experiment": Config}

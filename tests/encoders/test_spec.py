@@ -8,6 +8,7 @@ from places import ROOT
 from teacher_models import PLAIN, SMALL, images, plain_encoder, preprocessed, saved, scrambled
 
 from srepa_ds.config.yaml_text import to_yaml
+from srepa_ds.documents.yaml_reader import parse_yaml
 from srepa_ds.encoders.teacher import (
     TEACHERS,
     TeacherConfig,
@@ -17,7 +18,6 @@ from srepa_ds.encoders.teacher import (
 )
 from srepa_ds.errors import ConfigError
 from srepa_ds.schema import to_tree, validated
-from srepa_ds.trees import parse_yaml
 
 DOCUMENT = ROOT / "docs" / "teachers.md"
 
