@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -18,6 +18,7 @@ from srepa_ds.errors import OutputError, SRepaError, TopologyError
 if TYPE_CHECKING:
     from srepa_ds.config.experiment import Config
     from srepa_ds.schema import Section
+
 
 INTERRUPTED = 75
 """Exit code of a training run that saved and stopped on a signal (EX_TEMPFAIL: run it again)."""
@@ -89,19 +90,29 @@ def prepare(
         bool,
         typer.Option("--teacher", help="CONFIG is an experiment: store its teachers' tokens."),
     ] = False,
+    share: Annotated[
+        str | None,
+        typer.Option(help="Do shards i, i+n, ... only, of several commands on one folder: i/n."),
+    ] = None,
     ranks: RankCount = 1,
 ) -> None:
     """Make shards from a source of images; with --teacher, store teacher tokens beside them."""
     if store_teachers:
         _store_teachers(path, overrides, ranks)
-    elif ranks != 1:
-        raise typer.BadParameter("one process prepares images; --ranks needs --teacher")
-    from srepa_ds.commands.prepare import PrepareConfig
+
     from srepa_ds.commands.prepare import prepare as run
+    from srepa_ds.preparation.config import PrepareConfig
+    from srepa_ds.preparation.share import EVERYTHING, Share
     from srepa_ds.schema import load_section
 
-    _in_one_process("prepare")
-    run(load_section(PrepareConfig, path, overrides or ()))
+    def action() -> int:
+        config = _of_all_ranks(lambda: load_section(PrepareConfig, path, overrides or ()))
+        run(config, share=own)
+        return 0
+
+    own = Share.of(share) if share else EVERYTHING
+    given = ["--share", share] if share else []
+    _on_ranks(action, ranks, command=["prepare", str(path), *(overrides or ()), *given])
 
 
 def _store_teachers(path: Path, overrides: list[str] | None, ranks: int) -> NoReturn:
@@ -335,18 +346,24 @@ def _check_readable_often(path: Path) -> None:
 
 
 def _config_of_all_ranks(path: Path, overrides: list[str] | None) -> "Config":
-    """Joins the other ranks and returns the experiment.
+    """Joins the other ranks and returns the experiment; see `_of_all_ranks`."""
+    from srepa_ds.config.experiment import load_config
+
+    return _of_all_ranks(lambda: load_config(path, overrides or ()))
+
+
+def _of_all_ranks(load: Callable[[], Any]) -> Any:
+    """Joins the other ranks and returns the configuration that `load` returns.
 
     A fault that any rank finds in its file is raised on all of them, and ConfigError if the ranks'
     settings differ.
     """
-    from srepa_ds.config.experiment import load_config
     from srepa_ds.distributed import ranks
     from srepa_ds.schema import to_tree
     from srepa_ds.trees import leaves
 
     ranks.initialize()
-    config = ranks.together(load_config, path, overrides or ())
+    config = ranks.together(load)
     advice = "ranks were given different settings; give them all the same file and overrides"
     ranks.check_same(dict(leaves(to_tree(config))), what=advice)
     return config
@@ -360,10 +377,10 @@ def _log() -> None:
 
 def _any_config(path: Path, overrides: list[str] | None) -> "Section":
     """Returns the configuration of the kind that the file's `kind` names."""
-    from srepa_ds.commands.prepare import PrepareConfig
     from srepa_ds.commands.teacher import TeacherTrainingConfig
     from srepa_ds.config.experiment import config_of
     from srepa_ds.errors import ConfigError, Fault, nearest
+    from srepa_ds.preparation.config import PrepareConfig
     from srepa_ds.schema import kind_of, section_of
     from srepa_ds.trees import apply_overrides, load_files, merged_files
 

@@ -173,8 +173,8 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a lock on `folder` while the block runs.
+def locked(folder: Path, *, is_shared: bool = False) -> Iterator[None]:
+    """Holds a lock on `folder` while the block runs; others may hold a shared one beside it.
 
     The lock is on the folder itself: no file is left behind, and it is released however the
     process ends. Raises BlockingIOError if another process holds it, OSError if the folder is
@@ -183,7 +183,8 @@ def locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError:
@@ -195,9 +196,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(folder: Path, *, doing: str, cure: str, otherwise: str = "") -> Iterator[None]:
+def claimed(
+    folder: Path, *, doing: str, cure: str, otherwise: str = "", is_shared: bool = False
+) -> Iterator[None]:
     """Makes `folder`, keeps other processes out while the block runs, removes it if it stays empty.
 
+    With `is_shared`, other shared claims are let in.
     Raises OutputError if it cannot be written to (with `cure`), or if another process holds it; the
     message says which one and that it is `doing` the folder ("training in"), and ends with
     `otherwise`.
@@ -206,7 +210,7 @@ def claimed(folder: Path, *, doing: str, cure: str, otherwise: str = "") -> Iter
         with writing(folder, cure=cure):
             made = make_folder(folder)
             try:
-                lock.enter_context(locked(folder))
+                lock.enter_context(locked(folder, is_shared=is_shared))
             except BlockingIOError as error:
                 raise OutputError(
                     f"another process ({_holder_of(folder)}) is {doing} {folder}; wait for it or "

@@ -39,12 +39,18 @@ S = TypeVar("S", bound="Section")
 class OnlyFor:
     """Marks a field that only some choices have: `Annotated[float, OnlyFor("kind", "kl")]`.
 
-    With another choice it must keep its default, as files of resolved settings do.
+    Several choices are given as a tuple. With another choice it must keep its default, as files of
+    resolved settings do.
     """
 
     chooser: str
     """The field that makes the choice."""
-    choice: str
+    choice: str | tuple[str, ...]
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The choices that have the field."""
+        return (self.choice,) if isinstance(self.choice, str) else self.choice
 
 
 class Section(BaseModel):
@@ -76,11 +82,12 @@ class Section(BaseModel):
                 if not isinstance(mark, OnlyFor) or getattr(self, name) == field.default:
                     continue
                 # A field checked alone, because others are invalid, has no chooser beside it.
-                chosen = getattr(self, mark.chooser, mark.choice)
-                if chosen != mark.choice:
+                chosen = getattr(self, mark.chooser, mark.choices[0])
+                if chosen not in mark.choices:
+                    quoted = " or ".join(f"'{choice}'" for choice in mark.choices)
                     raise ValueError(
-                        f"{name} belongs to {mark.chooser} '{mark.choice}', and {mark.chooser} is "
-                        f"'{chosen}'; remove it, or set {mark.chooser}: {mark.choice}"
+                        f"{name} belongs to {mark.chooser} {quoted}, and {mark.chooser} is "
+                        f"'{chosen}'; remove it, or set {mark.chooser}: {mark.choices[0]}"
                     )
         return self
 
@@ -372,6 +379,10 @@ def _fault(schema: type[Section], detail: Any) -> Fault:
         fields = [name for section in sections for name in section.model_fields]
         return Fault(path, f"unknown key; {nearest(key, fields)}")
     path = ".".join(_located(schema, location)[0])
+    if detail["type"] == "union_tag_invalid":
+        return _fault_of_tag(path, detail["ctx"])
+    if detail["type"] == "union_tag_not_found":
+        return Fault(f"{path}.{_unquoted(detail['ctx']['discriminator'])}", "is required")
     if detail["type"] == "missing":
         return Fault(path, "is required")
     message = detail["msg"].removeprefix("Value error, ")
@@ -385,6 +396,17 @@ def _fault(schema: type[Section], detail: Any) -> Fault:
     if detail["type"] in ("int_type", "float_type") and re.fullmatch(r"[\d.]+(_\d+)+", str(given)):
         message += "; write the number without _"
     return Fault(path, message)
+
+
+def _fault_of_tag(path: str, context: Mapping[str, Any]) -> Fault:
+    """Returns the fault of a section whose kind is unknown."""
+    tag, kinds = context["tag"], map(_unquoted, context["expected_tags"].split(","))
+    field, section = _unquoted(context["discriminator"]), path.rpartition(".")[2]
+    return Fault(f"{path}.{field}", f"unknown {section} '{tag}'; {nearest(tag, kinds)}")
+
+
+def _unquoted(text: str) -> str:
+    return text.strip(" '")
 
 
 def _shortened(value: Any) -> str:

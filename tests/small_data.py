@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from srepa_ds.data.prepared_folder import PreparedFolder, prepared_index
 from srepa_ds.data.shard_index import DatasetDescription
-from srepa_ds.data.shard_writer import ShardWriter, is_prepared, remove_marker
+from srepa_ds.data.shard_writer import ShardWriter
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.stored_tokens import as_stored
 from srepa_ds.data.token_index import TokenDescription, is_finished
@@ -18,8 +19,8 @@ DESCRIBED = DatasetDescription({"name": "test"}, (3, 2, 2), ("zero", "one"))
 
 def prepare(folder: Path, *, samples_per_shard: int = 2) -> None:
     """Does what `srepa-ds prepare` does for one part."""
-    if is_prepared(folder, DESCRIBED):
-        remove_marker(folder)
+    if prepared_index(folder, DESCRIBED):
+        PreparedFolder(folder, DESCRIBED).tidy_up()
         return
     with ShardWriter(folder, description=DESCRIBED, samples_per_shard=samples_per_shard) as writer:
         for number in range(3):

@@ -1,5 +1,7 @@
 """The codec `identity`: pixels are the latents."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -10,6 +12,15 @@ from srepa_ds.errors import DataError
 
 class IdentityCodec:
     """Maps pixels of 0..255 to latents in [-1, 1] and back."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Names the codec; nothing else decides its latents."""
+        return {"kind": "identity"}
+
+    def moments(self, images: UInt8[Tensor, "batch 3 H W"]) -> Float[Tensor, "batch moments h w"]:
+        """Raises DataError: pixels need no encoding."""
+        raise DataError("the identity codec trains on pixels; set latents to null")
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Returns `image_shape` itself."""

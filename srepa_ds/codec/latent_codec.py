@@ -1,9 +1,12 @@
 """The `LatentCodec` protocol: a frozen map between images and the diffusion model's space."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float, UInt8
 from torch import Tensor
+
+LatentValues = Literal["moments", "samples"]
+"""Mean and standard deviation of a posterior, concatenated over channels, or one draw from it."""
 
 
 @runtime_checkable
@@ -16,7 +19,11 @@ class Encodable(Protocol):
 
     @property
     def moments(self) -> Tensor | None:
-        """Mean and standard deviation of a VAE's posterior, concatenated over channels."""
+        """Stored latents; see `latent_values`."""
+
+    @property
+    def latent_values(self) -> LatentValues:
+        """What `moments` hold."""
 
     @property
     def positions(self) -> Tensor:
@@ -27,11 +34,27 @@ class Encodable(Protocol):
 class LatentCodec(Protocol):
     """A frozen map between images and the space the diffusion model works in."""
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the moments of an image, as plain JSON values.
+
+        Training refuses latents of a codec with another identity.
+        """
+
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Returns (channels, height, width) of the latent of an image of `image_shape`."""
+        """Returns (channels, height, width) of the latent of an image of `image_shape`.
+
+        Raises DataError if it cannot be encoded.
+        """
+
+    def moments(self, images: UInt8[Tensor, "batch 3 H W"]) -> Float[Tensor, "batch moments h w"]:
+        """Returns mean and standard deviation of the posterior of images, concatenated, fp32.
+
+        Raises DataError if there is no encoder.
+        """
 
     def encode(self, batch: Encodable, *, seed: int) -> Float[Tensor, "batch c h w"]:
         """Returns clean latents, fp32; `seed` and positions key the draw from a posterior."""
 
     def decode(self, latents: Float[Tensor, "batch c h w"]) -> UInt8[Tensor, "batch H W 3"]:
-        """Returns the images of `latents`."""
+        """Returns the images of `latents`; raises DataError if there is no decoder."""

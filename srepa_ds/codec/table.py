@@ -1,21 +1,25 @@
-"""The table of codecs: `LATENT_CODECS`, a row for each, and the section that chooses one."""
+"""The table of codecs: `LATENT_CODECS`, a row for each."""
 
-from typing import Annotated
+from collections.abc import Callable
 
+import torch
+
+from srepa_ds.codec.config import CodecConfig
 from srepa_ds.codec.identity import IdentityCodec
 from srepa_ds.codec.latent_codec import LatentCodec
-from srepa_ds.schema import Section, one_of
+from srepa_ds.codec.stored import StoredCodec
+from srepa_ds.codec.vae import open_vae
 
-LATENT_CODECS: dict[str, type[LatentCodec]] = {"identity": IdentityCodec}
-
-
-class CodecConfig(Section):
-    """The space the diffusion model works in."""
-
-    kind: Annotated[str, one_of("codec", LATENT_CODECS)] = "identity"
-    """`identity`: pixels scaled to [-1, 1]."""
+LATENT_CODECS: dict[str, Callable[[CodecConfig, torch.device], LatentCodec]] = {
+    "identity": lambda config, device: IdentityCodec(),
+    "vae": open_vae,
+    "stored": lambda config, device: StoredCodec(config.scale, config.shift),
+}
 
 
-def build_codec(config: CodecConfig) -> LatentCodec:
-    """Returns the codec that `config` names."""
-    return LATENT_CODECS[config.kind]()
+def build_codec(config: CodecConfig, *, device: torch.device | str = "cpu") -> LatentCodec:
+    """Returns the codec that `config` names, working on `device`.
+
+    Raises DataError if its weights are missing or damaged.
+    """
+    return LATENT_CODECS[config.kind](config, torch.device(device))

@@ -74,10 +74,10 @@ def check(mode: str, changes: Sequence[str], *, ranks: int) -> None:
 
     Raises ConfigError with all faults, OutputError or DataError for what the machine lacks.
     """
-    from srepa_ds.commands.prepare import PrepareConfig
     from srepa_ds.commands.teacher import TeacherTrainingConfig
     from srepa_ds.config.experiment import load_config
     from srepa_ds.distributed.devices import local_device
+    from srepa_ds.preparation.config import PrepareConfig
 
     faults: list[Fault] = []
     outputs: list[Path] = []

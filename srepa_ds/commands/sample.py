@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from srepa_ds.codec.table import CodecConfig, build_codec
+from srepa_ds.codec.config import CodecConfig
+from srepa_ds.codec.table import build_codec
 from srepa_ds.config.experiment import Config, samples_folder
 from srepa_ds.config.sections import SampleConfig
 from srepa_ds.console import steps_shown

@@ -10,9 +10,15 @@ from srepa_ds.checkpoint.manifest import MANIFEST
 from srepa_ds.console import steps_shown
 from srepa_ds.data.contents import IndexedFile, check_contents
 from srepa_ds.data.index_document import INDEX_NAME
+from srepa_ds.data.prepared_folder import MARKER_NAME
+from srepa_ds.data.shard_file import (
+    check_labels,
+    check_shard,
+    indexed_shards,
+    labels_of,
+    shard_name,
+)
 from srepa_ds.data.shard_index import ShardEntry, ShardIndex, read_index
-from srepa_ds.data.shard_writer import MARKER_NAME, shard_name
-from srepa_ds.data.shards import check_labels, check_shard, indexed_shards, labels_of
 from srepa_ds.data.token_index import (
     TOKEN_FORMAT,
     TokenFileEntry,

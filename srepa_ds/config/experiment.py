@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from srepa_ds.alignment.alignment import AlignmentConfig
 from srepa_ds.checkpoint.retention import CheckpointConfig
-from srepa_ds.codec.table import CodecConfig
+from srepa_ds.codec.config import CodecConfig
 from srepa_ds.config.cross_checks import CROSS_CHECKS
 from srepa_ds.config.sections import (
     EngineConfig,

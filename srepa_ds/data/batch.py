@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -18,12 +19,14 @@ class Batch:
     images: UInt8[Tensor, "batch channels height width"] | None
     """Pixels: the teacher's input, and the identity codec's."""
     moments: Float[Tensor, "batch moments latent_height latent_width"] | None
-    """Mean and standard deviation of a VAE's posterior, concatenated over channels."""
+    """Latents: mean and standard deviation of a VAE's posterior, concatenated over channels."""
     labels: Int64[Tensor, " batch"]
     sample_ids: Int64[Tensor, " batch"]
     """Index in the data set; messages name samples by it."""
     positions: Int64[Tensor, " batch"]
     """The global sample counter: the key of all training noise."""
+    latent_values: Literal["moments", "samples"] = "moments"
+    """With `samples`, `moments` hold one draw from each posterior instead."""
     teacher_tokens: tuple[StoredTokens | None, ...] = ()
     """One entry per token store given to the data set; None where the store is None."""
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from srepa_ds.data.sample_files import Identity
+from srepa_ds.data.stored_files import Identity
 from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import DataError
 from srepa_ds.files import write_aside

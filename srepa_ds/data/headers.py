@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from srepa_ds.data.sample_files import Identity, Row, StoredFile
+from srepa_ds.data.sample_files import Row
+from srepa_ds.data.stored_files import Identity, StoredFile
 from srepa_ds.documents.json_reader import parse_json
 from srepa_ds.errors import DataError
 
@@ -20,6 +21,7 @@ Form = tuple[str, tuple[int, ...]]
 
 _DTYPES = {
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "F32": torch.float32,
     "I64": torch.int64,
     "I8": torch.int8,

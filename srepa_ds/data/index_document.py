@@ -1,6 +1,6 @@
 """Reads the JSON index of a folder; it is written last, so a folder without one is unfinished."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -26,12 +26,19 @@ FileName = Annotated[str, AfterValidator(_check_plain)]
 
 
 def read_index_document(
-    folder: Path, schema: type[Index], *, format_name: str, version: int, missing: str, again: str
+    folder: Path,
+    schema: type[Index],
+    *,
+    format_name: str,
+    versions: Collection[int],
+    missing: str,
+    again: str,
 ) -> Index:
     """Returns the index of `folder`.
 
-    Raises DataError if it is missing, unreadable, or not of this format and version; `missing` says
-    what a missing index means and how to get one, `again` is the cure for a faulty one.
+    Raises DataError if it is missing, unreadable, or not of this format and these versions;
+    `missing` says what a missing index means and how to get one, `again` is the cure for a faulty
+    one.
     """
     path = folder / INDEX_NAME
     try:
@@ -45,10 +52,10 @@ def read_index_document(
     found = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
     if found != format_name:
         raise DataError(f"{path}: expected an index of format '{format_name}', found {found!r}")
-    if tree.get("version") != version:
+    if tree.get("version") not in versions:
         raise DataError(
-            f"{path}: expected version {version} of the format, found {tree.get('version')!r}; "
-            f"{again} with this version of srepa-ds"
+            f"{path}: expected version {listed(map(str, versions), ' or ')} of the format, found "
+            f"{tree.get('version')!r}; {again} with this version of srepa-ds"
         )
     try:
         return validated(schema, tree, source=str(path))

@@ -1,54 +1,14 @@
-"""Safetensors files of one form, addressed as one array of samples.
+"""Safetensors files of one form, addressed as one array of samples."""
 
-They are read, not mapped: a mapped file that is truncated ends the process without a message.
-Reading is as fast. On one core, from memory and in random batches of 32, it delivered 150,000
-images of 16 px per second (mapped: 77,000), 46,000 of 256 px (42,000), or 22,000 images' tokens of
-393 KB (21,000).
-"""
-
-import os
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from srepa_ds.errors import DataError
-
-_MOST_OPEN = 160
-"""Open files of one data set. A process may have 1,024; ImageNet's 129 shards fit."""
-
-
-class Identity(NamedTuple):
-    """Tells a file from another one in its place, and from itself after a change."""
-
-    device: int
-    inode: int
-    size: int
-    modified: int
-    """Nanoseconds."""
-
-    @classmethod
-    def of(cls, file: int | Path) -> "Identity":
-        """Returns the identity of an open descriptor or a path; raises OSError."""
-        found = os.stat(file)
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """A file whose header was checked."""
-
-    path: Path
-    identity: Identity
-    starts: Mapping[str, int]
-    """The offset of each tensor in the file, in bytes."""
-    again: str
-    """The cure for a damaged file, for messages."""
+from srepa_ds.data.stored_files import OpenFiles, StoredFile
 
 
 @dataclass(frozen=True)
@@ -69,100 +29,75 @@ class Row:
 
 
 class SampleFiles:
-    """Files of one form whose samples are numbered consecutively; each is opened on first use.
-
-    A file that stays open is read as it was even if it is removed or replaced. Not for use by
-    several threads at once; processes may share it.
-    """
+    """Files of one form whose samples are numbered consecutively; see `OpenFiles`."""
 
     def __init__(self, files: Sequence[StoredFile], counts: Sequence[int], rows: Mapping[str, Row]):
         """Takes the number of samples in each file as `counts`."""
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
-        self._files = tuple(files)
+        self._files = OpenFiles(files)
         self._starts = (0, *torch.tensor(counts).cumsum(0).tolist())
         self._ends = torch.tensor(self._starts[1:])
         self._rows = dict(rows)
+        self._blob_ends: dict[str, list[int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker process that is not forked opens the files itself.
-        return {**self.__dict__, "_descriptors": OrderedDict()}
+        return {**self.__dict__, "_blob_ends": {}}
 
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-
-    def gather(self, indices: Int64[Tensor, " batch"]) -> dict[str, Tensor]:
-        """Returns the samples `indices`, in their order.
+    def gather(
+        self, indices: Int64[Tensor, " batch"], *, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Returns the samples `indices`, in their order: the tensors `names`, by default all.
 
         Raises IndexError, and DataError for a file that cannot be read, is shorter than it was, or
         was replaced.
         """
+        rows = {name: row for name, row in self._rows.items() if names is None or name in names}
+        gathered = {name: row.empty(len(indices)) for name, row in rows.items()}
+        into = [(name, row.num_bytes, _bytes_of(gathered[name])) for name, row in rows.items()]
+        for place, (number, index) in enumerate(self._places(indices)):
+            inside = index - self._starts[number]
+            for name, size, room in into:
+                self._files.read(
+                    number, name, inside * size, room[place * size : (place + 1) * size]
+                )
+        return gathered
+
+    def blobs(self, indices: Int64[Tensor, " batch"], name: str) -> list[bytearray]:
+        """Returns what each of the samples `indices` has of the bytes `<name>_bytes`.
+
+        `<name>_ends` are the places behind each sample's bytes in its file. Raises IndexError and
+        DataError as `gather` does.
+        """
+        if name not in self._blob_ends:
+            self._blob_ends[name] = self.tensor(f"{name}_ends").tolist()
+        ends, found = self._blob_ends[name], []
+        for number, index in self._places(indices):
+            start = ends[index - 1] if index > self._starts[number] else 0
+            if not 0 <= start <= ends[index]:
+                raise self._files.damaged(number, f"the ends of its {name} bytes do not rise")
+            room = bytearray(ends[index] - start)
+            self._files.read(number, f"{name}_bytes", start, memoryview(room))
+            found.append(room)
+        return found
+
+    def _places(self, indices: Int64[Tensor, " batch"]) -> Iterator[tuple[int, int]]:
+        """Yields the file and the sample of each of `indices`; raises IndexError."""
         total = self._starts[-1]
         if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < total):
             raise IndexError(f"sample index outside [0, {total})")
-        gathered = {name: row.empty(len(indices)) for name, row in self._rows.items()}
-        into = [
-            (name, row.num_bytes, _bytes_of(gathered[name])) for name, row in self._rows.items()
-        ]
-        file_of = torch.searchsorted(self._ends, indices, right=True).tolist()
-        for place, (number, index) in enumerate(zip(file_of, indices.tolist(), strict=True)):
-            inside = index - self._starts[number]
-            for name, size, room in into:
-                self._read(number, name, inside * size, room[place * size : (place + 1) * size])
-        return gathered
+        files = torch.searchsorted(self._ends, indices, right=True).tolist()
+        return zip(files, indices.tolist(), strict=True)
 
     def tensor(self, name: str, *, file: int | None = None) -> Tensor:
         """Returns one tensor of all samples, or of those in one file; raises DataError."""
-        numbers = range(len(self._files)) if file is None else (file,)
+        numbers = range(len(self._starts) - 1) if file is None else (file,)
         counts = [self._starts[number + 1] - self._starts[number] for number in numbers]
         row = self._rows[name]
         whole = row.empty(sum(counts))
         room, start = _bytes_of(whole), 0
         for number, count in zip(numbers, counts, strict=True):
-            self._read(number, name, 0, room[start : start + count * row.num_bytes])
+            self._files.read(number, name, 0, room[start : start + count * row.num_bytes])
             start += count * row.num_bytes
         return whole
-
-    def _read(self, number: int, name: str, offset: int, room: memoryview) -> None:
-        """Fills `room` with the bytes of a tensor from `offset` on; raises DataError."""
-        file = self._files[number]
-        offset += file.starts[name]
-        try:
-            descriptor = self._descriptor(number)
-            done = 0
-            while done < len(room):
-                # At the place given, not at the descriptor's, which forked processes share.
-                read = os.preadv(descriptor, [room[done:]], offset + done)
-                if read == 0:
-                    raise DataError(
-                        f"{file.path}: was truncated while it was in use: it had "
-                        f"{file.identity.size} bytes, now {os.fstat(descriptor).st_size}; "
-                        f"{file.again}"
-                    )
-                done += read
-        except OSError as error:
-            raise DataError(
-                f"{file.path}: cannot be read any more ({error.strerror or error}); make the file "
-                "readable again as it was, and run the command again"
-            ) from error
-
-    def _descriptor(self, number: int) -> int:
-        """Returns the open file; raises OSError, and DataError if it was replaced."""
-        if number in self._descriptors:
-            self._descriptors.move_to_end(number)
-            return self._descriptors[number]
-        file = self._files[number]
-        descriptor = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-        if Identity.of(descriptor) != file.identity:
-            os.close(descriptor)
-            raise DataError(
-                f"{file.path}: was changed or replaced while it was in use; leave the files of "
-                "running commands alone, and run the command again"
-            )
-        self._descriptors[number] = descriptor
-        if len(self._descriptors) > _MOST_OPEN:
-            os.close(self._descriptors.popitem(last=False)[1])
-        return descriptor
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -5,7 +5,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,14 @@ from srepa_ds.files import looked_for
 from srepa_ds.schema import Section
 
 FORMAT = "srepa-ds shards"
-VERSION = 1
+VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 has raw pixels and labels, but neither keys nor latents."""
+
+PixelStorage = Literal["raw", "png", "webp"]
+CURE = "choose a folder you may write to, with free space"
+"""What to do where a data set cannot be written."""
+
 _PREPARE = "`srepa-ds prepare CONFIG`"
 
 
@@ -29,11 +36,15 @@ class DatasetDescription:
     image_shape: tuple[int, int, int]
     """Channels, height, width."""
     class_names: tuple[str, ...]
+    class_ids: tuple[str, ...] = ()
+    """The source's own names of the classes, such as WordNet ids; may be empty."""
+    pixels: PixelStorage | None = "raw"
+    """How images are stored, all without loss; None if the shards hold none."""
 
     @property
     def dataset_id(self) -> str:
         """The hash of the description; every shard carries it."""
-        facts = [FORMAT, VERSION, self.source, self.image_shape, self.class_names]
+        facts = [FORMAT, VERSION, self.source, self.image_shape, self.class_names, self.pixels]
         text = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -49,6 +60,51 @@ class ShardEntry(Section):
     """Size of the file."""
     sha256: str
     """Hash of the file, in hexadecimal."""
+    key_bytes: int = Field(default=0, ge=0)
+    """Bytes of all keys."""
+    image_bytes: int = Field(default=0, ge=0)
+    """Bytes of all encoded images; 0 for raw ones."""
+
+
+class LatentDescription(Section):
+    """Everything that decides the latents of a data set, beside its images."""
+
+    codec: dict[str, Any]
+    """The identity of the codec that encoded them."""
+    values: Literal["moments", "samples"]
+    """`moments`: mean and standard deviation of the posterior; `samples`: one draw from it."""
+    dtype: Literal["fp16", "fp32"]
+    """How the numbers are stored."""
+    latent_shape: tuple[int, int, int]
+    """Channels, height, width of a latent."""
+    mirrored: bool
+    """Whether the latents of the mirrored images are there too."""
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width of what is stored; moments have two numbers for each value."""
+        channels, height, width = self.latent_shape
+        return (2 * channels if self.values == "moments" else channels), height, width
+
+
+class LatentFileEntry(Section):
+    """The index's entry for the latents of one shard."""
+
+    file: FileName
+    """Name inside the folder."""
+    shard_sha256: str
+    """Hash of the shard that they belong to."""
+    bytes: int = Field(ge=0)
+    """Size of the file."""
+    sha256: str
+    """Hash of the file, in hexadecimal."""
+
+
+class LatentIndex(LatentDescription):
+    """The latents of a data set, and their files."""
+
+    files: tuple[LatentFileEntry, ...]
+    """One per shard, in the same order."""
 
 
 class ShardIndex(Section):
@@ -68,8 +124,16 @@ class ShardIndex(Section):
     """Every label is below it."""
     class_names: tuple[str, ...]
     """One per label."""
+    class_ids: tuple[str, ...] = ()
+    """The source's own names of the classes; one per label, or none at all."""
+    pixels: PixelStorage | None = "raw"
+    """How images are stored; None if the shards hold none."""
     source: dict[str, Any]
     """The settings that chose and shaped the samples."""
+    num_skipped: int = Field(default=0, ge=0)
+    """Images of the source that could not be read and were left out."""
+    latents: LatentIndex | None = None
+    """The latents of the images, if they were encoded."""
     shards: tuple[ShardEntry, ...]
     """In the order of the sample indices."""
 
@@ -99,12 +163,13 @@ def read_index(folder: Path) -> ShardIndex:
         folder,
         ShardIndex,
         format_name=FORMAT,
-        version=VERSION,
+        versions=READABLE_VERSIONS,
         missing=f"this is not a finished data set; prepare it with {_PREPARE}",
         again=again(folder),
     )
     _check_sums(folder / INDEX_NAME, index)
     names = [entry.file for entry in index.shards]
+    names += [entry.file for entry in index.latents.files] if index.latents else []
     check_different(folder / INDEX_NAME, names, again=again(folder))
     return index
 
@@ -128,6 +193,17 @@ def _check_sums(path: Path, index: ShardIndex) -> None:
             f"{path}: says {index.num_classes} classes and names {len(index.class_names)}; "
             f"{again(path.parent)}"
         )
+    if index.class_ids and len(index.class_ids) != index.num_classes:
+        raise DataError(
+            f"{path}: says {index.num_classes} classes and gives ids of {len(index.class_ids)}; "
+            f"{again(path.parent)}"
+        )
+    if index.latents is not None:
+        wanted = [entry.sha256 for entry in index.shards]
+        if [entry.shard_sha256 for entry in index.latents.files] != wanted:
+            raise DataError(
+                f"{path}: its latents are not those of its shards; {again(path.parent)}"
+            )
     if index.num_samples == 0:
         raise DataError(f"{path}: the data set holds no samples; {again(path.parent)}")
 

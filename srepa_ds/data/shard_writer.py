@@ -1,74 +1,87 @@
-"""Writes a folder of shards: streaming, started over after a kill, never half visible."""
+"""Writes shards: one file of given samples, or a folder of them as the samples come."""
 
-import json
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from safetensors.torch import save_file
+from torch import Tensor
 
-from srepa_ds.data.contents import CHECKED_NAME
 from srepa_ds.data.headers import metadata_of
-from srepa_ds.data.shard_index import (
-    FORMAT,
-    INDEX_NAME,
-    VERSION,
-    DatasetDescription,
-    ShardEntry,
-    ShardIndex,
-    read_index,
-)
-from srepa_ds.data.shards import shard_facts
-from srepa_ds.documents.json_reader import read_json
-from srepa_ds.errors import OutputError
-from srepa_ds.files import PARTIAL, claimed, sha256_of, write_aside, writing
-from srepa_ds.schema import to_tree
-
-MARKER_NAME = "preparing.json"
-# Its own name for a file until that is whole.
-_OF_SAFETENSORS = ".tmp??????"
-_CURE = "choose a folder you may write to, with free space"
-_UNNAMED = {MARKER_NAME + PARTIAL, CHECKED_NAME}
-"""What may lie in a folder whose preparation was killed before its marker got its name."""
+from srepa_ds.data.pixels import PIXEL_ENCODERS
+from srepa_ds.data.prepared_folder import PreparedFolder
+from srepa_ds.data.shard_file import blob_tensors, shard_facts, shard_name
+from srepa_ds.data.shard_index import CURE, DatasetDescription, ShardEntry
+from srepa_ds.files import sha256_of, write_aside, writing
 
 
-def is_prepared(folder: Path, description: DatasetDescription) -> bool:
-    """Returns whether `folder` already holds exactly this data set, finished.
+class StoredSample(NamedTuple):
+    """A sample as a shard holds it."""
 
-    Raises OutputError if it holds another data set, DataError if its index is damaged.
+    image: UInt8[np.ndarray, "height width 3"] | bytes | None
+    """Raw pixels, the bytes of a file, or None, as the data set's `pixels` say."""
+    label: int
+    key: str
+    """Its name in the source."""
+
+
+def as_stored(
+    image: UInt8[np.ndarray, "height width 3"], described: DatasetDescription
+) -> bytes | np.ndarray | None:
+    """Returns an image as the shards of a data set hold it."""
+    if described.pixels is None:
+        return None
+    return image if described.pixels == "raw" else PIXEL_ENCODERS[described.pixels](image)
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    samples: Sequence[StoredSample],
+    described: DatasetDescription,
+    *,
+    concurrent: bool = False,
+) -> ShardEntry:
+    """Writes a shard and returns its entry in the index; raises OutputError.
+
+    With `concurrent`, several processes may write the same shard at once.
     """
-    with writing(folder, cure=_CURE):
-        if not (folder / INDEX_NAME).exists():
-            return False
-    index = read_index(folder)
-    if index.dataset_id == description.dataset_id:
-        return True
-    settings = {**index.source, "image_shape": list(index.image_shape)}
-    wanted = {**description.source, "image_shape": list(description.image_shape)}
-    differing = [
-        f"{name} is {settings.get(name)!r} there and {wanted.get(name)!r} here"
-        for name in sorted({*settings, *wanted})
-        if settings.get(name) != wanted.get(name)
-    ]
-    raise OutputError(
-        f"{folder}: holds a data set made with other settings "
-        f"({'; '.join(differing) or 'class names differ'}); choose another folder or delete it"
+    path, count = folder / shard_name(number), len(samples)
+    tensors = {
+        "labels": torch.tensor([sample.label for sample in samples], dtype=torch.int64),
+        **blob_tensors("key", [sample.key.encode() for sample in samples]),
+    }
+    images = [sample.image for sample in samples]
+    if described.pixels == "raw":
+        tensors["images"] = _planes([image for image in images if isinstance(image, np.ndarray)])
+    elif described.pixels is not None:
+        blobs = [image for image in images if isinstance(image, bytes)]
+        tensors |= blob_tensors("image", blobs)
+    facts = shard_facts(
+        count,
+        described.image_shape,
+        described.dataset_id,
+        pixels=described.pixels,
     )
-
-
-def shard_name(number: int) -> str:
-    """Returns the name of a shard's file."""
-    return f"shard-{number:05d}.safetensors"
-
-
-def remove_marker(folder: Path) -> None:
-    """Removes what a kill between the writer's last two moments leaves in a finished folder."""
-    with suppress(OSError):
-        (folder / MARKER_NAME).unlink(missing_ok=True)
+    with writing(path, cure=CURE):
+        write_aside(
+            path,
+            lambda aside: save_file(tensors, aside, metadata=metadata_of(facts)),
+            concurrent=concurrent,
+        )
+        return ShardEntry(
+            file=path.name,
+            num_samples=count,
+            bytes=path.stat().st_size,
+            sha256=sha256_of(path),
+            key_bytes=len(tensors["key_bytes"]),
+            image_bytes=len(tensors.get("image_bytes", ())),
+        )
 
 
 class ShardWriter:
@@ -79,13 +92,12 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, *, description: DatasetDescription, samples_per_shard: int):
-        self._folder = folder
-        self._description = description
+        self._folder = PreparedFolder(folder, description)
         self._samples_per_shard = samples_per_shard
-        self._images: list[np.ndarray] = []
-        self._labels: list[int] = []
+        self._samples: list[StoredSample] = []
         self._entries: list[ShardEntry] = []
-        self._written: list[Path] = []
+        self._attached: list[Path] = []
+        self._num_added = 0
         self._claim = ExitStack()
 
     def __enter__(self) -> "ShardWriter":
@@ -94,26 +106,27 @@ class ShardWriter:
         Raises OutputError if the folder cannot be written to or holds anything else, or if another
         process writes into it.
         """
-        claim = claimed(self._folder, doing="writing shards into", cure=_CURE)
-        self._claim.enter_context(claim)
-        try:
-            with writing(self._folder, cure=_CURE):
-                self._begin()
-        except OutputError:
-            self._remove_everything()
-            raise
+        self._claim.enter_context(self._folder.claimed(keep=False))
         return self
 
-    def add(self, image: UInt8[np.ndarray, "height width 3"], label: int) -> None:
-        """Adds a sample; raises OutputError if a full shard cannot be written."""
-        self._images.append(image.transpose(2, 0, 1).copy())
-        self._labels.append(label)
-        if len(self._labels) == self._samples_per_shard:
+    def add(
+        self, image: UInt8[np.ndarray, "height width 3"], label: int, key: str | None = None
+    ) -> None:
+        """Adds a sample, by default named after its number.
+
+        Raises OutputError if a full shard cannot be written.
+        """
+        stored = as_stored(image, self._folder.description)
+        own = stored.copy() if isinstance(stored, np.ndarray) else stored
+        self._samples.append(StoredSample(own, label, key or str(self._num_added)))
+        self._num_added += 1
+        if len(self._samples) == self._samples_per_shard:
             self._write_shard()
 
     def attach(self, name: str, contents: bytes) -> None:
         """Writes `contents` to a file beside the shards; raises OutputError."""
-        self._write(self._folder / name, lambda aside: aside.write_bytes(contents))
+        self._attached.append(self._folder.folder / name)
+        self._folder.write(name, contents)
 
     def __exit__(
         self,
@@ -132,72 +145,29 @@ class ShardWriter:
             self._remove_everything()
         self._claim.close()
 
-    def _begin(self) -> None:
-        marker = self._folder / MARKER_NAME
-        held = sorted({path.name for path in self._folder.iterdir()} - _UNNAMED)
-        if held and not self._is_unfinished(marker):
-            raise OutputError(
-                f"{self._folder}: not empty (it holds {', '.join(held[:3])}"
-                f"{', ...' if len(held) > 3 else ''}) and not an unfinished preparation with "
-                "these settings; choose an empty folder or delete it"
-            )
-        for pattern in ("shard-*.safetensors", f"*{PARTIAL}", _OF_SAFETENSORS, CHECKED_NAME):
-            for path in self._folder.glob(pattern):
-                path.unlink()
-        text = json.dumps({"format": FORMAT, "dataset_id": self._description.dataset_id})
-        write_aside(marker, lambda aside: aside.write_text(text))
-        self._written.append(marker)
-
-    def _is_unfinished(self, marker: Path) -> bool:
-        if (self._folder / INDEX_NAME).exists() or not marker.exists():
-            return False
-        try:
-            found = read_json(marker)
-        except ValueError:
-            return False
-        return found == {"format": FORMAT, "dataset_id": self._description.dataset_id}
-
     def _write_shard(self) -> None:
-        path = self._folder / shard_name(len(self._entries))
-        tensors = {
-            "images": torch.from_numpy(np.stack(self._images)),
-            "labels": torch.tensor(self._labels, dtype=torch.int64),
-        }
-        count, described = len(self._labels), self._description
-        facts = shard_facts(count, described.image_shape, described.dataset_id)
-        self._write(path, lambda aside: save_file(tensors, aside, metadata=metadata_of(facts)))
-        entry = ShardEntry(
-            file=path.name, num_samples=count, bytes=path.stat().st_size, sha256=sha256_of(path)
+        number, samples = len(self._entries), self._samples
+        self._entries.append(
+            write_shard(self._folder.folder, number, samples, self._folder.description)
         )
-        self._entries.append(entry)
-        self._images, self._labels = [], []
+        self._samples = []
 
     def _finish(self) -> None:
-        if self._labels:
+        if self._samples:
             self._write_shard()
-        described = self._description
-        index = ShardIndex(
-            format=FORMAT,
-            version=VERSION,
-            dataset_id=described.dataset_id,
-            num_samples=sum(entry.num_samples for entry in self._entries),
-            image_shape=described.image_shape,
-            num_classes=len(described.class_names),
-            class_names=described.class_names,
-            source=described.source,
-            shards=tuple(self._entries),
-        )
-        text = json.dumps(to_tree(index), indent=1) + "\n"
-        self._write(self._folder / INDEX_NAME, lambda aside: aside.write_text(text))
-        (self._folder / MARKER_NAME).unlink(missing_ok=True)
-
-    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
-        with writing(path, cure=_CURE):
-            write_aside(path, write)
-        self._written.append(path)
+        self._folder.write_index(self._entries)
 
     def _remove_everything(self) -> None:
-        # The marker goes last: with it, the next writer knows the rest for its own.
-        for path in reversed(self._written):
+        for path in self._attached:
             path.unlink(missing_ok=True)
+        self._folder.remove()
         self._claim.close()
+
+
+def _planes(images: Sequence[np.ndarray]) -> Tensor:
+    """Returns images as the rows of one tensor, each channel by itself."""
+    height, width, _ = images[0].shape
+    planes = torch.empty((len(images), 3, height, width), dtype=torch.uint8)
+    for row, image in zip(planes.numpy(), images, strict=True):
+        row[:] = image.transpose(2, 0, 1)
+    return planes

@@ -1,44 +1,68 @@
-"""Reads shards: images and labels in safetensors files.
+"""Reads data sets: shards of images and labels, and the latents beside them.
 
-A folder holds `shard-00000.safetensors`, ... (images uint8 (n, 3, h, w), labels int64 (n,)) and
+A folder holds `shard-00000.safetensors`, ..., perhaps `latents-00000.safetensors`, ..., and
 `index.json`, which is written last: a folder without one is not a data set.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from jaxtyping import Int64
+import torch
+from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from srepa_ds.data.batch import Batch
 from srepa_ds.data.contents import IndexedFile, are_small, check_contents
-from srepa_ds.data.headers import Form, Header, Kind, check_header, read_header, rows_of
-from srepa_ds.data.sample_files import SampleFiles, StoredFile
-from srepa_ds.data.shard_index import FORMAT, VERSION, ShardEntry, ShardIndex, again, read_index
+from srepa_ds.data.headers import rows_of
+from srepa_ds.data.latent_file import check_latents, indexed_latents, latent_forms
+from srepa_ds.data.pixels import decoded_pixels
+from srepa_ds.data.sample_files import Row, SampleFiles
+from srepa_ds.data.shard_file import check_labels, check_shard, indexed_shards, shard_forms
+from srepa_ds.data.shard_index import LatentIndex, ShardIndex, again, read_index
 from srepa_ds.data.token_store import TokenStore
 from srepa_ds.errors import DataError
 
 log = logging.getLogger("srepa_ds")
 
 
+class Parts(NamedTuple):
+    """The parts of a sample that `ShardDataset.read` returns, where the data set has them."""
+
+    images: bool = True
+    moments: bool = True
+
+
+EVERY_PART = Parts()
+
+
 class ShardDataset:
     """An open folder of shards; opening it checks every header and reads no pixel."""
 
-    def __init__(self, folder: Path, token_stores: Sequence[TokenStore | None] = ()):
-        """Opens `folder`; `read` returns the tokens of `token_stores` with the images.
+    def __init__(
+        self,
+        folder: Path,
+        token_stores: Sequence[TokenStore | None] = (),
+        *,
+        parts: Parts = EVERY_PART,
+    ):
+        """Opens `folder`; `read` returns `parts`, and the tokens of `token_stores`.
 
         Raises DataError naming the first file that contradicts the index, or the first store that
         belongs to other images.
         """
         self.folder = folder
         self.index: ShardIndex = read_index(folder)
+        self._reads_images = parts.images and self.index.pixels is not None
+        shards = self.index.shards
+        counts = [entry.num_samples for entry in shards]
         self._files = SampleFiles(
-            [check_shard(folder, self.index, entry) for entry in self.index.shards],
-            [entry.num_samples for entry in self.index.shards],
-            rows_of(_forms(1, self.index)),
+            [check_shard(folder, self.index, entry) for entry in shards],
+            counts,
+            rows_of(shard_forms(shards[0], self.index)),
         )
+        self._latents = self._open_latents(counts) if parts.moments else None
         self._token_stores = tuple(token_stores)
         for store in self._token_stores:
             if store is not None:
@@ -49,8 +73,13 @@ class ShardDataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height, width."""
+        """Channels, height, width of the images, also of those that are not stored."""
         return self.index.image_shape
+
+    @property
+    def latents(self) -> LatentIndex | None:
+        """The latents of the data set, if they were encoded."""
+        return self.index.latents
 
     @property
     def num_classes(self) -> int:
@@ -64,25 +93,43 @@ class ShardDataset:
 
     @property
     def indexed_files(self) -> tuple[IndexedFile, ...]:
-        """The hash that the index gives for each shard."""
-        return indexed_shards(self.folder, self.index)
+        """The hash that the index gives for each shard, and each file of latents."""
+        latents = indexed_latents(self.folder, self.index.latents)
+        return indexed_shards(self.folder, self.index) + latents
 
     def read(
-        self, indices: Int64[Tensor, " batch"], *, positions: Int64[Tensor, " batch"] | None = None
+        self,
+        indices: Int64[Tensor, " batch"],
+        *,
+        positions: Int64[Tensor, " batch"] | None = None,
+        mirrored: Bool[Tensor, " batch"] | None = None,
     ) -> Batch:
         """Returns the samples `indices`, in their order; `positions` default to the indices.
 
-        Raises IndexError outside [0, len), and DataError for a file that can no longer be read.
+        Where `mirrored`, the sample is that of the image mirrored left to right. Raises IndexError
+        outside [0, len), and DataError for a file that can no longer be read.
         """
-        found = self._files.gather(indices)
+        wanted = {"labels", "images"} if self._reads_images else {"labels"}
+        found = self._files.gather(indices, names=wanted)
+        moments = None if self._latents is None else self._moments(self._latents, indices, mirrored)
         return Batch(
-            images=found["images"],
-            moments=None,
+            images=self._images(found, indices, mirrored) if self._reads_images else None,
+            moments=moments,
+            latent_values=self.latents.values if self.latents else "moments",
             labels=found["labels"],
             sample_ids=indices,
             positions=indices if positions is None else positions,
             teacher_tokens=tuple(s if s is None else s.read(indices) for s in self._token_stores),
         )
+
+    def keys(self, indices: Int64[Tensor, " batch"]) -> list[str]:
+        """Returns the names that the samples have in their source.
+
+        Data sets of format 1 keep no names: there it is the number. Raises as `read` does.
+        """
+        if self.index.version == 1:
+            return [str(number) for number in indices.tolist()]
+        return [key.decode(errors="replace") for key in self._files.blobs(indices, "key")]
 
     def compare_if_small(self) -> None:
         """Compares the shards with the index if that takes a moment, and says so otherwise.
@@ -96,77 +143,77 @@ class ShardDataset:
             check_contents(file)
 
     def samples_in(self, path: Path) -> range | None:
-        """Returns the samples whose images or tokens lie in a file, None for any other file."""
-        entries = [(self.folder, self.index.shards)]
+        """Returns the samples of which a part lies in a file, None for any other file."""
+        counts = [entry.num_samples for entry in self.index.shards]
+        latents = self.index.latents.files if self.index.latents else ()
+        entries = [(self.folder, self.index.shards), (self.folder, latents)]
         entries += [(store.folder, store.index.files) for store in self._token_stores if store]
         for folder, files in entries:
             end = 0
-            for entry in files:
-                start, end = end, end + entry.num_samples
+            for entry, count in zip(files, counts, strict=False):
+                start, end = end, end + count
                 if folder / entry.file == path:
                     return range(start, end)
         return None
 
     def verify(self) -> None:
-        """Checks the hash and the labels of every shard; reads the whole data set.
+        """Checks the hash of every file and the labels of every shard; reads the whole data set.
 
-        Raises DataError naming the first shard that is damaged.
+        Raises DataError naming the first file that is damaged.
         """
-        for number, file in enumerate(self.indexed_files):
+        for file in self.indexed_files:
             check_contents(file)
+        for number, entry in enumerate(self.index.shards):
             labels = self._files.tensor("labels", file=number)
-            check_labels(file.path, labels, num_classes=self.num_classes)
+            check_labels(self.folder / entry.file, labels, num_classes=self.num_classes)
 
+    def _open_latents(self, counts: Sequence[int]) -> SampleFiles | None:
+        latents = self.index.latents
+        if latents is None:
+            return None
+        files = [
+            check_latents(self.folder, latents, entry, num_samples=count)
+            for entry, count in zip(latents.files, counts, strict=True)
+        ]
+        return SampleFiles(files, counts, rows_of(latent_forms(latents, counts[0])))
 
-def shard_facts(num_samples: int, image_shape: tuple[int, ...], dataset_id: str) -> dict[str, Any]:
-    """Returns the facts in a shard's header."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "num_samples": num_samples,
-        "image_shape": list(image_shape),
-        "dataset_id": dataset_id,
-    }
+    def _images(
+        self,
+        found: Mapping[str, Tensor],
+        indices: Int64[Tensor, " batch"],
+        mirrored: Bool[Tensor, " batch"] | None,
+    ) -> UInt8[Tensor, "batch 3 height width"]:
+        images = found["images"] if "images" in found else self._decoded(indices)
+        if mirrored is not None:
+            images[mirrored] = images[mirrored].flip(3)
+        return images
 
+    def _decoded(self, indices: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch 3 height width"]:
+        images = Row(torch.uint8, self.image_shape).empty(len(indices))
+        contents = self._files.blobs(indices, "image")
+        for image, blob, index in zip(images, contents, indices.tolist(), strict=True):
+            try:
+                pixels = torch.from_numpy(decoded_pixels(blob).copy()).permute(2, 0, 1)
+                if pixels.shape != image.shape:
+                    raise ValueError(f"it has the shape {tuple(pixels.shape)}")
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"{self.folder}: the image of sample {index} cannot be decoded ({error}); "
+                    f"{again(self.folder)}"
+                ) from error
+            image.copy_(pixels)
+        return images
 
-def check_shard(folder: Path, index: ShardIndex, entry: ShardEntry) -> StoredFile:
-    """Returns one shard, whose header, shapes and size fit the index; raises DataError."""
-    path, kind = folder / entry.file, Kind("shard", again(folder))
-    found = read_header(path, kind, expected_bytes=entry.bytes)
-    _, shape = found.header.tensors.get("labels", ("", ()))
-    if entry.num_samples == 0 or shape == (0,):
-        held = shape[0] if shape else "none"
-        raise DataError(
-            f"{path}: an empty shard; the index says {entry.num_samples} samples, "
-            f"the file holds {held}; {kind.again}"
-        )
-    facts = shard_facts(entry.num_samples, index.image_shape, index.dataset_id)
-    expected = Header(facts, _forms(entry.num_samples, index), entry.bytes)
-    check_header(path, kind, found.header, expected)
-    return found.file
-
-
-def _forms(num_samples: int, index: ShardIndex) -> dict[str, Form]:
-    """Returns the tensors of a shard of `num_samples` images."""
-    return {"images": ("U8", (num_samples, *index.image_shape)), "labels": ("I64", (num_samples,))}
-
-
-def labels_of(file: StoredFile, num_samples: int) -> Int64[Tensor, " samples"]:
-    """Returns the labels of one shard; raises DataError."""
-    rows = rows_of({"labels": ("I64", (num_samples,))})
-    return SampleFiles([file], [num_samples], rows).tensor("labels")
-
-
-def check_labels(path: Path, labels: Int64[Tensor, " samples"], *, num_classes: int) -> None:
-    """Checks that every label of a shard names a class; raises DataError."""
-    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        raise DataError(
-            f"{path}: labels run from {int(labels.min())} to {int(labels.max())}, "
-            f"expected 0 to {num_classes - 1}; {again(path.parent)}"
-        )
-
-
-def indexed_shards(folder: Path, index: ShardIndex) -> tuple[IndexedFile, ...]:
-    """Returns the hash that the index of a data set gives for each shard."""
-    cure = again(folder)
-    return tuple(IndexedFile(folder / e.file, e.bytes, e.sha256, cure) for e in index.shards)
+    def _moments(
+        self,
+        files: SampleFiles,
+        indices: Int64[Tensor, " batch"],
+        mirrored: Bool[Tensor, " batch"] | None,
+    ) -> Tensor:
+        if mirrored is None or not mirrored.any():
+            return files.gather(indices, names={"moments"})["moments"]
+        plain = files.gather(indices[~mirrored], names={"moments"})["moments"]
+        turned = files.gather(indices[mirrored], names={"moments_mirrored"})["moments_mirrored"]
+        moments = plain.new_empty((len(indices), *plain.shape[1:]))
+        moments[~mirrored], moments[mirrored] = plain, turned
+        return moments

@@ -162,7 +162,7 @@ def read_token_index(folder: Path) -> TokenIndex:
         folder,
         TokenIndex,
         format_name=TOKEN_FORMAT,
-        version=TOKEN_VERSION,
+        versions=(TOKEN_VERSION,),
         missing=f"these tokens are not finished; complete them with {PREPARE_TEACHER}",
         again=again(folder),
     )

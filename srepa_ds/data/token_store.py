@@ -7,8 +7,9 @@ from torch import Tensor
 
 from srepa_ds.data.contents import IndexedFile, check_contents
 from srepa_ds.data.headers import Header, Kind, check_header, read_header, rows_of
-from srepa_ds.data.sample_files import SampleFiles, StoredFile
+from srepa_ds.data.sample_files import SampleFiles
 from srepa_ds.data.shard_index import ShardIndex
+from srepa_ds.data.stored_files import StoredFile
 from srepa_ds.data.stored_tokens import StoredTokens
 from srepa_ds.data.token_index import TokenFileEntry, TokenIndex, again, read_token_index
 from srepa_ds.errors import DataError

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from srepa_ds.commands.evaluate import evaluate
 from srepa_ds.config.experiment import load_config
-from srepa_ds.data.shard_writer import shard_name
+from srepa_ds.data.shard_file import shard_name
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import ConfigError, DataError, OutputError
 from srepa_ds.report.tables import score_table

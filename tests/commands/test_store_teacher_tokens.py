@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from srepa_ds.cli import run
 from srepa_ds.commands.store_teacher_tokens import store_tokens
 from srepa_ds.config.experiment import load_config
+from srepa_ds.data.shard_file import shard_name
 from srepa_ds.data.shard_index import INDEX_NAME, DatasetDescription
-from srepa_ds.data.shard_writer import ShardWriter, shard_name
+from srepa_ds.data.shard_writer import ShardWriter
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.token_index import token_file_name
 from srepa_ds.data.token_store import TokenStore

@@ -19,8 +19,9 @@ from srepa_ds.commands.teacher import (
     train_teacher,
 )
 from srepa_ds.data.augment import NUM_CHOICES, distorted
+from srepa_ds.data.shard_file import shard_name
 from srepa_ds.data.shard_index import DatasetDescription
-from srepa_ds.data.shard_writer import ShardWriter, shard_name
+from srepa_ds.data.shard_writer import ShardWriter
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.encoders.teacher import TEACHERS, TeacherConfig, build_encoder, load_teacher
 from srepa_ds.encoders.teacher_folder import claimed

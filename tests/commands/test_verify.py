@@ -13,7 +13,7 @@ from torch import nn
 from srepa_ds.cli import run
 from srepa_ds.commands.verify import verify
 from srepa_ds.data.index_document import INDEX_NAME
-from srepa_ds.data.shard_writer import shard_name
+from srepa_ds.data.shard_file import shard_name
 from srepa_ds.data.token_index import token_file_name
 from srepa_ds.encoders import teacher_folder
 from srepa_ds.errors import DataError

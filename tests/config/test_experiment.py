@@ -6,11 +6,11 @@ import pytest
 from places import ROOT
 
 from srepa_ds.cli import run
-from srepa_ds.commands.prepare import PrepareConfig
 from srepa_ds.commands.teacher import TeacherTrainingConfig
 from srepa_ds.config.experiment import Config, config_from, load_config, samples_folder
 from srepa_ds.documents.yaml_reader import parse_yaml
 from srepa_ds.errors import ConfigError
+from srepa_ds.preparation.config import PrepareConfig
 from srepa_ds.schema import validated
 from srepa_ds.trees import load_tree
 

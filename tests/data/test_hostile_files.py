@@ -14,8 +14,8 @@ from small_data import prepare, store
 
 from srepa_ds.data.headers import metadata_of
 from srepa_ds.data.index_document import INDEX_NAME
-from srepa_ds.data.shard_writer import shard_name
-from srepa_ds.data.shards import ShardDataset, shard_facts
+from srepa_ds.data.shard_file import shard_facts, shard_name
+from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.token_index import token_file_name
 from srepa_ds.data.token_store import TokenStore
 from srepa_ds.errors import DataError

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from srepa_ds.data import sample_files
+from srepa_ds.data import stored_files
 from srepa_ds.data.loader import BatchLoader, DataConfig
+from srepa_ds.data.shard_file import shard_name
 from srepa_ds.data.shard_index import DatasetDescription
-from srepa_ds.data.shard_writer import ShardWriter, shard_name
+from srepa_ds.data.shard_writer import ShardWriter
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import DataError
 
@@ -126,7 +127,7 @@ def test_bytes_that_come_in_pieces_are_put_together(folder, monkeypatch):
 
 
 def test_few_files_are_open_at_once_and_none_afterwards(folder, monkeypatch):
-    monkeypatch.setattr(sample_files, "_MOST_OPEN", 4)
+    monkeypatch.setattr(stored_files, "_MOST_OPEN", 4)
     dataset = ShardDataset(folder)
     for order in (torch.arange(COUNT), torch.arange(COUNT).flip(0), torch.arange(COUNT)):
         assert torch.equal(dataset.read(order).images[:, 0, 0, 0].long(), order)
@@ -139,7 +140,7 @@ def test_few_files_are_open_at_once_and_none_afterwards(folder, monkeypatch):
 
 
 def test_a_file_is_compared_whenever_it_is_opened_again(folder, monkeypatch):
-    monkeypatch.setattr(sample_files, "_MOST_OPEN", 1)
+    monkeypatch.setattr(stored_files, "_MOST_OPEN", 1)
     dataset = ShardDataset(folder)
     dataset.read(torch.tensor([0, 3]))
     replace(folder / shard_name(0))

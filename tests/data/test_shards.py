@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from srepa_ds.data.headers import metadata_of
+from srepa_ds.data.prepared_folder import MARKER_NAME, prepared_index
+from srepa_ds.data.shard_file import shard_facts
 from srepa_ds.data.shard_index import INDEX_NAME, DatasetDescription
-from srepa_ds.data.shard_writer import MARKER_NAME, ShardWriter, is_prepared
-from srepa_ds.data.shards import ShardDataset, shard_facts
+from srepa_ds.data.shard_writer import ShardWriter
+from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import DataError, OutputError
 
 SHAPE = (3, 4, 6)
@@ -121,7 +123,7 @@ def foreign_index(folder):
 
 
 def future_index(folder):
-    edit_index(folder, version=2)
+    edit_index(folder, version=3)
     return folder
 
 
@@ -229,7 +231,7 @@ FAULTS = {
     no_index: "index.json: missing, so this is not a finished data set",
     broken_index: "index.json: not readable as JSON",
     foreign_index: "expected an index of format 'srepa-ds shards', found 'list'",
-    future_index: "expected version 1 of the format, found 2",
+    future_index: "expected version 1 or 2 of the format, found 3",
     incomplete_index: r"(?s)2 faults.*num_samples.*class_name: unknown key",
     wrong_sum: "says 12 samples, but its shards hold 11",
     no_samples: "holds no samples",
@@ -306,7 +308,7 @@ def test_a_killed_preparation_is_not_a_data_set_and_is_started_over(tmp_path):
     del writer
     with pytest.raises(DataError, match="not a finished data set"):
         ShardDataset(target)
-    assert not is_prepared(target, DESCRIBED)
+    assert not prepared_index(target, DESCRIBED)
     write(target)
     assert MARKER_NAME not in names(target)
     assert "shard-00002.safetensors.partial" not in names(target)
@@ -346,7 +348,7 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path):
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path, below):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=rf"cannot write {tmp_path / below}: \w"):
-        is_prepared(tmp_path / below, DESCRIBED) or write(tmp_path / below)
+        prepared_index(tmp_path / below, DESCRIBED) or write(tmp_path / below)
     assert names(tmp_path) == ["file"]
 
 
@@ -369,13 +371,13 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path):
 
 
 def test_finished_data_sets_are_recognised(folder, tmp_path):
-    assert is_prepared(folder, DESCRIBED)
-    assert not is_prepared(tmp_path / "none", DESCRIBED)
+    assert prepared_index(folder, DESCRIBED)
+    assert not prepared_index(tmp_path / "none", DESCRIBED)
     other = DatasetDescription({"name": "test", "seed": 2}, (3, 8, 6), DESCRIBED.class_names)
-    with pytest.raises(OutputError, match=r"image_shape is \[3, 4, 6\] there and \[3, 8, 6\] here"):
-        is_prepared(folder, other)
+    with pytest.raises(OutputError, match=r"image_shape.1 is 4 there and 8 here"):
+        prepared_index(folder, other)
     with pytest.raises(OutputError, match="seed is 1 there and 2 here"):
-        is_prepared(folder, other)
+        prepared_index(folder, other)
 
 
 def test_shards_are_the_same_bytes_every_time(tmp_path):

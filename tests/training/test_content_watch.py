@@ -12,8 +12,8 @@ from srepa_ds.config.experiment import load_config
 from srepa_ds.data import contents
 from srepa_ds.data.contents import CHECKED_NAME, ContentCheck
 from srepa_ds.data.loader import DataOrder, steps_that_read
+from srepa_ds.data.shard_file import shard_name
 from srepa_ds.data.shard_index import INDEX_NAME
-from srepa_ds.data.shard_writer import shard_name
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import ranks
 from srepa_ds.errors import DataError

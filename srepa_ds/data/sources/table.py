@@ -2,20 +2,13 @@
 
 from typing import Annotated
 
-from srepa_ds.data.sources.digits import Digits
-from srepa_ds.data.sources.source import Source
-from srepa_ds.schema import Section, one_of
+from pydantic import Field
 
-SOURCES: dict[str, type[Source]] = {"digits": Digits}
+from srepa_ds.data.sources.digits import DigitsConfig
+from srepa_ds.data.sources.image_folder import ImageFolderConfig
 
+SourceConfig = Annotated[DigitsConfig | ImageFolderConfig, Field(discriminator="kind")]
+"""The source of the images: the section of one row of `SOURCES`."""
 
-class SourceConfig(Section):
-    """The source of the images."""
-
-    kind: Annotated[str, one_of("source", SOURCES)]
-    """`digits`: scikit-learn's handwritten digits."""
-
-
-def build_source(config: SourceConfig) -> Source:
-    """Returns the source that `config` names, opened; raises DataError if it is not available."""
-    return SOURCES[config.kind]()
+SOURCES = {"digits": DigitsConfig, "image_folder": ImageFolderConfig}
+"""The section of each source by its `kind`; `opened` returns the source."""

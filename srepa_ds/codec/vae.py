@@ -1,0 +1,156 @@
+"""The codec `vae`: the latents of an `AutoencoderKL` of diffusers."""
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from srepa_ds.codec.config import CodecConfig, PerChannel
+from srepa_ds.codec.latent_codec import Encodable
+from srepa_ds.codec.posterior import Affine, drawn
+from srepa_ds.encoders.published import local_folder
+from srepa_ds.errors import DataError
+from srepa_ds.files import reason_of
+
+# diffusers' AutoencoderKL; imported late, because that takes seconds.
+Autoencoder = Any
+
+
+class VaeCodec:
+    """A frozen VAE: encodes images, draws from stored posteriors, decodes latents."""
+
+    def __init__(
+        self,
+        vae: Autoencoder,
+        *,
+        scale: PerChannel | None = None,
+        shift: PerChannel | None = None,
+        precision: str = "fp32",
+        decode_batch_size: int = 16,
+        device: torch.device,
+    ):
+        """Without `scale` and `shift`, takes the VAE's own."""
+        self._vae = vae.eval().requires_grad_(False).to(device)
+        self._device = device
+        self._precision = precision
+        self._decode_batch_size = decode_batch_size
+        own_scale, own_shift = vae.config.scaling_factor, vae.config.shift_factor
+        self._affine = Affine(
+            own_scale if scale is None else scale,
+            (own_shift or 0.0) if shift is None else shift,
+        )
+        self._identity = {"kind": "vae", "encoder_sha256": encoder_hash(vae)}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The hash of the encoder: VAEs that differ in their decoders have the same latents."""
+        return self._identity
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per place of a latent, in each direction."""
+        return 2 ** (len(self._vae.config.block_out_channels) - 1)
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Returns (channels, height, width) of the latent of an image of `image_shape`.
+
+        Raises DataError if its sides are no multiples of the VAE's downsampling.
+        """
+        _, height, width = image_shape
+        factor = self.downsampling
+        if height % factor or width % factor:
+            raise DataError(
+                f"the VAE makes one place of {factor} x {factor} pixels, and images have "
+                f"{height} x {width}; choose sides that are multiples of {factor}"
+            )
+        return self._vae.config.latent_channels, height // factor, width // factor
+
+    @torch.no_grad()
+    def moments(self, images: UInt8[Tensor, "batch 3 H W"]) -> Float[Tensor, "batch moments h w"]:
+        """Returns mean and standard deviation of the posterior of images, concatenated, fp32.
+
+        Images are scaled to [-1, 1] by x / 127.5 - 1, as REPA's preparation does.
+        """
+        pixels = images.to(self._device).to(torch.float32) / 127.5 - 1.0
+        with self._arithmetic():
+            posterior = self._vae.encode(pixels).latent_dist
+        mean, std = posterior.mean.to(torch.float32), posterior.std.to(torch.float32)
+        return torch.cat((mean, std), dim=1)
+
+    def encode(self, batch: Encodable, *, seed: int) -> Float[Tensor, "batch c h w"]:
+        """Returns a draw from each posterior, stored or encoded now, scaled and shifted, fp32.
+
+        Raises DataError if the shards hold neither latents nor images.
+        """
+        moments, values = batch.moments, batch.latent_values
+        if moments is None:
+            if batch.images is None:
+                raise DataError("these shards hold neither latents nor images")
+            moments, values = self.moments(batch.images), "moments"
+        return self._affine.forward(drawn(moments, values, batch.positions, seed=seed))
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "batch c h w"]) -> UInt8[Tensor, "batch H W 3"]:
+        """Returns 255 (x + 1) / 2 clamped to 0..255 and truncated, as REPA's generate does."""
+        parts = []
+        for part in latents.split(self._decode_batch_size):
+            z = self._affine.inverse(part.to(self._device, torch.float32))
+            with self._arithmetic():
+                decoded = self._vae.decode(z).sample
+            pixels = 255.0 * ((decoded.to(torch.float32) + 1.0) / 2.0)
+            parts.append(pixels.clamp(0.0, 255.0).to(torch.uint8).permute(0, 2, 3, 1))
+        return torch.cat(parts).contiguous()
+
+    def _arithmetic(self) -> AbstractContextManager[object]:
+        if self._precision == "bf16":
+            return torch.autocast(self._device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+
+def open_vae(config: CodecConfig, device: torch.device) -> VaeCodec:
+    """Returns the codec of a VAE; raises DataError for weights that cannot be read."""
+    vae = _loaded(config)
+    if config.tiled:
+        vae.enable_tiling()
+    return VaeCodec(
+        vae,
+        scale=config.scale,
+        shift=config.shift,
+        precision=config.precision,
+        decode_batch_size=config.decode_batch_size,
+        device=device,
+    )
+
+
+def _loaded(config: CodecConfig) -> Autoencoder:
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise DataError(
+            "the codec 'vae' needs diffusers; install the extra: pip install 'srepa_ds[vae]'"
+        ) from error
+    assert config.weights is not None
+    folder = local_folder(config.weights, setting="codec.weights")
+    try:
+        return AutoencoderKL.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+        )
+    # What diffusers raises depends on the fault, and none of it is ours.
+    except Exception as error:
+        raise DataError(
+            f"codec.weights {folder}: not a readable AutoencoderKL: {reason_of(error)}; give a "
+            "folder with config.json and diffusion_pytorch_model.safetensors"
+        ) from error
+
+
+def encoder_hash(vae: Autoencoder) -> str:
+    """Returns a hash of everything that decides the posteriors: the encoder's weights in fp32."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(name.encode())
+            digest.update(value.to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,298 @@
+"""A data set that is being prepared: its pieces are written in any order, then its index.
+
+Each finished piece has a receipt, `shard-00003.json` beside `shard-00003.safetensors`, so a
+preparation that was killed writes only what is missing. The index replaces the receipts.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from srepa_ds.data.contents import CHECKED_NAME
+from srepa_ds.data.latent_file import latent_name
+from srepa_ds.data.shard_file import shard_name
+from srepa_ds.data.shard_index import (
+    CURE,
+    FORMAT,
+    INDEX_NAME,
+    VERSION,
+    DatasetDescription,
+    LatentDescription,
+    LatentFileEntry,
+    LatentIndex,
+    ShardEntry,
+    ShardIndex,
+    read_index,
+)
+from srepa_ds.documents.json_reader import read_json
+from srepa_ds.errors import ConfigError, DataError, OutputError
+from srepa_ds.files import PARTIAL, claimed, write_aside, writing
+from srepa_ds.schema import Section, to_tree, validated
+from srepa_ds.trees import differences
+
+MARKER_NAME = "preparing.json"
+SKIPPED_NAME = "skipped.jsonl"
+"""The file that lists the images of the source which could not be read."""
+
+# Its own name for a file until that is whole.
+_OF_SAFETENSORS = ".tmp??????"
+_PIECES = ("shard-*.safetensors", "shard-*.json", "latents-*.safetensors", "latents-*.json")
+_UNNAMED = {MARKER_NAME + PARTIAL, CHECKED_NAME}
+"""What may lie in a folder whose preparation was killed before its marker got its name."""
+
+S = TypeVar("S", bound=Section)
+
+
+class Skipped(Section):
+    """An image of the source that was left out."""
+
+    key: str
+    """Its name in the source."""
+    reason: str
+    """Why it could not be read."""
+
+
+class ShardReceipt(Section):
+    """What was written of one part of the source."""
+
+    shard: ShardEntry | None
+    """The entry of the shard; None if no image could be read."""
+    skipped: tuple[Skipped, ...] = ()
+    """The images that were left out."""
+
+
+class LatentReceipt(Section):
+    """What was written of the latents of one shard."""
+
+    latents: LatentFileEntry
+    """The entry of the file."""
+    described: LatentDescription
+    """What decides the latents."""
+
+
+def prepared_index(folder: Path, description: DatasetDescription) -> ShardIndex | None:
+    """Returns the index of the data set in `folder` if it is this one; None if there is none.
+
+    Raises OutputError if it holds another data set, DataError if its index is damaged.
+    """
+    with writing(folder, cure=CURE):
+        if not (folder / INDEX_NAME).exists():
+            return None
+    index = read_index(folder)
+    if index.dataset_id == description.dataset_id:
+        return index
+    settings = {**index.source, "image_shape": list(index.image_shape), "pixels": index.pixels}
+    wanted = {
+        **description.source,
+        "image_shape": list(description.image_shape),
+        "pixels": description.pixels,
+    }
+    differing = [
+        f"{d.path} is {d.old!r} there and {d.new!r} here" for d in differences(settings, wanted)
+    ]
+    raise OutputError(
+        f"{folder}: holds a data set made with other settings "
+        f"({'; '.join(differing) or 'class names differ'}); choose another folder or delete it"
+    )
+
+
+class PreparedFolder:
+    """A folder that becomes a data set; several processes may write different pieces of it."""
+
+    def __init__(self, folder: Path, description: DatasetDescription, *, is_shared: bool = False):
+        """With `is_shared`, other processes may prepare the same data set at the same time."""
+        self.folder = folder
+        self.description = description
+        self.is_shared = is_shared
+
+    @contextmanager
+    def claimed(self, *, keep: bool = True) -> Iterator[None]:
+        """Keeps other data sets out of the folder, and begins; without `keep`, starts over.
+
+        Raises OutputError if the folder cannot be written to or holds anything else, or if another
+        process writes into it.
+        """
+        doing = "writing shards into"
+        with claimed(self.folder, doing=doing, cure=CURE, is_shared=self.is_shared):
+            with writing(self.folder, cure=CURE):
+                self._begin(keep=keep)
+            try:
+                yield
+            except BaseException:
+                self._leave_nothing_useless()
+                raise
+
+    def write(self, name: str, contents: bytes) -> None:
+        """Writes a file beside the shards; raises OutputError."""
+        path = self.folder / name
+        with writing(path, cure=CURE):
+            write_aside(path, lambda aside: aside.write_bytes(contents), concurrent=self.is_shared)
+
+    def note(self, number: int, receipt: ShardReceipt) -> None:
+        """Writes the receipt of one part of the source; raises OutputError."""
+        self.write(_receipt_of(shard_name(number)), _text_of(to_tree(receipt)))
+
+    def receipt(self, number: int) -> ShardReceipt | None:
+        """Returns the receipt of one part of the source, None if it is still to be written."""
+        found = self._receipt(shard_name(number), ShardReceipt)
+        return found if found and self._is_there(found.shard) else None
+
+    def note_latents(self, number: int, receipt: LatentReceipt) -> None:
+        """Writes the receipt of the latents of a shard; raises OutputError."""
+        self.write(_receipt_of(latent_name(number)), _text_of(to_tree(receipt)))
+
+    def latents(
+        self, number: int, described: LatentDescription, *, shard_sha256: str
+    ) -> LatentFileEntry | None:
+        """Returns the entry of a shard's latents, None if they are still to be written."""
+        found = self._receipt(latent_name(number), LatentReceipt)
+        if found is None or found.described != described:
+            return None
+        is_of_shard = found.latents.shard_sha256 == shard_sha256
+        return found.latents if is_of_shard and self._is_there(found.latents) else None
+
+    def finish(
+        self,
+        receipts: Sequence[ShardReceipt],
+        latents: LatentIndex | None = None,
+    ) -> ShardIndex:
+        """Writes the index of all parts, and the list of images left out; returns the index.
+
+        Raises OutputError, and DataError if no image could be read.
+        """
+        skipped = [one for receipt in receipts for one in receipt.skipped]
+        entries = [receipt.shard for receipt in receipts if receipt.shard is not None]
+        if not entries:
+            first = skipped[0] if skipped else Skipped(key="none", reason="the source is empty")
+            raise DataError(
+                f"{self.folder}: none of {len(skipped)} images could be read; the first is "
+                f"{first.key}: {first.reason}"
+            )
+        if skipped:
+            lines = [json.dumps(to_tree(one), ensure_ascii=False) + "\n" for one in skipped]
+            self.write(SKIPPED_NAME, "".join(lines).encode())
+        return self.write_index(entries, num_skipped=len(skipped), latents=latents)
+
+    def write_index(
+        self,
+        entries: Sequence[ShardEntry],
+        *,
+        num_skipped: int = 0,
+        latents: LatentIndex | None = None,
+    ) -> ShardIndex:
+        """Writes the index, which makes the folder a data set; returns it; raises OutputError."""
+        described = self.description
+        index = ShardIndex(
+            format=FORMAT,
+            version=VERSION,
+            dataset_id=described.dataset_id,
+            num_samples=sum(entry.num_samples for entry in entries),
+            image_shape=described.image_shape,
+            num_classes=len(described.class_names),
+            class_names=described.class_names,
+            class_ids=described.class_ids,
+            pixels=described.pixels,
+            source=described.source,
+            num_skipped=num_skipped,
+            latents=latents,
+            shards=tuple(entries),
+        )
+        self.write(INDEX_NAME, _text_of(to_tree(index)))
+        self.tidy_up()
+        return index
+
+    def add_latents(self, index: ShardIndex, latents: LatentIndex) -> ShardIndex:
+        """Writes the index again, with latents; returns it; raises OutputError."""
+        entries, skipped = index.shards, index.num_skipped
+        return self.write_index(entries, num_skipped=skipped, latents=latents)
+
+    def tidy_up(self) -> None:
+        """Removes what a finished data set does not need, as far as that is possible."""
+        for path in self._left_over():
+            with suppress(OSError):
+                path.unlink()
+
+    def remove(self) -> None:
+        """Removes everything that was written of an unfinished data set; raises OSError."""
+        # The marker goes last: with it, the next preparation knows the rest for its own.
+        for path in [*self._found(_PIECES), *self._left_over()]:
+            path.unlink(missing_ok=True)
+
+    def _leave_nothing_useless(self) -> None:
+        """Removes the beginnings of a data set of which no piece was finished."""
+        if (
+            not self.is_shared
+            and not self._found(_PIECES)
+            and not (self.folder / INDEX_NAME).exists()
+        ):
+            with suppress(OSError):
+                self.remove()
+
+    def _left_over(self) -> list[Path]:
+        is_indexed_with_latents = not self._lacks_latents()
+        receipts = ["shard-*.json", *(["latents-*.json"] if is_indexed_with_latents else [])]
+        found = self._found((*receipts, f"*{PARTIAL}", _OF_SAFETENSORS))
+        return [*found, self.folder / MARKER_NAME]
+
+    def _lacks_latents(self) -> bool:
+        try:
+            return bool(read_json(self.folder / INDEX_NAME).get("latents") is None)
+        except (OSError, ValueError, AttributeError):
+            return False
+
+    def _found(self, patterns: Sequence[str]) -> list[Path]:
+        return sorted(path for pattern in patterns for path in self.folder.glob(pattern))
+
+    def _begin(self, *, keep: bool) -> None:
+        marker = self.folder / MARKER_NAME
+        if (self.folder / INDEX_NAME).exists():
+            # Latents are to be added.
+            return
+        held = sorted({path.name for path in self.folder.iterdir()} - _UNNAMED)
+        if held and not self._is_unfinished(marker):
+            raise OutputError(
+                f"{self.folder}: not empty (it holds {', '.join(held[:3])}"
+                f"{', ...' if len(held) > 3 else ''}) and not an unfinished preparation with "
+                "these settings; choose an empty folder or delete it"
+            )
+        if not self.is_shared:
+            patterns = (f"*{PARTIAL}", _OF_SAFETENSORS, CHECKED_NAME, *(() if keep else _PIECES))
+            for path in self._found(patterns):
+                path.unlink()
+        self.write(MARKER_NAME, json.dumps(self._marker).encode())
+
+    def _is_unfinished(self, marker: Path) -> bool:
+        try:
+            return read_json(marker) == self._marker
+        except (OSError, ValueError):
+            return False
+
+    @property
+    def _marker(self) -> dict[str, Any]:
+        return {"format": FORMAT, "dataset_id": self.description.dataset_id}
+
+    def _receipt(self, name: str, schema: type[S]) -> S | None:
+        path = self.folder / _receipt_of(name)
+        try:
+            return validated(schema, read_json(path), source=str(path))
+        except (OSError, ValueError, ConfigError):
+            return None
+
+    def _is_there(self, entry: ShardEntry | LatentFileEntry | None) -> bool:
+        if entry is None:
+            return True
+        try:
+            # A file gets its name only when it is whole, so its size suffices.
+            return (self.folder / entry.file).stat().st_size == entry.bytes
+        except OSError:
+            return False
+
+
+def _receipt_of(name: str) -> str:
+    return Path(name).with_suffix(".json").name
+
+
+def _text_of(tree: Any) -> bytes:
+    return (json.dumps(tree, indent=1) + "\n").encode()

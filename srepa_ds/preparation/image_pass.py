@@ -1,0 +1,101 @@
+"""The first pass: makes shards of the images of a source, and of the latents that it may hold."""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from srepa_ds.data.decoding import decoded
+from srepa_ds.data.images import center_crop
+from srepa_ds.data.latent_file import write_latents
+from srepa_ds.data.prepared_folder import LatentReceipt, PreparedFolder, ShardReceipt, Skipped
+from srepa_ds.data.shard_index import LatentDescription, ShardEntry
+from srepa_ds.data.shard_writer import StoredSample, as_stored, write_shard
+from srepa_ds.data.sources.source import Source, SourceItem
+from srepa_ds.errors import DataError
+from srepa_ds.preparation.parts import Part
+
+
+class _Read(NamedTuple):
+    """What became of one sample of the source: what its shard holds, or why it cannot be read."""
+
+    stored: StoredSample | None = None
+    latents: tuple[Tensor | None, Tensor | None] = (None, None)
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class ImagePass:
+    """Writes the shards of one part, one piece of the source after another."""
+
+    source: Source
+    part: Part
+    folder: PreparedFolder
+    skips: bool
+    """Whether images that cannot be read are noted and left out."""
+    latents: LatentDescription | None = None
+    """The latents that the source holds; None if it has only images."""
+
+    def write(self, numbers: Iterable[int], *, threads: int) -> Iterator[str]:
+        """Writes the shards `numbers`; yields the key of each sample once it is read.
+
+        Raises OutputError, and DataError for an image that cannot be read unless those are skipped.
+        """
+        with ThreadPoolExecutor(threads) as pool:
+            for number in numbers:
+                found: list[_Read] = []
+                skipped: list[Skipped] = []
+                indices = self.part.of_shard(number)
+                # Exceptions would leave the pool's other images to be read in vain.
+                for index, read in zip(indices, pool.map(self._read, indices), strict=True):
+                    key = self.source.key(index)
+                    if read.stored is not None:
+                        found.append(read)
+                    elif self.skips:
+                        skipped.append(Skipped(key=key, reason=read.failure))
+                    else:
+                        pool.shutdown(cancel_futures=True)
+                        raise DataError(f"{key}: {read.failure}")
+                    yield key
+                entry = self._write(number, found) if found else None
+                self.folder.note(number, ShardReceipt(shard=entry, skipped=tuple(skipped)))
+
+    def _write(self, number: int, found: list[_Read]) -> ShardEntry:
+        folder, is_shared = self.folder.folder, self.folder.is_shared
+        samples = [read.stored for read in found if read.stored is not None]
+        entry = write_shard(folder, number, samples, self.folder.description, concurrent=is_shared)
+        if self.latents is not None:
+            plain, mirrored = zip(*(read.latents for read in found), strict=True)
+            latents = write_latents(
+                folder,
+                number,
+                self.latents,
+                torch.stack([one for one in plain if one is not None]),
+                torch.stack(mirrored) if self.latents.mirrored else None,
+                shard_sha256=entry.sha256,
+                concurrent=is_shared,
+            )
+            receipt = LatentReceipt(latents=latents, described=self.latents)
+            self.folder.note_latents(number, receipt)
+        return entry
+
+    def _read(self, index: int) -> _Read:
+        try:
+            item = self.source.item(index)
+            label, key = int(self.source.labels[index]), self.source.key(index)
+            stored = StoredSample(self._pixels(item), label, key)
+        except DataError as error:
+            return _Read(failure=str(error))
+        return _Read(stored, (item.moments, item.moments_mirrored))
+
+    def _pixels(self, item: SourceItem) -> UInt8[np.ndarray, "size size 3"] | bytes | None:
+        described = self.part.description
+        if described.pixels is None or item.image is None:
+            return None
+        image = decoded(item.image) if isinstance(item.image, bytes) else item.image
+        return as_stored(center_crop(image, described.image_shape[1]), described)

@@ -1,0 +1,27 @@
+"""The picture of a data set that lies beside its shards."""
+
+import io
+
+import torch
+
+from srepa_ds.data.images import image_grid
+from srepa_ds.data.prepared_folder import PreparedFolder
+from srepa_ds.data.shards import Parts, ShardDataset
+
+PREVIEW_NAME = "preview.png"
+_COLUMNS = 20
+_IMAGES = 200
+_PIXELS = 1200
+
+
+def write_preview(folder: PreparedFolder) -> None:
+    """Writes images that are spread evenly over the data set; none if it holds only latents."""
+    dataset = ShardDataset(folder.folder, parts=Parts(moments=False))
+    if dataset.index.pixels is None:
+        return
+    count = min(_IMAGES, len(dataset))
+    images = dataset.read(torch.arange(count) * len(dataset) // count).pixels
+    scale = max(1, _PIXELS // (_COLUMNS * images.shape[3]))
+    contents = io.BytesIO()
+    image_grid(images, columns=_COLUMNS, scale=scale).save(contents, format="PNG")
+    folder.write(PREVIEW_NAME, contents.getvalue())
