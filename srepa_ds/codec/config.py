@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from srepa_ds.schema import MayChange, OnlyFor, Section, one_of
+from srepa_ds.schema import MayChange, OnlyFor, Section, may_change, one_of, replaced
 
 CODEC_KINDS = dict.fromkeys(("identity", "vae", "stored"))
 PerChannel = float | tuple[float, ...]
@@ -49,3 +49,16 @@ class CodecConfig(Section):
         if self.kind == "vae" and self.weights is None:
             raise ValueError("weights is required for kind 'vae': a folder, or a repository's name")
         return self
+
+    def as_used_here(self, given: "CodecConfig") -> "CodecConfig":
+        """Returns this codec, which a model was trained with, with the weights of `given`.
+
+        And with its precision and whatever else may change; if `given` is of another kind, as it
+        is. So a model trained on another machine, or to be decoded by another decoder, is drawn
+        from by settings of today.
+        """
+        if given.kind != self.kind:
+            return self
+        fields = type(self).model_fields
+        changes = {name: getattr(given, name) for name in fields if may_change(type(self), name)}
+        return replaced(self, **changes)

@@ -13,6 +13,13 @@ from srepa_ds.errors import DataError
 class IdentityCodec:
     """Maps pixels of 0..255 to latents in [-1, 1] and back."""
 
+    reads_moments = False
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Names the codec; nothing else decides its pixels."""
+        return {"kind": "identity"}
+
     @property
     def identity(self) -> dict[str, Any]:
         """Names the codec; nothing else decides its latents."""

@@ -41,6 +41,14 @@ class LatentCodec(Protocol):
         Training refuses latents of a codec with another identity.
         """
 
+    @property
+    def reads_moments(self) -> bool:
+        """Whether `encode` takes stored latents where a batch has them."""
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Everything that decides the pixels of a latent, as plain JSON values."""
+
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Returns (channels, height, width) of the latent of an image of `image_shape`.
 

@@ -19,8 +19,15 @@ _NO_WAY = (
 class StoredCodec:
     """Maps stored latents to the model's space."""
 
+    reads_moments = True
+
     def __init__(self, scale: PerChannel | None, shift: PerChannel | None):
         self._affine = Affine(1.0 if scale is None else scale, 0.0 if shift is None else shift)
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Names the codec, which has no decoder."""
+        return {"kind": "stored"}
 
     @property
     def identity(self) -> dict[str, Any]:

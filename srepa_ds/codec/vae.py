@@ -1,16 +1,19 @@
 """The codec `vae`: the latents of an `AutoencoderKL` of diffusers."""
 
 import hashlib
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from srepa_ds.codec.config import CodecConfig, PerChannel
+from srepa_ds.codec.config import CodecConfig
 from srepa_ds.codec.latent_codec import Encodable
 from srepa_ds.codec.posterior import Affine, drawn
+from srepa_ds.distributed.devices import tensor_float32
 from srepa_ds.encoders.published import local_folder
 from srepa_ds.errors import DataError
 from srepa_ds.files import reason_of
@@ -22,32 +25,34 @@ Autoencoder = Any
 class VaeCodec:
     """A frozen VAE: encodes images, draws from stored posteriors, decodes latents."""
 
-    def __init__(
-        self,
-        vae: Autoencoder,
-        *,
-        scale: PerChannel | None = None,
-        shift: PerChannel | None = None,
-        precision: str = "fp32",
-        decode_batch_size: int = 16,
-        device: torch.device,
-    ):
-        """Without `scale` and `shift`, takes the VAE's own."""
+    reads_moments = True
+
+    def __init__(self, vae: Autoencoder, config: CodecConfig, *, device: torch.device):
+        """Takes the VAE's own scale and shift where `config` has none."""
         self._vae = vae.eval().requires_grad_(False).to(device)
         self._device = device
-        self._precision = precision
-        self._decode_batch_size = decode_batch_size
-        own_scale, own_shift = vae.config.scaling_factor, vae.config.shift_factor
-        self._affine = Affine(
-            own_scale if scale is None else scale,
-            (own_shift or 0.0) if shift is None else shift,
-        )
-        self._identity = {"kind": "vae", "encoder_sha256": encoder_hash(vae)}
+        self._config = config
+        own = vae.config
+        self._scale = own.scaling_factor if config.scale is None else config.scale
+        self._shift = (own.shift_factor or 0.0) if config.shift is None else config.shift
+        self._affine = Affine(self._scale, self._shift)
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """The hash of the encoder: VAEs that differ in their decoders have the same latents."""
-        return self._identity
+        return {"kind": "vae", "encoder_sha256": _hash_of(self._vae, ("encoder.", "quant_conv."))}
+
+    @cached_property
+    def decoding(self) -> dict[str, Any]:
+        """The hash of the decoder, and how it is used."""
+        return {
+            "kind": "vae",
+            "decoder_sha256": _hash_of(self._vae, ("decoder.", "post_quant_conv.")),
+            "scale": self._scale,
+            "shift": self._shift,
+            "precision": self._config.precision,
+            "tiled": self._config.tiled,
+        }
 
     @property
     def downsampling(self) -> int:
@@ -96,7 +101,7 @@ class VaeCodec:
     def decode(self, latents: Float[Tensor, "batch c h w"]) -> UInt8[Tensor, "batch H W 3"]:
         """Returns 255 (x + 1) / 2 clamped to 0..255 and truncated, as REPA's generate does."""
         parts = []
-        for part in latents.split(self._decode_batch_size):
+        for part in latents.split(self._config.decode_batch_size):
             z = self._affine.inverse(part.to(self._device, torch.float32))
             with self._arithmetic():
                 decoded = self._vae.decode(z).sample
@@ -104,10 +109,16 @@ class VaeCodec:
             parts.append(pixels.clamp(0.0, 255.0).to(torch.uint8).permute(0, 2, 3, 1))
         return torch.cat(parts).contiguous()
 
-    def _arithmetic(self) -> AbstractContextManager[object]:
-        if self._precision == "bf16":
-            return torch.autocast(self._device.type, dtype=torch.bfloat16)
-        return nullcontext()
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Sets the precision of the VAE's products while the block runs."""
+        kind, precision = self._device.type, self._config.precision
+        with ExitStack() as settings:
+            if precision == "bf16":
+                settings.enter_context(torch.autocast(kind, dtype=torch.bfloat16))
+            elif kind == "cuda":
+                settings.enter_context(tensor_float32(precision == "tf32"))
+            yield
 
 
 def open_vae(config: CodecConfig, device: torch.device) -> VaeCodec:
@@ -115,14 +126,7 @@ def open_vae(config: CodecConfig, device: torch.device) -> VaeCodec:
     vae = _loaded(config)
     if config.tiled:
         vae.enable_tiling()
-    return VaeCodec(
-        vae,
-        scale=config.scale,
-        shift=config.shift,
-        precision=config.precision,
-        decode_batch_size=config.decode_batch_size,
-        device=device,
-    )
+    return VaeCodec(vae, config, device=device)
 
 
 def _loaded(config: CodecConfig) -> Autoencoder:
@@ -146,11 +150,11 @@ def _loaded(config: CodecConfig) -> Autoencoder:
         ) from error
 
 
-def encoder_hash(vae: Autoencoder) -> str:
-    """Returns a hash of everything that decides the posteriors: the encoder's weights in fp32."""
+def _hash_of(vae: Autoencoder, prefixes: tuple[str, ...]) -> str:
+    """Returns a hash of the weights of a part of the VAE, in fp32."""
     digest = hashlib.sha256()
     for name, value in sorted(vae.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
+        if name.startswith(prefixes):
             digest.update(name.encode())
             digest.update(value.to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from srepa_ds.config.experiment import Config, samples_folder
-from srepa_ds.data.shards import ShardDataset
+from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.distributed import devices
 from srepa_ds.encoders.teacher import Teacher, load_teacher
 from srepa_ds.errors import ConfigError, DataError, Fault
@@ -47,7 +47,7 @@ def evaluate(config: Config) -> Scores:
     folder = settings.samples or samples_folder(config)
     images, labels = read_samples(folder)
     provenance = read_provenance(folder)
-    reference = ShardDataset(settings.reference)
+    reference = ShardDataset(settings.reference, parts=Parts(moments=False))
     reference.compare_if_small()
     if images.shape[1:3] != reference.image_shape[1:]:
         raise DataError(

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from srepa_ds.codec.config import CodecConfig
+from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.codec.table import build_codec
 from srepa_ds.config.experiment import Config, samples_folder
 from srepa_ds.config.sections import SampleConfig
@@ -35,14 +36,15 @@ def sample(config: Config) -> Path:
     rank = ranks.initialize()
     exported = _read_model(config)
     ranks.together(check_rank_count, config.sample, rank.world_size)
+    codec = _codec(config, exported, rank)
     chunks, folder = plan_chunks(config.sample), samples_folder(config)
     with ExitStack() as stack:
         ranks.together(stack.enter_context, _claimed(folder, is_main=rank.is_main))
-        writer = _open_writer(config, folder, exported)
+        writer = _open_writer(config, folder, exported, codec)
         # One rank looks, and the missing chunks are shared evenly: all agree and do equal work.
         missing = ranks.on_main(writer.missing, chunks)
         _log_plan(config.sample, len(chunks), len(missing))
-        _draw(config, exported, writer, missing[rank.number :: rank.world_size], rank)
+        _draw(config, exported, codec, writer, missing[rank.number :: rank.world_size], rank)
         ranks.on_main(writer.assemble, chunks)
     log.info("%d images in %s", config.sample.num_samples, folder)
     return folder
@@ -90,15 +92,25 @@ def _check_labels(config: Config, exported: ExportedModel) -> None:
 
 
 @ranks.collective
-def _open_writer(config: Config, folder: Path, exported: ExportedModel) -> ChunkWriter:
+def _codec(config: Config, exported: ExportedModel, rank: Rank) -> LatentCodec:
+    """Returns the codec that the model was trained with; raises DataError."""
+    trained_with = exported.document.section(CodecConfig, "codec")
+    return build_codec(trained_with.as_used_here(config.codec), device=rank.device)
+
+
+@ranks.collective
+def _open_writer(
+    config: Config, folder: Path, exported: ExportedModel, codec: LatentCodec
+) -> ChunkWriter:
     """Returns the writer of this rank; raises OutputError or DataError as `ChunkWriter` does."""
-    return ChunkWriter(folder, _provenance(config.sample, exported))
+    return ChunkWriter(folder, _provenance(config.sample, exported, codec))
 
 
 @ranks.collective
 def _draw(
     config: Config,
     exported: ExportedModel,
+    codec: LatentCodec,
     writer: ChunkWriter,
     chunks: tuple[Chunk, ...],
     rank: Rank,
@@ -107,7 +119,7 @@ def _draw(
     objective = exported.document.section(ObjectiveConfig, "objective")
     batches = generate(
         exported.model.to(rank.device),
-        build_codec(exported.document.section(CodecConfig, "codec")),
+        codec,
         INTERPOLANTS[objective.interpolant.path],
         config.sample,
         chunks=chunks,
@@ -117,7 +129,7 @@ def _draw(
         writer.write(batch)
 
 
-def _provenance(config: SampleConfig, exported: ExportedModel) -> Provenance:
+def _provenance(config: SampleConfig, exported: ExportedModel, codec: LatentCodec) -> Provenance:
     """Returns everything that decides the pixels; paths and the number of ranks do not."""
     sampler = SamplerConfig(**{name: getattr(config, name) for name in SamplerConfig.model_fields})
     versions = environment()
@@ -127,7 +139,7 @@ def _provenance(config: SampleConfig, exported: ExportedModel) -> Provenance:
         checkpoint_sha256=exported.sha256,
         ema=document.weights,
         path=document.section(ObjectiveConfig, "objective").interpolant.path,
-        codec=document.section(CodecConfig, "codec").kind,
+        codec=codec.decoding,
         class_token=exported.model.config.class_token_width is not None,
         versions={name: versions[name] for name in ("srepa_ds", "torch")},
     )

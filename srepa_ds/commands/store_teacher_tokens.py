@@ -19,7 +19,7 @@ from srepa_ds.alignment.alignment import AlignmentConfig
 from srepa_ds.config.experiment import Config
 from srepa_ds.console import steps_shown
 from srepa_ds.data.contents import check_contents
-from srepa_ds.data.shards import ShardDataset
+from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.data.stored_tokens import StoredTokens, as_stored
 from srepa_ds.data.token_index import TokenDescription, TokenFileEntry, is_finished
 from srepa_ds.data.token_writer import TokenStoreWriter, claimed
@@ -46,7 +46,7 @@ def store_tokens(config: Config, *, batch_size: int = 64) -> tuple[Path, ...]:
     tokens that are not finite or a damaged shard.
     """
     rank = ranks.initialize()
-    dataset = ranks.together(ShardDataset, config.data.folder)
+    dataset = ranks.together(ShardDataset, config.data.folder, parts=Parts(moments=False))
     wanted = _stores_wanted(config, dataset)
     unfinished = _unfinished(wanted, dataset)
     with ExitStack() as claims:

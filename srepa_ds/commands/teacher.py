@@ -21,7 +21,7 @@ from torch.optim import AdamW
 
 from srepa_ds.data.augment import NUM_CHOICES, distorted
 from srepa_ds.data.loader import DataOrder
-from srepa_ds.data.shards import ShardDataset
+from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.encoders.teacher import TEACHERS, Teacher, TeacherSpec, build_encoder
 from srepa_ds.encoders.teacher_folder import claimed, finished_accuracy, save
 from srepa_ds.errors import ConfigError, DataError, Fault, SRepaError
@@ -108,7 +108,9 @@ def train_teacher(config: TeacherTrainingConfig) -> float:
     Raises DataError, ConfigError or OutputError before training if something does not fit, and
     SRepaError if the teacher stays below the required accuracy; leaves nothing behind then.
     """
-    train, heldout = ShardDataset(config.train), ShardDataset(config.heldout)
+    only_images = Parts(moments=False)
+    train = ShardDataset(config.train, parts=only_images)
+    heldout = ShardDataset(config.heldout, parts=only_images)
     _check_fit(config.encoder.resolved, train, heldout)
     identity = _identity(config, train, heldout)
     found = finished_accuracy(config.output, identity)

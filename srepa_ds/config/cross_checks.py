@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 from srepa_ds.alignment.alignment import AlignmentConfig
+from srepa_ds.codec.config import CodecConfig
 from srepa_ds.config.sections import EngineConfig, EvaluateConfig, MonitorConfig, TrainConfig
 from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.model.precision import PRECISIONS
@@ -105,6 +106,22 @@ def _monitor_has_a_reference(
         )
 
 
+def _codec_decodes(codec: CodecConfig, monitor: MonitorConfig) -> Iterator[Fault]:
+    """Images are looked at; stored latents have no decoder."""
+    for name in ("images_every_steps", "evaluate_every_steps"):
+        if codec.kind == "stored" and getattr(monitor, name):
+            yield Fault(
+                f"monitor.{name}",
+                "needs images, and codec 'stored' cannot decode latents; set it to 0, or "
+                "codec.kind=vae",
+            )
+
+
+def _monitor_has_heldout_data(monitor: MonitorConfig) -> Iterator[Fault]:
+    if monitor.heldout_every_steps and monitor.heldout is None:
+        yield Fault("monitor.heldout_every_steps", "needs monitor.heldout, a folder of shards")
+
+
 def _batch_divides(train: TrainConfig) -> Iterator[Fault]:
     if train.batch_size % train.accumulation_steps:
         yield Fault(
@@ -146,6 +163,8 @@ CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {
     ("alignments",): (_weights_are_available,),
     ("evaluate",): (_extractor_is_available,),
     ("monitor", "evaluate"): (_monitor_has_a_reference,),
+    ("codec", "monitor"): (_codec_decodes,),
+    ("monitor",): (_monitor_has_heldout_data,),
     ("train",): (_batch_divides,),
     ("engine",): (_deepspeed_json_is_sound,),
 }

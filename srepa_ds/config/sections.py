@@ -77,7 +77,7 @@ class EngineConfig(Section):
 
 
 class MonitorConfig(Section):
-    """Images and distances during training, with the EMA weights and the sampler of `sample`."""
+    """Images, distances and held-out losses during training, all with the EMA weights."""
 
     images_every_steps: int = Field(default=0, ge=0)
     """Optimizer steps between contact sheets; 0 draws none."""
@@ -94,6 +94,19 @@ class MonitorConfig(Section):
 
     num_steps: int | None = Field(default=None, ge=1, lt=1 << 24)
     """Steps of the sampler; without it those of `sample`."""
+
+    heldout_every_steps: int = Field(default=0, ge=0)
+    """Optimizer steps between flow losses on `heldout`, at fixed times and with fixed noise, which
+    do not depend on run.seed: a curve to compare runs by; 0 measures none."""
+
+    heldout: Path | None = None
+    """Data that training does not see, such as the part `heldout` of `srepa-ds prepare`."""
+
+    num_heldout: int = Field(default=2_048, ge=1)
+    """Samples of `heldout`, evenly spread."""
+
+    heldout_batch_size: int = Field(default=32, ge=1)
+    """Samples per pass and rank."""
 
 
 class ExportConfig(Section):

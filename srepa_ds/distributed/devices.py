@@ -3,6 +3,9 @@
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +53,20 @@ def take_device(local_rank: int = 0) -> torch.device:
 def use_exact_float32() -> None:
     """Makes float32 convolutions exact, as products are: torch's default on GPUs is TF32."""
     torch.backends.cudnn.allow_tf32 = False
+
+
+@contextmanager
+def tensor_float32(allowed: bool) -> Iterator[None]:
+    """Allows or forbids TF32 in float32 products and convolutions while the block runs."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = allowed
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
 
 
 def agreed_device(store: dist.Store, rank: int, world_size: int, local_rank: int) -> torch.device:

@@ -19,6 +19,7 @@ TITLES = {
     "loss_structural": "structural",
     "loss_cls": "flow matching of the class token",
     "frechet_distance": "Fréchet distance during training",
+    "heldout_flow_loss": "flow matching, held-out images",
     "ema_distance": "distance between EMA and weights",
     "gradient_norm": "gradient norm before clipping",
     "images_per_second": "images per second",

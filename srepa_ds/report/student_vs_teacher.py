@@ -25,6 +25,7 @@ from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.noise import NoiseStream
 from srepa_ds.report.similarity import gram_correlation, similarity_to, spread_queries
 from srepa_ds.schema import validated
+from srepa_ds.training.latent_fit import fitting_latent_shape
 from srepa_ds.weights.exported import WEIGHTS, ExportedModel
 
 NUM_IMAGES = 32
@@ -90,7 +91,7 @@ def probe(
     Raises DataError if they do not fit the model.
     """
     experiment = _experiment(config, exported)
-    codec = build_codec(experiment.codec)
+    codec = build_codec(experiment.codec.as_used_here(config.codec), device=device)
     _check_fit(experiment, codec, real)
     batch = real.read(_spread_over_classes(real.labels, NUM_IMAGES)).to(device)
     clean = codec.encode(batch, seed=experiment.run.seed)
@@ -113,7 +114,7 @@ def _experiment(config: Config, exported: ExportedModel) -> Config:
 
 
 def _check_fit(experiment: Config, codec: LatentCodec, real: ShardDataset) -> None:
-    found = (codec.latent_shape(real.image_shape), real.num_classes)
+    found = (fitting_latent_shape(real, codec), real.num_classes)
     expected = (experiment.model.latent_shape, experiment.model.num_classes)
     if found != expected:
         raise DataError(

@@ -32,15 +32,15 @@ def describe(
     checkpoint_sha256: str,
     ema: str,
     path: str,
-    codec: str,
+    codec: Mapping[str, Any],
     class_token: bool,
     versions: Mapping[str, str],
 ) -> Provenance:
     """Returns the provenance of the set that `config` draws from a checkpoint.
 
     `ema` names the weights ("none" for the trained ones), `path` the interpolant, `versions` the
-    libraries whose arithmetic decides the pixels. `class_token` tells whether the model has one;
-    only then is its guidance a fact.
+    libraries whose arithmetic decides the pixels, `codec` what decides them in the decoder.
+    `class_token` tells whether the model has one; only then is its guidance a fact.
     """
     sampler = to_tree(config)
     if not class_token:
@@ -52,7 +52,8 @@ def describe(
         "checkpoint_sha256": checkpoint_sha256,
         "ema": ema,
         "path": path,
-        "codec": codec,
+        # By its name alone where nothing else is to be said, as in earlier releases.
+        "codec": dict(codec) if len(codec) > 1 else codec["kind"],
         "sampler": sampler,
         "versions": dict(versions),
     }

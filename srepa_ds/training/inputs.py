@@ -17,7 +17,7 @@ from srepa_ds.data.contents import (
     are_small,
     check_contents,
 )
-from srepa_ds.data.shards import ShardDataset
+from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.data.token_store import TokenStore
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
@@ -27,6 +27,8 @@ from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.model.attention_backends import choose_backend
 from srepa_ds.model.precision import PRECISIONS
 from srepa_ds.training.content_watch import is_first_on_machine
+from srepa_ds.training.heldout import HeldoutLoss
+from srepa_ds.training.latent_fit import fitting_latent_shape
 from srepa_ds.training.monitor import Monitor
 from srepa_ds.training.stored_teachers import open_stores, weights_hash
 
@@ -50,11 +52,11 @@ class RunInputs(NamedTuple):
 def open_inputs(config: Config, rank: Rank) -> RunInputs:
     """Returns the inputs of a run. Collective: an error on one rank is raised on all."""
     _check_attention(config, rank)
-    codec = build_codec(config.codec)
-    images = _open_images(config, codec)
-    targets = _open_targets(config, images, rank)
+    codec = ranks.together(build_codec, config.codec, device=rank.device)
+    samples = _open_samples(config, codec)
+    targets = _open_targets(config, samples, rank)
     stores = [target if isinstance(target, TokenStore) else None for target in targets]
-    dataset = ranks.together(ShardDataset, config.data.folder, stores)
+    dataset = _open_parts(config, samples, codec, targets, stores)
     monitor = _build_monitor(config, codec, rank)
     check = _check_contents(dataset, stores, monitor)
     return RunInputs(dataset, codec, targets, monitor, _identity(config, dataset), check)
@@ -124,10 +126,10 @@ def _check_attention(config: Config, rank: Rank) -> None:
 
 
 @ranks.collective
-def _open_images(config: Config, codec: LatentCodec) -> ShardDataset:
-    """Returns the images to train on; raises DataError unless they fit the model."""
+def _open_samples(config: Config, codec: LatentCodec) -> ShardDataset:
+    """Returns the data to train on; raises DataError unless they fit the codec and the model."""
     dataset = ShardDataset(config.data.folder)
-    latent_shape = codec.latent_shape(dataset.image_shape)
+    latent_shape = fitting_latent_shape(dataset, codec)
     if latent_shape != config.model.latent_shape:
         raise DataError(
             f"{config.data.folder} gives latents of shape {latent_shape}, but the model takes "
@@ -150,6 +152,30 @@ def _open_images(config: Config, codec: LatentCodec) -> ShardDataset:
 
 
 @ranks.collective
+def _open_parts(
+    config: Config,
+    samples: ShardDataset,
+    codec: LatentCodec,
+    targets: Sequence[Target],
+    stores: Sequence[TokenStore | None],
+) -> ShardDataset:
+    """Returns the data, of which only those parts are read that training needs.
+
+    Raises DataError if a teacher needs images and the data hold none.
+    """
+    reads_moments = codec.reads_moments and samples.latents is not None
+    needs_images = [isinstance(target, Teacher) for target in targets]
+    if any(needs_images) and samples.index.pixels is None:
+        raise DataError(
+            f"{samples.folder} holds latents and no images, and the teacher of alignments."
+            f"{needs_images.index(True)} looks at images; prepare the data with images, or use "
+            "plain SiT (alignments: [])"
+        )
+    parts = Parts(images=any(needs_images) or not reads_moments, moments=reads_moments)
+    return ShardDataset(config.data.folder, stores, parts=parts)
+
+
+@ranks.collective
 def _build_monitor(config: Config, codec: LatentCodec, rank: Rank) -> Monitor:
     return Monitor(
         config.monitor,
@@ -158,6 +184,24 @@ def _build_monitor(config: Config, codec: LatentCodec, rank: Rank) -> Monitor:
         interpolant=INTERPOLANTS[config.objective.interpolant.path],
         sampler=config.sample,
         evaluate=config.evaluate,
+        heldout=_heldout_loss(config, codec, rank) if config.monitor.heldout_every_steps else None,
+        rank=rank,
+    )
+
+
+def _heldout_loss(config: Config, codec: LatentCodec, rank: Rank) -> HeldoutLoss:
+    assert config.monitor.heldout is not None
+    teacher = None
+    if config.model.class_token_width is not None:
+        pixels = ShardDataset(config.monitor.heldout).image_shape[1:]
+        teacher = load_teacher(config.alignments[0].teacher, resolution=pixels, device=rank.device)
+    return HeldoutLoss(
+        config.monitor,
+        config.monitor.heldout,
+        model=config.model,
+        codec=codec,
+        interpolant=INTERPOLANTS[config.objective.interpolant.path],
+        teacher=teacher,
         rank=rank,
     )
 

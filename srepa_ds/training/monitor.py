@@ -14,7 +14,7 @@ from torch import Tensor
 from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.config.sections import EvaluateConfig, MonitorConfig
 from srepa_ds.data.contents import IndexedFile
-from srepa_ds.data.shards import ShardDataset
+from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
 from srepa_ds.encoders.teacher import load_teacher
@@ -31,6 +31,7 @@ from srepa_ds.sampling.generate import ImageBatch, draw_labels, even_chunks, gen
 from srepa_ds.sampling.sheet import SheetBuilder
 from srepa_ds.sampling.solvers import SamplerConfig
 from srepa_ds.schema import replaced
+from srepa_ds.training.heldout import HeldoutLoss
 
 log = logging.getLogger("srepa_ds")
 
@@ -64,10 +65,12 @@ class Monitor:
         interpolant: Interpolant,
         sampler: SamplerConfig,
         evaluate: EvaluateConfig | None,
+        heldout: HeldoutLoss | None,
         rank: Rank,
     ):
         """Raises DataError for a reference that is missing or of another size."""
         self._config = config
+        self._heldout = heldout
         self._model = model
         self._codec = codec
         self._interpolant = interpolant
@@ -92,15 +95,16 @@ class Monitor:
 
     @property
     def indexed_files(self) -> tuple[IndexedFile, ...]:
-        """The hash that the index gives for each shard of the reference, if there is one."""
-        return () if self._real is None else self._real.indexed_files
+        """The hashes that the indices give for the reference and the held-out data."""
+        sources = (self._real, self._heldout)
+        return tuple(file for one in sources if one is not None for file in one.indexed_files)
 
     def is_due(self, step: int, *, since: int) -> bool:
         """Returns whether images or a distance are due after optimizer step `step`.
 
         Those that were due at a skipped step after `since` still are.
         """
-        return self._draws(step, since) or self._evaluates(step, since)
+        return any(due(step, since) for due in (self._draws, self._evaluates, self._holds_out))
 
     def _draws(self, step: int, since: int) -> bool:
         return _is_due(self._config.images_every_steps, step, since)
@@ -108,16 +112,22 @@ class Monitor:
     def _evaluates(self, step: int, since: int) -> bool:
         return _is_due(self._config.evaluate_every_steps, step, since)
 
+    def _holds_out(self, step: int, since: int) -> bool:
+        return _is_due(self._config.heldout_every_steps, step, since)
+
     def look(
         self, engine: Engine, step: int, *, since: int
     ) -> tuple[Image.Image | None, dict[str, float]]:
-        """Returns the contact sheet (on the main rank, if one is due) and the distances due."""
+        """Returns the contact sheet (on the main rank, if one is due) and the scores due."""
         sheet, scores = None, {}
         with engine.averaged():
             if self._draws(step, since):
                 sheet = self._sheet(engine)
             if self._evaluates(step, since):
                 scores["frechet_distance"] = self._distance(engine)
+            if self._heldout is not None and self._holds_out(step, since):
+                predict = EngineModel(engine, self._model)
+                scores["heldout_flow_loss"] = self._heldout.measure(predict)
         return sheet, scores
 
     def _sheet(self, engine: Engine) -> Image.Image | None:
@@ -194,7 +204,7 @@ def _is_due(every: int, step: int, since: int) -> bool:
 
 
 def _reference(config: EvaluateConfig, model: SiTConfig, codec: LatentCodec) -> ShardDataset:
-    dataset = ShardDataset(config.reference)
+    dataset = ShardDataset(config.reference, parts=Parts(moments=False))
     found = codec.latent_shape(dataset.image_shape)
     if found != model.latent_shape:
         raise DataError(

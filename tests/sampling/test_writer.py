@@ -21,7 +21,7 @@ def provenance(config=CONFIG, **changes):
         "checkpoint_sha256": "ab" * 32,
         "ema": "0.9999",
         "path": "linear",
-        "codec": "identity",
+        "codec": {"kind": "identity"},
         "class_token": False,
         "versions": {"torch": "2.11"},
     }
