@@ -5,7 +5,7 @@ It is the curve to compare runs by: one number without the noise of sampling.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -32,6 +32,7 @@ _SEED = 0
 """Not the run's: runs with other seeds are compared at the same times and noise."""
 
 
+@runtime_checkable
 class Predict(Protocol):
     """The model, as the sampler calls it."""
 
