@@ -50,8 +50,8 @@ def _shipped_files() -> Iterator[tuple[str, bytes]]:
         source = shipped_with_package(name)
         if source is None:
             raise DataError(f"{name} is missing from the installation; install srepa_ds again")
-        for path in sorted(source.parent.glob(f"*{name.suffix}")):
-            yield str(name.with_name(path.name)), path.read_bytes()
+        for path in sorted(source.parent.rglob(f"*{name.suffix}")):
+            yield str(name.parent / path.relative_to(source.parent)), path.read_bytes()
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> None:

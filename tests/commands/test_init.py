@@ -13,7 +13,7 @@ from srepa_ds.errors import OutputError
 SHIPPED = {
     path.relative_to(ROOT): path.read_bytes()
     for folder in ("configs", "ds_configs")
-    for path in (ROOT / folder).iterdir()
+    for path in (ROOT / folder).rglob("*.*")
 }
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from places import ROOT
 
 from srepa_ds.cli import run
@@ -10,11 +11,12 @@ from srepa_ds.commands.teacher import TeacherTrainingConfig
 from srepa_ds.config.experiment import Config, config_from, load_config, samples_folder
 from srepa_ds.documents.yaml_reader import parse_yaml
 from srepa_ds.errors import ConfigError
+from srepa_ds.model.sit import SiT
 from srepa_ds.preparation.config import PrepareConfig
-from srepa_ds.schema import validated
+from srepa_ds.schema import load_section, validated
 from srepa_ds.trees import load_tree
 
-CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
+CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 KINDS = {"prepare": PrepareConfig, "teacher": TeacherTrainingConfig, "experiment": Config}
 TEACHER = {"name": "dinov2-vit-b", "weights": "dinov2.safetensors"}
 ALIGNMENT = {"teacher": TEACHER, "depth": 4, "structural": {"kind": "mse", "weight": 2.0}}
@@ -41,7 +43,7 @@ def built(**changes) -> Config:
     return config_from(tree(**changes), source="test")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_shipped_config_is_valid_and_its_print_reads_back(path, capsys):
     assert run(["config", str(path)]) == 0
     printed = capsys.readouterr().out
@@ -50,6 +52,27 @@ def test_every_shipped_config_is_valid_and_its_print_reads_back(path, capsys):
     config = validated(schema, loaded, source=path.name)
     assert validated(schema, parse_yaml(printed), source="print") == config
     assert printed.count("# ") >= len(schema.model_fields)
+
+
+LATENT = sorted(ROOT.glob("configs/imagenet*/sit-*.yaml"))
+VAE_DOWNSAMPLING = 8
+
+
+@pytest.mark.parametrize("path", LATENT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_experiments_on_imagenet_fit_their_data_and_teacher(path):
+    config = load_config(path)
+    prepare = load_section(PrepareConfig, path.parent / "prepare.yaml")
+    assert config.data.folder == prepare.output / "train"
+    assert config.model.latent_shape[1] * VAE_DOWNSAMPLING == prepare.image_size
+    assert prepare.latents is not None
+    assert prepare.latents.codec.kind == config.codec.kind == "vae"
+    for alignment in config.alignments:
+        spec = alignment.teacher.resolved
+        side = spec.input_size_at(prepare.image_size)[0] // spec.patch_size
+        assert (side, side) == config.model.grid
+    with torch.device("meta"):
+        model = SiT(config.model)
+    assert model.pos_embed.shape[1] == config.model.num_tokens
 
 
 def test_overrides_reach_what_is_printed(capsys):
