@@ -209,11 +209,36 @@ def demo(
     ranks: Annotated[int, typer.Option(help="Processes for training and sampling.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of weights, order and noise.")] = 0,
     images: Annotated[int | None, typer.Option(help="Images to draw.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Your own images, a folder for each class, instead of digits."),
+    ] = None,
+    size: Annotated[int, typer.Option(help="With --data: pixels along a side.")] = 32,
+    vae: Annotated[
+        Path | None,
+        typer.Option(help="With --data: train on the latents of this VAE, a folder or fetched."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="With --data: a known teacher or timm ViT; without it one is trained."),
+    ] = None,
+    teacher_weights: Annotated[
+        Path | None, typer.Option(help="With --teacher: a file of weights, or else fetched ones.")
+    ] = None,
 ) -> None:
     """Run everything on handwritten digits: prepare, teach, train, sample, score, report."""
-    from srepa_ds.commands.demo import run_demo
+    from srepa_ds.commands.demo import look_at, run_demo
 
-    raise typer.Exit(run_demo(mode=mode, steps=steps, ranks=ranks, seed=seed, images=images))
+    only_with_data = {"--vae": vae, "--teacher": teacher, "--teacher-weights": teacher_weights}
+    if data is None and (given := [name for name, value in only_with_data.items() if value]):
+        raise typer.BadParameter(f"{' and '.join(given)} need --data, a folder of images")
+    own = None
+    if data is not None:
+        own = look_at(
+            data, image_size=size, vae=vae, teacher=teacher, teacher_weights=teacher_weights
+        )
+    code = run_demo(mode=mode, steps=steps, ranks=ranks, seed=seed, images=images, own=own)
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -1,4 +1,7 @@
-"""`srepa-ds demo`: the whole pipeline on handwritten digits, each step an ordinary command."""
+"""`srepa-ds demo`: the whole pipeline on handwritten digits, or on a person's own images.
+
+Each step is an ordinary command.
+"""
 
 import json
 import os
@@ -6,15 +9,20 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
+from srepa_ds.config.own_images import OwnImages
 from srepa_ds.distributed.launcher import start_child
 from srepa_ds.distributed.signals import handled
 from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import ConfigError, Fault, OutputError, SRepaError, nearest
-from srepa_ds.files import shipped, write_aside
+from srepa_ds.files import make_folder, remove_empty, shipped, unexpanded, write_aside, writing
 from srepa_ds.run_folder import RunFolder
 from srepa_ds.schema import load_section
 
@@ -27,26 +35,54 @@ MODES = (
 )
 
 
+@dataclass(frozen=True)
+class Road:
+    """The configurations of the demo's steps."""
+
+    prepare: Path
+    teachers: tuple[Path, ...]
+    """Of the teachers to train; none if the teacher has published weights."""
+    experiment: Path
+
+
+CONFIGS = "configs"
+"""The folder in a run's folder for the configurations of a demo on own images."""
+
+
 def run_demo(
-    *, mode: str, steps: int | None, ranks: int, seed: int, images: int | None = None
+    *,
+    mode: str,
+    steps: int | None,
+    ranks: int,
+    seed: int,
+    images: int | None = None,
+    own: OwnImages | None = None,
 ) -> int:
     """Runs all steps and returns 0, or the exit code of the first one that fails.
 
-    Prints each command line before running it. The same demo run again continues where it stopped,
-    since finished steps find their work done. Raises SRepaError, before the first step, for what
-    would make a later one refuse.
+    On handwritten digits, or on `own` images; then the configurations are written to the run's
+    folder first. Prints each command line before running it. The same demo run again continues
+    where it stopped, since finished steps find their work done. Raises SRepaError, before the first
+    step, for what would make a later one refuse.
     """
     if mode not in MODES:
         raise ConfigError("demo", [Fault("--mode", f"unknown '{mode}'; {nearest(mode, MODES)}")])
-    run = RunFolder(Path("runs") / (f"digits-{mode}" + (f"-seed{seed}" if seed else "")))
+    name = own.name if own else "digits"
+    run = RunFolder(Path("runs") / (f"{name}-{mode}" + (f"-seed{seed}" if seed else "")))
     changes = [f"run.folder={run.path}"]
     changes += [f"train.steps={steps}"] if steps is not None else []
     changes += [f"run.seed={seed}", f"sample.seed={seed}"] if seed else []
     changes += [f"sample.num_samples={images}"] if images is not None else []
-    check(mode, changes, ranks=ranks)
+    with ExitStack() as undone:
+        if own:
+            road = _written(own, mode, run.path / CONFIGS, undone)
+        else:
+            road = shipped_road(mode)
+        check(road, changes, ranks=ranks, needs_digits=own is None)
+        undone.pop_all()
     spent = _read_timings(run.timings)
     timings: dict[str, float] = {}
-    for arguments in commands(mode, changes, ranks=ranks):
+    for arguments in commands(road, changes, ranks=ranks):
         name = arguments[0]
         print(f"\n$ {shlex.join(['srepa-ds', *arguments])}", flush=True)
         step_began = time.perf_counter()
@@ -69,7 +105,7 @@ def _what_next(code: int) -> str:
     return "the same demo command continues from here"
 
 
-def check(mode: str, changes: Sequence[str], *, ranks: int) -> None:
+def check(road: Road, changes: Sequence[str], *, ranks: int, needs_digits: bool = True) -> None:
     """Checks everything that can be known before the first step.
 
     Raises ConfigError with all faults, OutputError or DataError for what the machine lacks.
@@ -81,7 +117,7 @@ def check(mode: str, changes: Sequence[str], *, ranks: int) -> None:
 
     faults: list[Fault] = []
     outputs: list[Path] = []
-    for name, path, *_ in commands(mode, changes, ranks=ranks):
+    for name, path, *_ in commands(road, changes, ranks=ranks):
         if name == "prepare":
             outputs.append(load_section(PrepareConfig, Path(path)).output)
         elif name == "teacher":
@@ -103,7 +139,7 @@ def check(mode: str, changes: Sequence[str], *, ranks: int) -> None:
     if faults:
         raise ConfigError("demo", dict.fromkeys(faults))
     local_device(ranks - 1)
-    _check_packages()
+    _check_packages(needs_digits=needs_digits)
     for folder in outputs:
         _check_writable(folder)
 
@@ -133,9 +169,10 @@ def _faults_of_numbers(config: "Config", ranks: int) -> Iterator[Fault]:
         yield Fault("--ranks", f"must be at most the number of images, {images} (given: {ranks})")
 
 
-def _check_packages() -> None:
+def _check_packages(*, needs_digits: bool) -> None:
     """Raises SRepaError if a package is missing that only a late step imports."""
-    needed = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+    needed = {"matplotlib": "matplotlib"}
+    needed |= {"sklearn": "scikit-learn"} if needs_digits else {}
     missing = [name for module, name in needed.items() if find_spec(module) is None]
     if missing:
         raise SRepaError(
@@ -155,18 +192,83 @@ def _check_writable(folder: Path) -> None:
         )
 
 
-def commands(mode: str, changes: Sequence[str], *, ranks: int) -> list[list[str]]:
+def look_at(
+    folder: Path,
+    *,
+    image_size: int,
+    vae: Path | None = None,
+    teacher: str | None = None,
+    teacher_weights: Path | None = None,
+) -> OwnImages:
+    """Returns the demo on a folder of images; `teacher` is one of ours, or a model of timm.
+
+    Raises DataError for a folder without images or a VAE that cannot be read, ConfigError for
+    settings that cannot work.
+    """
+    from srepa_ds.codec.config import CodecConfig
+    from srepa_ds.codec.table import build_codec
+    from srepa_ds.data.sources.image_folder import ImageFolderConfig
+    from srepa_ds.encoders.described import spec_for
+
+    if teacher is None and teacher_weights is not None:
+        raise ConfigError("demo", [Fault("--teacher-weights", "needs --teacher, its model")])
+    codec = CodecConfig(kind="vae", weights=_as_setting(vae)) if vae else CodecConfig()
+    return OwnImages(
+        folder,
+        image_size,
+        num_classes=len(
+            ImageFolderConfig(kind="image_folder", path=_as_setting(folder)).opened().class_ids
+        ),
+        latent_shape=build_codec(codec).latent_shape((3, image_size, image_size)),
+        vae=vae,
+        teacher=spec_for(teacher) if teacher else None,
+        teacher_weights=teacher_weights,
+    )
+
+
+def _as_setting(path: Path) -> Path:
+    """Returns a path of the command line as a configuration would give it."""
+    return Path(unexpanded(path))
+
+
+def shipped_road(mode: str) -> Road:
+    """Returns the configurations of the demo on handwritten digits."""
+    # All modes are judged by the same teacher; REG learns from one that has a class token.
+    teachers = ("teacher", "teacher-cls") if mode.startswith("reg") else ("teacher",)
+    return Road(
+        shipped(Path("configs/digits-prepare.yaml")),
+        tuple(shipped(Path(f"configs/digits-{name}.yaml")) for name in teachers),
+        shipped(Path(f"configs/digits-{mode}.yaml")),
+    )
+
+
+def _written(own: OwnImages, mode: str, folder: Path, undone: ExitStack) -> Road:
+    """Writes the configurations of the demo on own images; leaving `undone` removes new ones.
+
+    Raises OutputError.
+    """
+    places = {}
+    for name, tree in own.trees(mode).items():
+        places[name] = path = folder / f"{name}.yaml"
+        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        with writing(path, cure="run the demo in another folder"):
+            undone.callback(remove_empty, make_folder(folder))
+            if not path.exists():
+                undone.callback(path.unlink)
+            write_aside(path, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))
+    teachers = (places["teacher"],) if "teacher" in places else ()
+    return Road(places["prepare"], teachers, places["experiment"])
+
+
+def commands(road: Road, changes: Sequence[str], *, ranks: int) -> list[list[str]]:
     """Returns the command lines of the demo, without the program's name.
 
     Every command of the experiment gets the overrides `changes`.
     """
-    experiment = str(shipped(Path(f"configs/digits-{mode}.yaml")))
-    on_ranks = ["--ranks", str(ranks)]
-    # All modes are judged by the same teacher; REG learns from one that has a class token.
-    teachers = ("teacher", "teacher-cls") if mode.startswith("reg") else ("teacher",)
+    experiment, on_ranks = str(road.experiment), ["--ranks", str(ranks)]
     return [
-        ["prepare", str(shipped(Path("configs/digits-prepare.yaml")))],
-        *(["teacher", str(shipped(Path(f"configs/digits-{name}.yaml")))] for name in teachers),
+        ["prepare", str(road.prepare)],
+        *(["teacher", str(path)] for path in road.teachers),
         ["train", experiment, *changes, *on_ranks],
         ["export", experiment, *changes],
         ["sample", experiment, *changes, *on_ranks],

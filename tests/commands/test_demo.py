@@ -12,14 +12,14 @@ import torch
 from places import ROOT
 
 from srepa_ds.commands import demo as demo_command
-from srepa_ds.commands.demo import FEWEST_IMAGES, MODES, commands, run_demo
+from srepa_ds.commands.demo import FEWEST_IMAGES, MODES, commands, run_demo, shipped_road
 from srepa_ds.errors import ConfigError, DataError, OutputError, SRepaError
 from srepa_ds.metrics.scores import score
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_command_is_one_of_the_command_line_with_a_shipped_config(mode):
-    lines = commands(mode, ["run.folder=runs/x", "train.steps=7"], ranks=3)
+    lines = commands(shipped_road(mode), ["run.folder=runs/x", "train.steps=7"], ranks=3)
     names = [line[0] for line in lines]
     teachers = ["teacher"] * (2 if mode.startswith("reg") else 1)
     assert names == ["prepare", *teachers, "train", "export", "sample", "evaluate", "report"]
@@ -92,7 +92,7 @@ def test_a_package_that_a_late_step_needs_is_looked_for_first(started, monkeypat
 @pytest.mark.parametrize("mode", MODES)
 def test_possible_values_start_all_steps(started, mode):
     assert run_demo(mode=mode, steps=1, ranks=2, seed=(1 << 63) - 1, images=4) == 0
-    assert started == commands(mode, [
+    assert started == commands(shipped_road(mode), [
         f"run.folder=runs/digits-{mode}-seed{(1 << 63) - 1}", "train.steps=1",
         f"run.seed={(1 << 63) - 1}", f"sample.seed={(1 << 63) - 1}", "sample.num_samples=4",
     ], ranks=2)  # fmt: skip
