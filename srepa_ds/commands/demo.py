@@ -213,12 +213,11 @@ def look_at(
     if teacher is None and teacher_weights is not None:
         raise ConfigError("demo", [Fault("--teacher-weights", "needs --teacher, its model")])
     codec = CodecConfig(kind="vae", weights=_as_setting(vae)) if vae else CodecConfig()
+    source = ImageFolderConfig(kind="image_folder", path=_as_setting(folder))
     return OwnImages(
         folder,
         image_size,
-        num_classes=len(
-            ImageFolderConfig(kind="image_folder", path=_as_setting(folder)).opened().class_ids
-        ),
+        num_classes=len(source.opened().class_ids),
         latent_shape=build_codec(codec).latent_shape((3, image_size, image_size)),
         vae=vae,
         teacher=spec_for(teacher) if teacher else None,

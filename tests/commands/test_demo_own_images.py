@@ -61,8 +61,8 @@ def test_the_whole_road_on_latents(photographs, vae, tmp_path, monkeypatch, capf
     assert said.out.count("\n$ srepa-ds ") == 6
     assert (folder / "report.html").stat().st_size > 100_000
     assert json.loads((folder / "results.json").read_text())["scores"]["frechet_distance"] > 0
-    sheet = Image.open(next(folder.glob("samples/*/contact_sheet.png")))
-    assert min(sheet.size) > 32
+    with Image.open(next(folder.glob("samples/*/contact_sheet.png"))) as sheet:
+        assert min(sheet.size) > 32
 
 
 @pytest.mark.parametrize("mode", MODES)
