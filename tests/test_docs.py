@@ -3,8 +3,10 @@
 import re
 
 import pytest
+from latent_world import write_latent_world
 from places import ROOT
 
+from srepa_ds.cli import run
 from srepa_ds.config.experiment import config_from
 from srepa_ds.documents.yaml_reader import parse_yaml
 
@@ -75,3 +77,14 @@ def test_the_map_names_all_of_them():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     map_of_the_house = set(re.findall(r"[\w.]+/?", text))
     assert set(top_of_the_package()) - {"__init__.py"} <= map_of_the_house
+
+
+def test_the_data_are_read_as_the_guide_shows(tmp_path, monkeypatch, capsys):
+    world = write_latent_world(tmp_path / "world")
+    assert run(["prepare", str(world.prepare)]) == 0
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "imagenet256").symlink_to(world.data)
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "data.md").read_text(), re.DOTALL)
+    exec(block, {})
+    assert capsys.readouterr().out == "(32, 32) n01440764 (4, 8, 8) float16\n"

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from builders import metrics_of
-from latent_world import LatentWorld, write_latent_world
+from latent_world import TEACHER, LatentWorld, write_latent_world, write_photographs
 from PIL import Image
 from ranks import run_function
+from safetensors.torch import save_file
 from small_vae import write_vae
 from trainings import train_runs
 
@@ -167,3 +169,80 @@ def test_heldout_losses_need_data(world, tmp_path, capfd):
     path = edited(world, tmp_path, monitor={"heldout": None})
     message = message_of(["train", str(path)], capfd)
     assert "monitor.heldout_every_steps: needs monitor.heldout" in message
+
+
+@pytest.mark.slow
+def test_a_model_goes_on_at_twice_the_size(world, tmp_path):
+    """As from 256 to 512 px: every weight is taken over, only the positions are new."""
+    prepare = yaml.safe_load(world.prepare.read_text())
+    prepare |= {"image_size": 64, "output": str(tmp_path / "data")}
+    (tmp_path / "prepare.yaml").write_text(yaml.safe_dump(prepare))
+    assert run(["prepare", str(tmp_path / "prepare.yaml")]) == 0
+    small, large = tmp_path / "small", tmp_path / "large"
+    silent = {"images_every_steps": 0, "heldout_every_steps": 0}
+    (tmp_path / "of_small").mkdir()
+    before = edited(world, tmp_path / "of_small", monitor=silent)
+    run_function(train_runs, 1, [str(before), f"run.folder={small}"])
+    assert run(["export", str(before), f"run.folder={small}"]) == 0
+    resampling = {"direction": "teacher_to_student", "mode": "bilinear"}
+    alignment = yaml.safe_load(world.experiment.read_text())["alignments"][0]
+    after = edited(
+        world,
+        tmp_path,
+        data={"folder": str(tmp_path / "data" / "train")},
+        model={"input_size": 16},
+        alignments=[{**alignment, "resampling": resampling}],
+        train={"steps": 1, "init_from": {"path": str(small / "export")}},
+        optimizer={"learning_rate": 1e-30},
+        monitor=silent,
+    )
+    run_function(train_runs, 1, [str(after), f"run.folder={large}"])
+    exported, started = weights(small, 6), weights(large, 1)
+    names = [name for name in started if name.startswith("ema/sit.")]
+    assert len(names) > 20
+    assert all(torch.equal(started[name], exported[name]) for name in names)
+
+
+@pytest.mark.slow
+def test_images_of_1024_pixels_have_4096_tokens(world, tmp_path):
+    vae = write_vae(tmp_path / "vae", levels=4, sample_size=512)
+    write_photographs(tmp_path / "images", images_per_class=1)
+    codec = {"kind": "vae", "weights": str(vae), "tiled": True, "decode_batch_size": 1}
+    prepare = yaml.safe_load(world.prepare.read_text())
+    prepare |= {
+        "image_size": 1024,
+        "source": {"kind": "image_folder", "path": str(tmp_path / "images")},
+        "output": str(tmp_path / "data"),
+        "holdout_fraction": 0.0,
+        "latents": {"codec": codec, "batch_size": 1},
+    }
+    (tmp_path / "prepare.yaml").write_text(yaml.safe_dump(prepare))
+    assert run(["prepare", str(tmp_path / "prepare.yaml")]) == 0
+    dataset = ShardDataset(tmp_path / "data" / "train")
+    assert dataset.read(torch.tensor([0])).moments.shape == (1, 8, 128, 128)
+    spec = TEACHER | {"patch_size": 16, "input_size": 1024}
+    spec["arguments"] = TEACHER["arguments"] | {"patch_size": 16}
+    encoder = timm.create_model(
+        spec["architecture"], img_size=1024, num_classes=3, **spec["arguments"]
+    )
+    save_file(encoder.state_dict(), tmp_path / "teacher.safetensors")
+    teacher = {"spec": spec, "weights": str(tmp_path / "teacher.safetensors"), "dtype": "fp32"}
+    alignment = yaml.safe_load(world.experiment.read_text())["alignments"][0]
+    path = edited(
+        world,
+        tmp_path,
+        data={"folder": str(dataset.folder)},
+        codec=codec,
+        model={"input_size": 128, "depth": 1},
+        alignments=[{**alignment, "teacher": teacher}],
+        train={"steps": 1, "batch_size": 2},
+        monitor={
+            "images_every_steps": 1,
+            "num_images": 1,
+            "num_steps": 1,
+            "heldout_every_steps": 0,
+        },
+    )
+    run_function(train_runs, 1, [str(path)])
+    (line,) = (line for line in metrics_of(tmp_path / "run") if "loss_structural" in line)
+    assert line["loss_structural"] > 0
