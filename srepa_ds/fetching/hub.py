@@ -72,6 +72,8 @@ class HubPlan:
                 file.name,
                 revision=self.commit,
                 local_dir=folder,
+                # Otherwise a damaged file in the client's own cache would be copied from there.
+                cache_dir=folder,
                 endpoint=_endpoint(),
             )
 

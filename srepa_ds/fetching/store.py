@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from srepa_ds.encoders.fetched import (
     Fetched,
@@ -18,6 +18,7 @@ from srepa_ds.files import PARTIAL, claimed, make_folder, writing
 _CURE = "free some space, or set SREPA_FETCHED to a folder you may write to"
 
 
+@runtime_checkable
 class Plan(Protocol):
     """What there is to fetch of one published thing."""
 
