@@ -94,11 +94,8 @@ def _of_teacher(teacher: TeacherConfig, place: str) -> Iterator[Named]:
         raise ConfigError("configuration", [Fault(f"{place}.{fault.path}", fault.message)])
     if teacher.weights is not None:
         yield Named(f"{place}.weights", teacher.weights)
-        return
-    try:
+    else:
         yield Named(place, PUBLISHED["timm"](teacher.resolved.architecture))
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from error
 
 
 def _is_published(published: Published | Path) -> bool:

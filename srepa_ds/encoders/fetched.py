@@ -110,14 +110,13 @@ def find_fetched(published: Published) -> Path | None:
 def _check(path: Path, expected: FetchedFile) -> None:
     """Compares a file's size, and its contents unless this process has; raises DataError."""
     try:
-        facts = path.stat()
-        found = facts.st_size
+        found = path.stat().st_size
         if found != expected.num_bytes:
             raise DataError(
                 f"{path}: has {found:,} bytes, and {expected.num_bytes:,} were fetched; "
                 f"{FETCH_AGAIN}"
             )
-        contents = _contents(path, facts.st_ino, facts.st_mtime_ns)
+        contents = sha256_once(path)
     except OSError as error:
         raise DataError(f"{path}: {reason_of(error)}; {FETCH_AGAIN}") from error
     if contents != expected.sha256:
@@ -127,7 +126,12 @@ def _check(path: Path, expected: FetchedFile) -> None:
         )
 
 
+def sha256_once(path: Path) -> str:
+    """Returns the hash of a file, which this process reads once until it changes."""
+    facts = path.stat()
+    return _contents(path.absolute(), facts.st_ino, facts.st_mtime_ns)
+
+
 @cache
 def _contents(path: Path, inode: int, modified: int) -> str:
-    """Returns the hash of a file, which is read once until it changes."""
     return sha256_of(path)

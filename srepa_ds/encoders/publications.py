@@ -94,7 +94,7 @@ def timm_weights(architecture: str) -> HubFiles:
         at = f" ({found.url})" if found and found.url else ""
         raise DataError(
             f"timm has the weights of '{architecture}' in no safetensors file on the Hub; download "
-            f"them yourself{at} and give the file as teacher.weights"
+            f"them yourself{at}, and give the file"
         )
     return HubFiles(found.hf_hub_id, _timm_files(found.hf_hub_filename))
 

@@ -6,10 +6,10 @@ Nothing here downloads; `srepa-ds fetch` does, before.
 import re
 from pathlib import Path
 
-from srepa_ds.encoders.fetched import FETCH_AGAIN, fetched_folder, find_fetched
+from srepa_ds.encoders.fetched import FETCH_AGAIN, fetched_folder, find_fetched, sha256_once
 from srepa_ds.encoders.publications import PUBLISHED, HubFiles, Published
 from srepa_ds.errors import DataError
-from srepa_ds.files import looked_for, sha256_of
+from srepa_ds.files import looked_for
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -84,7 +84,7 @@ def _in_cache_of_hub(published: HubFiles) -> Path | None:
 def _check_cached(path: Path) -> None:
     """Compares a large file with its name in the cache, which is the hash; raises DataError."""
     expected = path.resolve().name
-    if _SHA256.fullmatch(expected) and sha256_of(path) != expected:
+    if _SHA256.fullmatch(expected) and sha256_once(path) != expected:
         raise DataError(
             f"{path}: contents changed since they were downloaded; delete {path.resolve()} and "
             f"{FETCH_AGAIN}"

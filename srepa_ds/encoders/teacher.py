@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from srepa_ds.encoders.publications import PUBLISHED
 from srepa_ds.encoders.published import local_weights
 from srepa_ds.encoders.spec import Resolution, both_sides
 from srepa_ds.encoders.spec import TeacherSpec as TeacherSpec
@@ -65,13 +66,15 @@ class TeacherConfig(Section):
         return self.spec or TEACHERS[self.name or ""]
 
     def weights_fault(self) -> Fault | None:
-        """Returns the fault if there are neither local nor published weights; reads no file.
+        """Returns the fault if no local weights are given and none can be fetched; reads no file.
 
         The fault's path is relative to this section.
         """
         architecture = self.resolved.architecture
-        if self.weights is not None or has_published_weights(architecture):
+        if self.weights is not None:
             return None
+        if has_published_weights(architecture):
+            return _unfetchable(architecture)
         reason = (
             f"timm publishes no weights of '{self.name or architecture}'; "
             "give a local .safetensors, .pt, .pth or .pth.tar file"
@@ -79,6 +82,15 @@ class TeacherConfig(Section):
         if self.spec and (names := published_names(architecture)):
             reason += f", or spec.architecture with a tag: {nearest(architecture, names)}"
         return Fault("weights", reason)
+
+
+def _unfetchable(architecture: str) -> Fault | None:
+    """Returns the fault of published weights that cannot be fetched, None if they can."""
+    try:
+        PUBLISHED["timm"](architecture)
+    except DataError as error:
+        return Fault("weights", str(error))
+    return None
 
 
 @dataclass(frozen=True)

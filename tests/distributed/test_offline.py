@@ -1,4 +1,5 @@
 import os
+from importlib import import_module
 
 import pytest
 
@@ -33,8 +34,6 @@ def test_a_choice_of_the_user_stays(unset):
 
 
 def test_a_library_changes_no_variable(unset):
-    import srepa_ds.cli
-    import srepa_ds.encoders.published
-
-    assert srepa_ds.cli and srepa_ds.encoders.published
+    for name in ("srepa_ds.cli", "srepa_ds.encoders.published"):
+        import_module(name)
     assert not any(name in os.environ for name in NAMES)
