@@ -12,6 +12,7 @@ import typer
 
 from srepa_ds.console import show_warnings_once
 from srepa_ds.distributed.launcher import run_ranks
+from srepa_ds.distributed.offline import stay_offline
 from srepa_ds.distributed.surroundings import check_surroundings, launched
 from srepa_ds.errors import OutputError, SRepaError, TopologyError
 
@@ -80,6 +81,21 @@ def config(path: ConfigPath, overrides: Overrides = None) -> None:
     from srepa_ds.config.yaml_text import to_yaml
 
     typer.echo(to_yaml(_any_config(path, overrides), documented=True), nl=False)
+
+
+@app.command()
+def fetch(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what is there and what is missing.")
+    ] = False,
+) -> None:
+    """Download the weights that CONFIG names, once: no other command downloads anything."""
+    from srepa_ds.commands.fetch import fetch as run
+
+    _in_one_process("fetch")
+    typer.echo(run(_any_config(path, overrides), dry_run=dry_run))
 
 
 @app.command()
@@ -297,6 +313,7 @@ def _advice_on_options(error: typer.TyperException) -> str:
 def main() -> None:
     """Runs this process's command line and exits."""
     show_warnings_once()
+    stay_offline(sys.argv[1:])
     code = run(sys.argv[1:])
     if launched() and "srepa_ds.distributed.ranks" in sys.modules:
         from srepa_ds.distributed import ranks

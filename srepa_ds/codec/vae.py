@@ -140,7 +140,12 @@ def _loaded(config: CodecConfig) -> Autoencoder:
     folder = local_folder(config.weights, setting="codec.weights")
     try:
         return AutoencoderKL.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            # Without accelerate, diffusers would print that it cannot have it otherwise.
+            low_cpu_mem_usage=False,
         )
     # What diffusers raises depends on the fault, and none of it is ours.
     except Exception as error:

@@ -1,15 +1,91 @@
-"""Finds published weights on this machine; nothing here downloads."""
+"""Finds published weights on this machine: a folder, what was fetched, or the Hub's own cache.
 
+Nothing here downloads; `srepa-ds fetch` does, before.
+"""
+
+import re
 from pathlib import Path
 
+from srepa_ds.encoders.fetched import FETCH_AGAIN, fetched_folder, find_fetched, sha256_once
+from srepa_ds.encoders.publications import PUBLISHED, HubFiles, Published
 from srepa_ds.errors import DataError
+from srepa_ds.files import looked_for
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def local_folder(weights: Path, *, setting: str) -> Path:
-    """Returns the folder of `weights`: that path, or what was fetched of a repository's name.
+def local_folder(weights: Path, *, setting: str, kind: str = "vae") -> Path:
+    """Returns the folder of `weights`: that path, or the files fetched of a repository's name.
 
-    Raises DataError, which names the `setting`, if there is neither.
+    `kind` is a row of `PUBLISHED`. Raises DataError, which names the `setting`, if there is
+    neither, or if fetched files have changed.
     """
     if weights.is_dir():
         return weights
-    raise DataError(f"{setting}: {weights} is neither a folder nor fetched; run `srepa-ds fetch`")
+    try:
+        published = PUBLISHED[kind](str(weights))
+    except DataError as error:
+        raise DataError(f"{setting}: {error}{looked_for(weights)}") from error
+    if folder := find_published(published):
+        return folder
+    raise DataError(
+        f"{setting}: {weights} is not a folder{looked_for(weights)} and not fetched (looked for in "
+        f"{fetched_folder()}); {FETCH_AGAIN}, or give a folder"
+    )
+
+
+def local_weights(architecture: str) -> Path:
+    """Returns the file of weights that timm publishes for `architecture`.
+
+    Raises DataError if it was not fetched, or has changed since.
+    """
+    published = PUBLISHED["timm"](architecture)
+    folder = find_published(published)
+    if folder is None:
+        raise DataError(
+            f"the pretrained weights of '{architecture}' ({published.name}) were not fetched "
+            f"(looked for in {fetched_folder()}); {FETCH_AGAIN}, or give teacher.weights: a local "
+            ".safetensors, .pt, .pth or .pth.tar file"
+        )
+    assert isinstance(published, HubFiles)
+    names = published.chosen({path.name for path in folder.iterdir()})
+    assert names is not None
+    return folder / names[0]
+
+
+def find_published(published: Published) -> Path | None:
+    """Returns the folder of the files of `published`, fetched or in the Hub's cache, else None.
+
+    Raises DataError if they have changed.
+    """
+    folder = find_fetched(published)
+    if folder is None and isinstance(published, HubFiles):
+        return _in_cache_of_hub(published)
+    return folder
+
+
+def _in_cache_of_hub(published: HubFiles) -> Path | None:
+    """Returns the snapshot in the cache of huggingface_hub (`HF_HOME`) with all wanted files."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def cached(name: str) -> Path | None:
+        found = try_to_load_from_cache(published.repository, name, revision=published.revision)
+        return Path(found) if isinstance(found, str) else None
+
+    files = {name: path for group in published.wanted for name in group if (path := cached(name))}
+    chosen = published.chosen(files)
+    if chosen is None:
+        return None
+    for name in chosen:
+        _check_cached(files[name])
+    return files[chosen[0]].parent
+
+
+def _check_cached(path: Path) -> None:
+    """Compares a large file with its name in the cache, which is the hash; raises DataError."""
+    expected = path.resolve().name
+    if _SHA256.fullmatch(expected) and sha256_once(path) != expected:
+        raise DataError(
+            f"{path}: contents changed since they were downloaded; delete {path.resolve()} and "
+            f"{FETCH_AGAIN}"
+        )

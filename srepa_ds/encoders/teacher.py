@@ -14,11 +14,14 @@ from jaxtyping import Float, UInt8
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from srepa_ds.encoders.publications import PUBLISHED
+from srepa_ds.encoders.published import local_weights
 from srepa_ds.encoders.spec import Resolution, both_sides
 from srepa_ds.encoders.spec import TeacherSpec as TeacherSpec
 from srepa_ds.encoders.table import TEACHERS as TEACHERS
 from srepa_ds.encoders.timm_models import (
     Encoder,
+    check_published_classes,
     create_encoder,
     fill_from_file,
     has_published_weights,
@@ -41,7 +44,7 @@ class TeacherConfig(Section):
 
     weights: Annotated[Path | None, MayChange] = None
     """Local weights: .safetensors, or a torch file (.pt, .pth, .pth.tar), from which only tensors
-    are loaded; null takes timm's pretrained weights, downloaded once."""
+    are loaded; null takes timm's pretrained weights, which `srepa-ds fetch` downloads."""
 
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the encoder's products; its weights stay float32."""
@@ -63,13 +66,15 @@ class TeacherConfig(Section):
         return self.spec or TEACHERS[self.name or ""]
 
     def weights_fault(self) -> Fault | None:
-        """Returns the fault if there are neither local nor published weights; reads no file.
+        """Returns the fault if no local weights are given and none can be fetched; reads no file.
 
         The fault's path is relative to this section.
         """
         architecture = self.resolved.architecture
-        if self.weights is not None or has_published_weights(architecture):
+        if self.weights is not None:
             return None
+        if has_published_weights(architecture):
+            return _unfetchable(architecture)
         reason = (
             f"timm publishes no weights of '{self.name or architecture}'; "
             "give a local .safetensors, .pt, .pth or .pth.tar file"
@@ -77,6 +82,15 @@ class TeacherConfig(Section):
         if self.spec and (names := published_names(architecture)):
             reason += f", or spec.architecture with a tag: {nearest(architecture, names)}"
         return Fault("weights", reason)
+
+
+def _unfetchable(architecture: str) -> Fault | None:
+    """Returns the fault of published weights that cannot be fetched, None if they can."""
+    try:
+        PUBLISHED["timm"](architecture)
+    except DataError as error:
+        return Fault("weights", str(error))
+    return None
 
 
 @dataclass(frozen=True)
@@ -199,22 +213,18 @@ class Teacher(nn.Module):
         return torch.autocast(device.type, dtype=self.dtype if enabled else None, enabled=enabled)
 
 
-def build_encoder(
-    spec: TeacherSpec, *, resolution: Resolution, pretrained: bool = False
-) -> Encoder:
+def build_encoder(spec: TeacherSpec, *, resolution: Resolution) -> Encoder:
     """Returns the timm model of `spec` for images of `resolution` pixels, on the CPU.
 
     `resolution` is the side of a square, or height and width. `load_teacher` loads the model's
     state_dict after training; it takes a table with a square number of positions to be a square.
-    Raises ConfigError if timm cannot build the model or if it contradicts `spec`, DataError if
-    pretrained weights cannot be fetched.
+    Raises ConfigError if timm cannot build the model or if it contradicts `spec`.
     """
     encoder = create_encoder(
         spec.architecture,
         input_size=spec.input_size_at(resolution),
         num_classes=spec.num_classes,
         arguments=spec.arguments,
-        pretrained=pretrained,
     )
     if faults := _contradictions(spec, encoder):
         raise ConfigError("teacher", faults)
@@ -263,18 +273,22 @@ def load_teacher(
 
     `resolution` is the side of a square, or height and width. Raises ConfigError if no weights are
     available or timm cannot build the model as described, DataError for weights that are missing,
-    damaged or of another model.
+    not fetched, damaged or of another model.
     """
     if fault := config.weights_fault():
         raise ConfigError("teacher", [Fault(f"teacher.{fault.path}", fault.message)])
     spec = config.resolved
-    encoder = build_encoder(spec, resolution=resolution, pretrained=config.weights is None)
-    if config.weights is not None:
+    encoder = build_encoder(spec, resolution=resolution)
+    if config.weights is None:
+        check_published_classes(encoder, spec.num_classes)
+        weights = local_weights(spec.architecture)
+    else:
         _check_present(config.weights, spec)
-        # Published files may contain heads that this teacher does not have.
-        heads = {"head.": spec.num_classes, "attn_pool.": getattr(encoder, "attn_pool", None)}
-        ignored = tuple(prefix for prefix, own in heads.items() if not own)
-        fill_from_file(encoder, config.weights, layout=spec.layout, ignored_prefixes=ignored)
+        weights = config.weights
+    # Published files may contain heads that this teacher does not have.
+    heads = {"head.": spec.num_classes, "attn_pool.": getattr(encoder, "attn_pool", None)}
+    ignored = tuple(prefix for prefix, own in heads.items() if not own)
+    fill_from_file(encoder, weights, layout=spec.layout, ignored_prefixes=ignored)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
     teacher = Teacher(encoder, spec, resolution=resolution, dtype=dtype, compiled=config.compile)
     return teacher.to(device)

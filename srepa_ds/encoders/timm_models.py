@@ -1,4 +1,4 @@
-"""Builds timm models and fills them with weights from a file or a download."""
+"""Builds timm models and fills them with weights from a file."""
 
 import math
 import sys
@@ -40,7 +40,7 @@ def known_architecture(name: str) -> str:
 
 
 def has_published_weights(name: str) -> bool:
-    """Returns whether timm can fetch the weights that `name` and its tag identify.
+    """Returns whether timm publishes the weights that `name` and its tag identify.
 
     A name without a tag identifies none: timm would choose any that fit the architecture.
     """
@@ -62,42 +62,30 @@ def create_encoder(
     input_size: tuple[int, int],
     num_classes: int,
     arguments: Mapping[str, Any],
-    pretrained: bool = False,
 ) -> Encoder:
-    """Returns a timm model with random or downloaded weights, on the CPU.
+    """Returns a timm model with random weights, on the CPU.
 
     `input_size` is its height and width in pixels; position embeddings are resampled to it. The
     process's random state is left as it was. Raises ConfigError for an architecture or arguments
-    that timm refuses, DataError for a download that fails.
+    that timm refuses.
     """
     import timm
 
     options: dict[str, Any] = {**arguments, "img_size": input_size, "num_classes": num_classes}
     try:
         with torch.random.fork_rng(devices=[]):
-            encoder = timm.create_model(architecture, pretrained=False, **options)
+            return timm.create_model(architecture, pretrained=False, **options)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = f"timm cannot build '{architecture}' with {options}: {error}"
         raise ConfigError("teacher", [Fault("teacher.spec", reason)]) from error
-    return _downloaded(encoder, architecture, options) if pretrained else encoder
 
 
-def _downloaded(encoder: Encoder, architecture: str, options: dict[str, Any]) -> Encoder:
-    import timm
-
-    classes, published = options["num_classes"], encoder.pretrained_cfg.get("num_classes")
-    if classes not in (0, published):
-        reason = f"is {classes}, but the published weights have {published} classes"
+def check_published_classes(encoder: Encoder, num_classes: int) -> None:
+    """Raises ConfigError if the published weights of `encoder` have another number of classes."""
+    published = encoder.pretrained_cfg.get("num_classes")
+    if num_classes not in (0, published):
+        reason = f"is {num_classes}, but the published weights have {published} classes"
         raise ConfigError("teacher", [Fault("teacher.spec.num_classes", reason)])
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return timm.create_model(architecture, pretrained=True, **options)
-    # The error of a failed download depends on the transport, and none of them is ours.
-    except Exception as error:
-        raise DataError(
-            f"the pretrained weights of '{architecture}' could not be fetched: {error}\n"
-            "give teacher.weights: a local .safetensors, .pt, .pth or .pth.tar file"
-        ) from error
 
 
 def fill_from_file(

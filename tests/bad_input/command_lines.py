@@ -37,6 +37,7 @@ CASES = [
     Case("storing tokens on no ranks", nothing, "prepare --teacher CONFIG --ranks -1",
          ("--ranks must be at least 1",)),
     Case("export on ranks", nothing, "export CONFIG --ranks 2", ("No such option: --ranks",)),
+    Case("fetching on ranks", nothing, "fetch CONFIG --ranks 2", ("No such option: --ranks",)),
     Case("a flag with a value", nothing, "train CONFIG --allow-config-change=yes",
          ("--allow-config-change", "does not take a value")),
     Case("the configuration after its overrides", nothing, "train train.steps=3 CONFIG",

@@ -8,7 +8,7 @@ from pathlib import Path
 from bad_input.case import Case, Place
 
 COMMANDS = (
-    *("config", "prepare", "prepare --teacher", "teacher"),
+    *("config", "fetch", "prepare", "prepare --teacher", "teacher"),
     *("train", "export", "sample", "evaluate", "report"),
 )
 

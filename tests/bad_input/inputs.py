@@ -7,6 +7,7 @@ from bad_input.arrangements import (
     no_data,
     no_index,
     nothing,
+    sampled,
     tokenless_teacher,
     truncated_shard,
 )
@@ -59,6 +60,28 @@ CASES = [
     Case("a temperature of nought", nothing,
          "train CONFIG alignments.0.structural.kind=kl alignments.0.structural.tau_student=0",
          ("alignments.0.structural.tau_student", "greater than 0")),
+    # What was to be fetched before.
+    Case("a VAE that was not fetched", nothing,
+         f"prepare {CONFIGS}/digits-prepare.yaml output={{folder}}/new "
+         'latents={{"codec":{{"kind":"vae","weights":"some/vae"}}}}',
+         ("codec.weights: some/vae is not a folder", "not fetched", "`srepa-ds fetch CONFIG`")),
+    Case("a VAE that is no repository", nothing,
+         f"prepare {CONFIGS}/digits-prepare.yaml output={{folder}}/new "
+         'latents={{"codec":{{"kind":"vae","weights":"a/vae/of/mine"}}}}',
+         ("codec.weights: a/vae/of/mine: not a folder", "looked for at", "stabilityai/")),
+    Case("a teacher that was not fetched", sampled,
+         "evaluate CONFIG evaluate.samples={folder}/run/samples "
+         'evaluate.extractor={{"name":"dinov2-vit-s"}}',
+         ("of 'vit_small_patch14_dinov2.lvd142m' (timm/", "not fetched", "give teacher.weights")),
+    Case("fetching what is no repository", nothing,
+         "fetch CONFIG codec.kind=vae codec.weights=a/b/c",
+         ("codec.weights: a/b/c: not a folder", "name of a repository")),
+    Case("fetching weights that are a pickle", nothing,
+         'fetch CONFIG alignments.0.teacher={{"name":"jepa-vit-h"}}',
+         ("alignments.0.teacher.weights: timm has the weights", "no safetensors file", "yourself")),
+    Case("fetching weights that nobody publishes", nothing,
+         'fetch CONFIG alignments.0.teacher={{"name":"mocov3-vit-b"}}',
+         ("alignments.0.teacher.weights: timm publishes no weights",)),
     # What a run begins with.
     Case("weights to begin with that are not there", nothing,
          "train CONFIG run.folder={folder}/runs/new train.init_from.path=nowhere.pt",

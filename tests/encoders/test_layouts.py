@@ -521,10 +521,11 @@ def test_torchscript_archives_are_named(tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """A cache in place of the network, for weights that would be downloaded."""
+    """The cache of the Hub's client as the only place for published weights."""
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("SREPA_FETCHED", str(tmp_path / "fetched"))
     return tmp_path / "hub"
 
 
@@ -548,7 +549,7 @@ def in_cache(cache, repository, state):
         ("dinov3-vit-s", "timm/vit_small_patch16_dinov3.lvd1689m", 0),
     ],
 )
-def test_published_weights_are_fetched(name, repository, head, offline):
+def test_published_weights_are_found_in_the_cache(name, repository, head, offline):
     spec = reduced(name)
     whole = spec.model_copy(update={"num_classes": head})
     encoder = scrambled(plain_encoder(whole, 32))
@@ -559,9 +560,9 @@ def test_published_weights_are_fetched(name, repository, head, offline):
     assert torch.allclose(found, expected[:, spec.num_prefix_tokens :], atol=1e-5)
 
 
-def test_a_failed_download_says_what_to_do(offline):
+def test_weights_that_were_not_fetched_say_what_to_do(offline):
     config = TeacherConfig(name="dinov3-vit-s")
-    with pytest.raises(DataError, match=r"dinov3\.lvd1689m' could not be fetched") as caught:
+    with pytest.raises(DataError, match=r"dinov3\.lvd1689m'.* were not fetched") as caught:
         load_teacher(config, resolution=16, device="cpu")
     assert "give teacher.weights: a local .safetensors" in str(caught.value)
 

@@ -1,0 +1,151 @@
+"""`srepa-ds fetch CONFIG`: downloads the published weights that a configuration names, once.
+
+Training, sampling and all other commands read what lies here and never download.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from srepa_ds.codec.config import CodecConfig
+from srepa_ds.encoders.fetched import fetched_folder, read_fetched
+from srepa_ds.encoders.publications import PUBLISHED, HubFiles, Published
+from srepa_ds.encoders.published import find_published
+from srepa_ds.encoders.teacher import TeacherConfig
+from srepa_ds.errors import ConfigError, DataError, Fault
+from srepa_ds.fetching.hub import plan_of
+from srepa_ds.fetching.store import Plan, bring, check_space
+from srepa_ds.fetching.web import WebPlan
+from srepa_ds.schema import Section
+
+log = logging.getLogger("srepa_ds")
+
+
+class Named(NamedTuple):
+    """Weights that a setting names."""
+
+    setting: str
+    published: Published | Path
+    """A path is a file or folder of the user's own."""
+
+
+class Row(NamedTuple):
+    """A line of the list that the command prints."""
+
+    setting: str
+    name: str
+    size: str
+    state: str
+
+
+def fetch(config: Section, *, dry_run: bool = False) -> str:
+    """Returns the list of the weights that `config` names, after fetching those that are missing.
+
+    With `dry_run`, only lists them. Raises ConfigError for a teacher without weights, DataError for
+    weights that cannot be had, OutputError for a folder that cannot be written.
+    """
+    names = list(named_weights(config))
+    # A document that cannot be read is a fault before anything is downloaded.
+    read_fetched(fetched_folder())
+    places = {named: _place(named) for named in names}
+    missing = {named.published for named in names if places[named] is None}
+    plans = {published: _plan(published) for published in missing if _is_published(published)}
+    check_space(list(plans.values()))
+    if not dry_run:
+        _bring_all(list(plans.values()))
+    rows = [_row(named, places[named], plans, dry_run=dry_run) for named in names]
+    return _table(rows) if rows else "it names no weights: there is nothing to fetch"
+
+
+def named_weights(section: Section, place: str = "") -> Iterator[Named]:
+    """Yields the weights of every codec and teacher in `section`, at its place in the file.
+
+    Raises ConfigError for a teacher without weights, DataError for weights that cannot be fetched.
+    """
+    if isinstance(section, CodecConfig):
+        yield from _of_codec(section, place)
+    if isinstance(section, TeacherConfig):
+        yield from _of_teacher(section, place)
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        items = enumerate(value) if isinstance(value, tuple) else [("", value)]
+        for number, item in items:
+            if isinstance(item, Section):
+                keys = [key for key in (place, name, str(number)) if key]
+                yield from named_weights(item, ".".join(keys))
+
+
+def _of_codec(codec: CodecConfig, place: str) -> Iterator[Named]:
+    if codec.weights is None:
+        return
+    setting = f"{place}.weights"
+    if codec.weights.is_dir():
+        yield Named(setting, codec.weights)
+        return
+    try:
+        yield Named(setting, PUBLISHED["vae"](str(codec.weights)))
+    except DataError as error:
+        raise DataError(f"{setting}: {error}") from error
+
+
+def _of_teacher(teacher: TeacherConfig, place: str) -> Iterator[Named]:
+    if fault := teacher.weights_fault():
+        raise ConfigError("configuration", [Fault(f"{place}.{fault.path}", fault.message)])
+    if teacher.weights is not None:
+        yield Named(f"{place}.weights", teacher.weights)
+    else:
+        yield Named(place, PUBLISHED["timm"](teacher.resolved.architecture))
+
+
+def _is_published(published: Published | Path) -> bool:
+    return not isinstance(published, Path)
+
+
+def _place(named: Named) -> Path | None:
+    """Returns where the weights lie, None if they are missing or damaged."""
+    if isinstance(named.published, Path):
+        return named.published if named.published.exists() else None
+    try:
+        return find_published(named.published)
+    except DataError as error:
+        log.warning("%s is fetched again: %s", named.published.name, str(error).split("; ")[0])
+        return None
+
+
+def _plan(published: Published | Path) -> Plan:
+    assert not isinstance(published, Path)
+    return plan_of(published) if isinstance(published, HubFiles) else WebPlan(published)
+
+
+def _bring_all(plans: Sequence[Plan]) -> None:
+    for plan in plans:
+        log.info("fetching %s, %s, from %s", plan.published.name, _size(plan), plan.source)
+        log.info("fetched %s", bring(plan))
+
+
+def _row(named: Named, place: Path | None, plans: dict[Any, Plan], *, dry_run: bool) -> Row:
+    if isinstance(named.published, Path):
+        state = "your own" if place else "your own, and missing"
+        return Row(named.setting, str(named.published), "", state)
+    name = named.published.name
+    if place is not None:
+        return Row(named.setting, name, "", f"in {place}")
+    plan = plans[named.published]
+    folder = fetched_folder() / named.published.folder_name
+    state = f"to be fetched from {plan.source}" if dry_run else f"in {folder}"
+    return Row(named.setting, name, _size(plan), state)
+
+
+def _size(plan: Plan) -> str:
+    size = plan.num_bytes
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,112 @@
+"""The table of published things that `srepa-ds fetch` brings: `PUBLISHED`, a row for each kind."""
+
+import re
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+
+from srepa_ds.errors import DataError
+
+_REPOSITORY = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w][\w./-]*))?")
+
+_VAE_FILES = (("config.json",), ("diffusion_pytorch_model.safetensors",))
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """Some files of a model's repository on the Hugging Face Hub."""
+
+    repository: str
+    """Such as `stabilityai/sd-vae-ft-mse`."""
+    wanted: tuple[tuple[str, ...], ...]
+    """Of each group, the first file that the repository has; files of other names stay there."""
+    revision: str | None = None
+    """A commit, tag or branch; without it the one that is current when the files are fetched."""
+
+    @property
+    def name(self) -> str:
+        """The repository, with its revision if one is named."""
+        return f"{self.repository}@{self.revision}" if self.revision else self.repository
+
+    @property
+    def folder_name(self) -> str:
+        """The name of the folder that receives the files."""
+        return self.name.replace("/", "--")
+
+    def chosen(self, present: Container[str]) -> tuple[str, ...] | None:
+        """Returns the wanted files among those `present`; None if a group has none."""
+        groups = [[name for name in group if name in present] for group in self.wanted]
+        return tuple(group[0] for group in groups) if all(groups) else None
+
+
+@dataclass(frozen=True)
+class WebFile:
+    """A file at an address, whose contents are known beforehand."""
+
+    url: str
+    sha256: str
+    """In hexadecimal."""
+    num_bytes: int
+
+    @property
+    def name(self) -> str:
+        """The name of the file."""
+        return self.url.rpartition("/")[2]
+
+    @property
+    def folder_name(self) -> str:
+        """The name of the folder that receives the file."""
+        return f"web--{self.name}"
+
+
+Published = HubFiles | WebFile
+
+WEB_FILES: dict[str, WebFile] = {}
+"""Files at fixed addresses by the names that settings give them."""
+
+
+def repository_of(name: str) -> tuple[str, str | None] | None:
+    """Returns repository and revision of `owner/name` or `owner/name@revision`, else None."""
+    parts = _REPOSITORY.fullmatch(name)
+    return (parts["name"], parts["revision"]) if parts else None
+
+
+def vae(name: str) -> HubFiles:
+    """Returns the files of a diffusers VAE; raises DataError if `name` names no repository."""
+    parts = repository_of(name)
+    if parts is None:
+        raise DataError(
+            f"{name}: not a folder, and not the name of a repository on the Hub, such as "
+            "stabilityai/sd-vae-ft-mse"
+        )
+    repository, revision = parts
+    return HubFiles(repository, _VAE_FILES, revision)
+
+
+def timm_weights(architecture: str) -> HubFiles:
+    """Returns the file of weights that timm publishes for `architecture`, which has a tag.
+
+    Raises DataError if there is no safetensors file on the Hub in the names of its model.
+    """
+    from timm.models import get_pretrained_cfg
+
+    found = get_pretrained_cfg(architecture)
+    if found is None or not found.hf_hub_id or found.custom_load == "hf":
+        at = f" ({found.url})" if found and found.url else ""
+        raise DataError(
+            f"timm has the weights of '{architecture}' in no safetensors file on the Hub; download "
+            f"them yourself{at}, and give the file"
+        )
+    return HubFiles(found.hf_hub_id, _timm_files(found.hf_hub_filename))
+
+
+def _timm_files(named: str | None) -> tuple[tuple[str, ...], ...]:
+    """Returns the names to look for; `named` is the file that timm names, often a pickle."""
+    stem = (named or "pytorch_model.bin").rpartition(".")[0]
+    return ((f"{stem.replace('pytorch_', '')}.safetensors", f"{stem}.safetensors"),)
+
+
+PUBLISHED: dict[str, Callable[[str], Published]] = {
+    "vae": vae,
+    "timm": timm_weights,
+    "web": WEB_FILES.__getitem__,
+}
