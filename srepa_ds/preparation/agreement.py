@@ -13,11 +13,11 @@ from srepa_ds.errors import DataError
 
 MOST_OF_SPREAD = 0.1
 """How far means may lie from each other, relative to their spread within channels. VAEs with random
-weights: 0.0004 after storage in fp16, 0.02 after encoding in bf16, 0.4 with every weight of the
-encoder moved by 10 %, 1.05 for the mirrored images, 1.7 and more for another VAE."""
+weights: 0.0004 after storage in fp16, 0.02 after encoding in bf16, 0.4 with every weight moved by
+10 %, 1.05 for the mirrored images, 1.7 and more for another VAE."""
 _MOST_OF_STDS = 0.5
-"""The same for standard deviations, relative to their size: 0.003 in bf16 if they are about 1. Those
-of trained VAEs are far smaller, and bf16 rounds their logarithms: by 9 % if they are 2e-4."""
+"""The same for standard deviations, relative to their size: 0.03 in bf16 if they are 2e-4, as those
+of trained VAEs. Logarithms of variances in their place are off by 10 and more."""
 _DRAWN = 2.0
 """How far a draw may lie from the mean, in standard deviations, on the average of all numbers."""
 _NUM_COMPARED = 8
@@ -28,9 +28,9 @@ def difference(
     encoded: Float[Tensor, "batch moments h w"],
     values: LatentValues,
 ) -> str | None:
-    """Returns how stored latents differ from `encoded` moments of the same images, None if they fit.
+    """Returns how stored latents differ from `encoded` moments of the same images.
 
-    They fit whatever the precision of storage and encoding.
+    None if they fit, which they do whatever the precision of storage and encoding.
     """
     mean, std = encoded.float().chunk(2, dim=1)
     found = stored.float().to(mean.device)

@@ -23,7 +23,9 @@ def _faults(config: PrepareConfig, of_source: SourceLatents | None) -> Iterator[
     if wanted is None:
         return
     if wanted.codec.kind == "identity":
-        reason = "'identity' has no latents: it trains on pixels; choose 'vae', or set latents: null"
+        reason = (
+            "'identity' has no latents: it trains on pixels; choose 'vae', or set latents: null"
+        )
         yield Fault("latents.codec.kind", reason)
     if wanted.codec.kind == "stored" and of_source is None:
         reason = f"'stored' cannot encode, and the source '{kind}' holds no latents; choose 'vae'"

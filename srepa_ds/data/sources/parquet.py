@@ -104,7 +104,7 @@ class Parquet:
 
 def _files_of(config: ParquetConfig) -> list[str]:
     """Returns the files, relative to their folder; raises DataError unless they are one split."""
-    if not config.path.is_dir():
+    if config.path.is_file():
         return [config.path.name]
     found = files_below(
         config.path, lambda name: name.endswith(".parquet") and not name.startswith(".")

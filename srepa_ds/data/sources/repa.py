@@ -174,8 +174,8 @@ def _labels_of(root: Path, names: list[str]) -> Int64[Tensor, " samples"]:
         raise DataError(f"{path}: has no list of labels ({error}); write it again") from error
     if not listing:
         raise DataError(
-            f"{path}: its labels are null, as REPA writes where images are not in a folder for each "
-            'class; write {"labels": [["00000/img-mean-std-00000000.npy", 0], ...]} into it'
+            f"{path}: its labels are null, as REPA writes where images are not in a folder for "
+            'each class; write {"labels": [["00000/img-mean-std-00000000.npy", 0], ...]} into it'
         )
     labels = _label_by_name(path, listing)
     if missing := [name for name in names if name not in labels]:
