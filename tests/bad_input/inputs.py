@@ -44,8 +44,6 @@ CASES = [
     Case("a sheet below a file", nothing,
          "verify {folder}/shards --sheet {folder}/experiment.yaml/sheet.png",
          ("cannot write", "choose another path with --sheet")),
-    Case("a sheet of a teacher", nothing, "verify {folder} --sheet {folder}/sheet.png",
-         ("holds no data set; --vae and --sheet belong to data sets",)),
     # The teacher.
     Case("no teacher weights", nothing, f"train CONFIG {TEACHER}.weights=none.safetensors",
          ("none.safetensors: no such file", "teacher.weights")),

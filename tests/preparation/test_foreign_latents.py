@@ -9,6 +9,7 @@ import torch
 from builders import contents
 from foreign_data import SIZE, picture, png, write_lightningdit, write_parquet, write_repa
 from PIL import Image
+from ranks import run_function
 from tiny_vae import opened, tiny_vae
 
 from srepa_ds.codec.config import CodecConfig
@@ -310,3 +311,18 @@ def test_parquet_files_become_shards(tmp_path, vae):
     assert dataset.index.class_names == names
     assert dataset.keys(torch.tensor([7])) == ["train-00001-of-00002.parquet:2"]
     torch.testing.assert_close(batch.moments, opened(vae).moments(batch.images))
+
+
+def prepared_on_a_rank(tree):
+    """Runs on each of several ranks."""
+    return len(prepare(validated(PrepareConfig, tree, source="test"))["train"])
+
+
+@pytest.mark.slow
+def test_ranks_share_what_is_encoded_without_being_stored(tree, vae, tmp_path):
+    settings = {"latents": {**by(vae), "batch_size": 3}, "on_error": "skip", "pixels": None}
+    run(tmp_path / "one", tree, **settings)
+    config = {"kind": "prepare", "source": tree, "image_size": SIZE, "threads": 1, **settings}
+    config |= {"samples_per_shard": 4, "output": str(tmp_path / "two")}
+    assert run_function(prepared_on_a_rank, 2, config) == [10, 10]
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")

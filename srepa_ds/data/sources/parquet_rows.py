@@ -13,7 +13,7 @@ from srepa_ds.errors import DataError
 from srepa_ds.files import reason_of
 from srepa_ds.weight_file import other_kind
 
-_MOST_BYTES = 256 << 20
+_MOST_BYTES = 64 << 20
 """Of all row groups kept. `datasets` writes 100 images to a row group, 10 MB of ImageNet."""
 
 
