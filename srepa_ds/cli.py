@@ -262,12 +262,20 @@ def verify(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="Data, stored tokens, a run, a model, a teacher.")
     ],
+    vae: Annotated[
+        Path | None,
+        typer.Option(metavar="WEIGHTS", help="Compare latents with those of this VAE."),
+    ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Write a picture of images of each class.")
+    ] = None,
+    classes: Annotated[bool, typer.Option("--classes", help="Count each class.")] = False,
 ) -> None:
     """Read all of a folder and compare it with the hashes that were written with it."""
     from srepa_ds.commands.verify import verify as run
 
     _log()
-    typer.echo(run(path))
+    typer.echo(run(path, vae=vae, sheet=sheet, every_class=classes))
 
 
 @app.command()

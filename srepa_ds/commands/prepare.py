@@ -4,6 +4,7 @@ Two passes, each shard by shard: the images, then their latents. Ranks share the
 shard is kept whatever happens afterwards, and the same command writes the others.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 
@@ -14,11 +15,15 @@ from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
 from srepa_ds.errors import ConfigError, Fault
+from srepa_ds.preparation.agreement import check_source_latents
+from srepa_ds.preparation.checks import check_wanted
 from srepa_ds.preparation.config import PrepareConfig
 from srepa_ds.preparation.job import Job
-from srepa_ds.preparation.latents import described_latents
+from srepa_ds.preparation.latents import as_codec, described_latents
 from srepa_ds.preparation.parts import parts_of
 from srepa_ds.preparation.share import EVERYTHING, Share
+
+log = logging.getLogger("srepa_ds")
 
 _COPIES = 3
 """A shard is in memory as images, as tensors, and as what safetensors writes."""
@@ -35,12 +40,14 @@ def prepare(config: PrepareConfig, *, share: Share = EVERYTHING) -> dict[str, Sh
     # All parts are checked first, so that a conflict in one leaves the others unwritten.
     ranks.on_main(_check, jobs)
     finished = [job for job in jobs if job.run()]
+    _advise(jobs[0])
     return {job.part.name: ranks.together(ShardDataset, job.folder.folder) for job in finished}
 
 
 @ranks.collective
 def _jobs(config: PrepareConfig, share: Share, rank: Rank) -> list[Job]:
     source = config.source.opened()
+    check_wanted(config, source.latents)
     parts = parts_of(config, source)
     codec = _codec(config, rank)
     image_shape = (3, config.image_size, config.image_size)
@@ -49,8 +56,30 @@ def _jobs(config: PrepareConfig, share: Share, rank: Rank) -> list[Job]:
 
 
 def _check(jobs: Sequence[Job]) -> None:
-    for job in [job for job in jobs if not job.is_finished(job.index())]:
+    unfinished = [job for job in jobs if not job.is_finished(job.index())]
+    for job in unfinished:
         _check_memory(job.config, len(job.part.indices))
+    if unfinished:
+        _check_codec(unfinished[0])
+
+
+def _check_codec(job: Job) -> None:
+    """Checks that the codec is that of the source's latents, as far as it can be known."""
+    if job.source.latents is None or job.latents is None or job.codec is None:
+        return
+    if not job.codec.identity:
+        return
+    size = job.config.image_size
+    if not check_source_latents(job.source, job.codec, job.latents, image_size=size):
+        log.warning("latents.codec: not compared with the source's latents, which have no images")
+
+
+def _advise(job: Job) -> None:
+    """Says how to train on latents whose codec is not known here."""
+    facts = job.source.latents.facts if job.source.latents is not None else {}
+    codec = as_codec(facts)
+    if codec is not None and not (job.codec and job.codec.identity):
+        log.info("train on these latents with\n%s", codec)
 
 
 def _check_memory(config: PrepareConfig, num_images: int) -> None:

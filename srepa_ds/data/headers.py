@@ -68,8 +68,8 @@ def header_facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def read_header(path: Path, kind: Kind, *, expected_bytes: int) -> FoundHeader:
-    """Returns the header of `path`; reads no tensor.
+def read_header(path: Path, kind: Kind, *, expected_bytes: int | None = None) -> FoundHeader:
+    """Returns the header of `path`; reads no tensor. Files of others have no `expected_bytes`.
 
     Raises DataError if the file is missing or not a safetensors file.
     """
@@ -87,9 +87,10 @@ def read_header(path: Path, kind: Kind, *, expected_bytes: int) -> FoundHeader:
     except PermissionError as error:
         raise DataError(f"{path}: {error.strerror}; make it readable") from error
     except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+        expected = "" if expected_bytes is None else f", the index says {expected_bytes}"
         raise DataError(
-            f"{path}: not a readable {kind.name} ({error}); it has {size} bytes, "
-            f"the index says {expected_bytes}; {kind.again}"
+            f"{path}: not a readable {kind.name} ({error}); it has {size} bytes{expected}; "
+            f"{kind.again}"
         ) from error
     return FoundHeader(header, StoredFile(path, identity, starts, kind.again))
 

@@ -1,23 +1,27 @@
-"""The first pass: makes shards of the images of a source, and of the latents that it may hold."""
+"""The first pass: makes shards of the images of a source, and latents where they come along.
 
-from collections.abc import Iterable, Iterator
+Latents come along if the source holds them, or if images are not stored, so that no second pass
+could read them.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 
 from srepa_ds.data.decoding import decoded
 from srepa_ds.data.images import center_crop
 from srepa_ds.data.latent_file import write_latents
+from srepa_ds.data.pixels import Pixels
 from srepa_ds.data.prepared_folder import LatentReceipt, PreparedFolder, ShardReceipt, Skipped
 from srepa_ds.data.shard_index import LatentDescription, ShardEntry
 from srepa_ds.data.shard_writer import StoredSample, as_stored, write_shard
 from srepa_ds.data.sources.source import Source, SourceItem
 from srepa_ds.errors import DataError
+from srepa_ds.preparation.encoder import Encoder
 from srepa_ds.preparation.parts import Part
 
 
@@ -25,7 +29,10 @@ class _Read(NamedTuple):
     """What became of one sample of the source: what its shard holds, or why it cannot be read."""
 
     stored: StoredSample | None = None
+    pixels: Pixels | None = None
+    """The image, if it is still to be encoded."""
     latents: tuple[Tensor | None, Tensor | None] = (None, None)
+    """The source's latents of the image and of the mirrored image."""
     failure: str = ""
 
 
@@ -39,7 +46,9 @@ class ImagePass:
     skips: bool
     """Whether images that cannot be read are noted and left out."""
     latents: LatentDescription | None = None
-    """The latents that the source holds; None if it has only images."""
+    """The latents that come along; None if there are none, or if they are made afterwards."""
+    encoder: Encoder | None = None
+    """Encodes the images; None if the source holds the latents."""
 
     def write(self, numbers: Iterable[int], *, threads: int) -> Iterator[str]:
         """Writes the shards `numbers`; yields the key of each sample once it is read.
@@ -55,7 +64,7 @@ class ImagePass:
                 for index, read in zip(indices, pool.map(self._read, indices), strict=True):
                     key = self.source.key(index)
                     if read.stored is not None:
-                        found.append(read)
+                        found.append(self._encoded(read))
                     elif self.skips:
                         skipped.append(Skipped(key=key, reason=read.failure))
                     else:
@@ -70,13 +79,12 @@ class ImagePass:
         samples = [read.stored for read in found if read.stored is not None]
         entry = write_shard(folder, number, samples, self.folder.description, concurrent=is_shared)
         if self.latents is not None:
-            plain, mirrored = zip(*(read.latents for read in found), strict=True)
+            encoded = self.encoder.finish() if self.encoder else _stacked(found)
             latents = write_latents(
                 folder,
                 number,
                 self.latents,
-                torch.stack([one for one in plain if one is not None]),
-                torch.stack(mirrored) if self.latents.mirrored else None,
+                *encoded,
                 shard_sha256=entry.sha256,
                 concurrent=is_shared,
             )
@@ -84,18 +92,40 @@ class ImagePass:
             self.folder.note_latents(number, receipt)
         return entry
 
+    def _encoded(self, read: _Read) -> _Read:
+        """Hands an image to the encoder, and returns the rest of what was read."""
+        if self.encoder is None:
+            return read
+        assert read.pixels is not None
+        self.encoder.add(read.pixels)
+        return read._replace(pixels=None)
+
     def _read(self, index: int) -> _Read:
         try:
             item = self.source.item(index)
             label, key = int(self.source.labels[index]), self.source.key(index)
-            stored = StoredSample(self._pixels(item), label, key)
+            described, pixels = self.part.description, self._pixels(item)
+            image = None if pixels is None else as_stored(pixels, described)
         except DataError as error:
             return _Read(failure=str(error))
-        return _Read(stored, (item.moments, item.moments_mirrored))
+        return _Read(
+            StoredSample(image, label, key),
+            pixels if self.encoder else None,
+            (item.moments, item.moments_mirrored),
+        )
 
-    def _pixels(self, item: SourceItem) -> UInt8[np.ndarray, "size size 3"] | bytes | None:
+    def _pixels(self, item: SourceItem) -> Pixels | None:
+        """Returns the image's centre crop, None if it is not needed; raises DataError."""
         described = self.part.description
-        if described.pixels is None or item.image is None:
+        is_needed = described.pixels is not None or self.encoder is not None
+        if not is_needed or item.image is None:
             return None
         image = decoded(item.image) if isinstance(item.image, bytes) else item.image
-        return as_stored(center_crop(image, described.image_shape[1]), described)
+        return center_crop(image, described.image_shape[1])
+
+
+def _stacked(found: Sequence[_Read]) -> tuple[Tensor, Tensor | None]:
+    """Returns the latents of the source, and of the mirrored images if it holds them."""
+    plain = [read.latents[0] for read in found if read.latents[0] is not None]
+    mirrored = [read.latents[1] for read in found if read.latents[1] is not None]
+    return torch.stack(plain), torch.stack(mirrored) if mirrored else None

@@ -21,6 +21,7 @@ from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
 from srepa_ds.errors import OutputError
 from srepa_ds.preparation.config import PrepareConfig
+from srepa_ds.preparation.encoder import Encoder
 from srepa_ds.preparation.image_pass import ImagePass
 from srepa_ds.preparation.latent_pass import LatentPass
 from srepa_ds.preparation.parts import Part
@@ -92,10 +93,22 @@ class Job:
             log.info("%s: this share is done, others are not yet", self.folder.folder)
         return self.is_finished(index)
 
+    @property
+    def latents_come_along(self) -> bool:
+        """Whether a shard and its latents are written together, in the first pass."""
+        is_only_chance = self.latents is not None and self.part.description.pixels is None
+        return self.source.latents is not None or is_only_chance
+
     def missing_images(self) -> list[int]:
         """Returns the shards that nobody has written yet; not collective."""
         numbers = range(self.part.num_shards)
-        return [number for number in numbers if self.folder.receipt(number) is None]
+        return [number for number in numbers if not self._is_written(number)]
+
+    def _is_written(self, number: int) -> bool:
+        receipt = self.folder.receipt(number)
+        if receipt is None or receipt.shard is None or not self.latents_come_along:
+            return receipt is not None
+        return self._latent_entries([(number, receipt.shard.sha256)]) != [None]
 
     def _write_images(self) -> ShardIndex | None:
         """Writes this share's missing shards; returns the index if all are there then."""
@@ -105,12 +118,22 @@ class Job:
             self.part,
             self.folder,
             skips=self.config.on_error == "skip",
-            latents=self.latents if self.source.latents is not None else None,
+            latents=self.latents if self.latents_come_along else None,
+            encoder=self._encoder(),
         )
         threads = self.config.threads_for(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         total = sum(len(self.part.of_shard(number)) for number in own)
         self._run_through(images.write(own, threads=threads), what="images", total=total)
         return ranks.on_main(self._finish_images)
+
+    def _encoder(self) -> Encoder | None:
+        """Returns the encoder of images that are not stored, None if nothing is encoded now."""
+        if self.source.latents is not None or not self.latents_come_along:
+            return None
+        assert self.codec is not None
+        assert self.config.latents is not None
+        wanted = self.config.latents
+        return Encoder(self.codec, batch_size=wanted.batch_size, mirrored=wanted.mirrored)
 
     def _finish_images(self) -> ShardIndex | None:
         if self.missing_images():
@@ -118,7 +141,7 @@ class Job:
         found = [self.folder.receipt(number) for number in range(self.part.num_shards)]
         receipts = [receipt for receipt in found if receipt is not None]
         latents = None
-        if self.source.latents is not None:
+        if self.latents_come_along:
             shards = [
                 (number, receipt.shard.sha256)
                 for number, receipt in enumerate(receipts)

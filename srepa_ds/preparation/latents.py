@@ -1,5 +1,7 @@
 """Describes the latents that a preparation will write."""
 
+from typing import Any
+
 from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.data.shard_index import LatentDescription
 from srepa_ds.data.sources.source import SourceLatents
@@ -45,3 +47,10 @@ def described_latents(
         latent_shape=of_source.latent_shape,
         mirrored=of_source.mirrored,
     )
+
+
+def as_codec(facts: dict[str, Any]) -> str | None:
+    """Returns the codec that trains on a source's latents, as YAML; None if it does not say so."""
+    if not {"scale", "shift"} <= facts.keys():
+        return None
+    return f"codec:\n  kind: stored\n  scale: {facts['scale']}\n  shift: {facts['shift']}"

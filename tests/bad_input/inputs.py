@@ -13,6 +13,8 @@ from bad_input.arrangements import (
 )
 from bad_input.case import CONFIGS, TEACHER, Case
 
+_PREPARE = f"prepare {CONFIGS}/digits-prepare.yaml output={{folder}}/out"
+
 CASES = [
     # The data.
     Case("no data folder", no_data, "train CONFIG", ("shards: no such data folder", "prepare")),
@@ -30,6 +32,19 @@ CASES = [
     Case("no data for a teacher", nothing,
          f"teacher {CONFIGS}/digits-teacher.yaml train={{folder}}/none heldout={{folder}}/shards",
          ("none: no such data folder",)),
+    Case("neither images nor latents", nothing, f"{_PREPARE} pixels=null",
+         ("prepare: 1 fault", "pixels: null leaves nothing to store", "latents.codec")),
+    Case("stored latents of a source of images", nothing,
+         f"{_PREPARE} latents.codec.kind=stored",
+         ("latents.codec.kind: 'stored' cannot encode", "the source 'digits' holds no latents")),
+    Case("latents of pixels", nothing, f"{_PREPARE} latents.codec.kind=identity",
+         ("latents.codec.kind: 'identity' has no latents",)),
+    # Verifying.
+    Case("a VAE that is not there", nothing, "verify {folder}/shards --vae nowhere",
+         ("nowhere is neither a folder nor fetched",)),
+    Case("a sheet below a file", nothing,
+         "verify {folder}/shards --sheet {folder}/experiment.yaml/sheet.png",
+         ("cannot write", "choose another path with --sheet")),
     # The teacher.
     Case("no teacher weights", nothing, f"train CONFIG {TEACHER}.weights=none.safetensors",
          ("none.safetensors: no such file", "teacher.weights")),

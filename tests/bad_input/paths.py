@@ -6,6 +6,7 @@ from bad_input.arrangements import exported, nothing, sampled, trained
 from bad_input.case import CONFIGS, TEACHER, Case, Place
 
 _TEACHER_CONFIG = f"{CONFIGS}/digits-teacher.yaml train={{folder}}/shards heldout={{folder}}/shards"
+_PREPARE_CONFIG = f"{CONFIGS}/digits-prepare.yaml output={{folder}}/out"
 
 # What the command needs before it reads the path, the command, and the field.
 READ: tuple[tuple[Callable[[Place], object], str, str], ...] = (
@@ -20,6 +21,9 @@ READ: tuple[tuple[Callable[[Place], object], str, str], ...] = (
     (nothing, "evaluate CONFIG", "evaluate.samples"),
     (sampled, "evaluate CONFIG", "evaluate.reference"),
     (sampled, "evaluate CONFIG", "evaluate.extractor.weights"),
+    (nothing, f"prepare {_PREPARE_CONFIG} source.kind=parquet", "source.path"),
+    (nothing, f"prepare {_PREPARE_CONFIG} source.kind=repa", "source.path"),
+    (nothing, f"prepare {_PREPARE_CONFIG} source.kind=lightningdit pixels=null", "source.path"),
     (nothing, f"teacher {_TEACHER_CONFIG}", "train"),
     (nothing, f"teacher {_TEACHER_CONFIG}", "heldout"),
 )
@@ -70,7 +74,10 @@ def _cases(table, kinds) -> Iterator[Case]:
                 needs(place)
                 arrange(place)
 
-            name = f"{command.split()[0]}, {field} {kind}"
+            of_source = "".join(
+                f" of {word[12:]}" for word in command.split() if "source.k" in word
+            )
+            name = f"{command.split()[0]}, {field}{of_source} {kind}"
             yield Case(name, both, f"{command} {field}={value}", words)
 
 

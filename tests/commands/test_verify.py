@@ -20,6 +20,15 @@ from srepa_ds.errors import DataError
 
 FORMAT_1 = GOLDEN / "format-1"
 
+SUMMARY = """9 files, 0.00 MB: all as written
+heldout: 3 samples, images stored as raw (2 x 2 px)
+  3 decoded, some of each of 2 shards
+  2 classes of 1 to 2 samples, median 1.5
+train: 3 samples, images stored as raw (2 x 2 px)
+  3 decoded, some of each of 2 shards
+  2 classes of 1 to 2 samples, median 1.5
+"""
+
 
 def flip(path, at=-1):
     content = bytearray(path.read_bytes())
@@ -66,7 +75,7 @@ def faults_of(folder):
     [("", 9), ("train", 6), ("heldout", 3), ("train/teachers/test", 3), ("train/teachers", 3)],
 )
 def test_whole_data_is_said_to_be_so(data, place, count):
-    assert verify(data / place) == f"{count} files, 0.00 MB: all as written"
+    assert verify(data / place).split("\n")[0] == f"{count} files, 0.00 MB: all as written"
 
 
 def test_whole_runs_models_and_teachers_are_said_to_be_so(trained, teacher):
@@ -151,9 +160,9 @@ def test_a_teacher_that_cannot_be_compared_is_a_fault(teacher):
     assert "cannot be compared" in faults_of(teacher)
 
 
-def test_the_command_prints_one_line_or_one_message(data, capsys):
+def test_the_command_prints_what_it_found_or_one_message(data, capsys):
     assert run(["verify", str(data)]) == 0
-    assert capsys.readouterr().out == "9 files, 0.00 MB: all as written\n"
+    assert capsys.readouterr().out == SUMMARY
     flip(data / "train" / shard_name(0))
     assert run(["verify", str(data)]) == 2
     captured = capsys.readouterr()

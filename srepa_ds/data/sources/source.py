@@ -31,7 +31,10 @@ class SourceLatents:
     mirrored: bool
     """Whether the latents of the mirrored images are there too."""
     facts: dict[str, Any]
-    """What the source says of them, such as statistics of its channels; plain JSON values."""
+    """What the source says of them, such as the `scale` and `shift` they are trained with; plain
+    JSON values."""
+    has_images: bool
+    """Whether the source holds the images too."""
 
 
 @runtime_checkable
