@@ -146,8 +146,8 @@ def _sound_files() -> Iterator[tuple[str, bytes]]:
             if number == 0 and seed // _PER_CLASS < len(_LARGE):
                 size = _LARGE[seed // _PER_CLASS]
             if form.name == "cut short":
-                # Of a smaller image the last five bytes are more than a row or two.
-                size = (48, 64)
+                # Of a smaller image the last five bytes are much.
+                size = (96, 80)
             below = f"{number % 3}/deep {number % 2}/" if name == "nested" else ""
             key = f"{name}/{below}{next(names).format(number)}{form.suffix}"
             yield key, contents_of(form, size, seed)
@@ -166,9 +166,9 @@ _SUFFIXES = {
 
 def _broken_files() -> list[tuple[str, bytes]]:
     """Returns each kind of broken file, and its contents."""
-    photo = image_of((64, 64), "RGB", 5)
-    jpeg, png = _saved(photo, "JPEG"), _saved(photo, "PNG")
-    progressive = _saved(photo, "JPEG", progressive=True)
+    photo = image_of((200, 160), "RGB", 5)
+    jpeg, png = _saved(photo, "JPEG", quality=95), _saved(photo, "PNG")
+    progressive = _saved(photo, "JPEG", quality=95, progressive=True)
     webp = _saved(photo, "WEBP")
     small_gif = _saved(image_of((1, 1), "P", 1), "GIF")
     values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)

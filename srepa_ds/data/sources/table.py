@@ -4,11 +4,23 @@ from typing import Annotated
 
 from pydantic import Field
 
+from srepa_ds.data.sources.archive import ArchiveConfig
 from srepa_ds.data.sources.digits import DigitsConfig
+from srepa_ds.data.sources.file_list import FileListConfig
 from srepa_ds.data.sources.image_folder import ImageFolderConfig
+from srepa_ds.data.sources.web_dataset import WebDatasetConfig
 
-SourceConfig = Annotated[DigitsConfig | ImageFolderConfig, Field(discriminator="kind")]
+SourceConfig = Annotated[
+    ArchiveConfig | DigitsConfig | FileListConfig | ImageFolderConfig | WebDatasetConfig,
+    Field(discriminator="kind"),
+]
 """The source of the images: the section of one row of `SOURCES`."""
 
-SOURCES = {"digits": DigitsConfig, "image_folder": ImageFolderConfig}
+SOURCES = {
+    "archive": ArchiveConfig,
+    "digits": DigitsConfig,
+    "file_list": FileListConfig,
+    "image_folder": ImageFolderConfig,
+    "web_dataset": WebDatasetConfig,
+}
 """The section of each source by its `kind`; `opened` returns the source."""
