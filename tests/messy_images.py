@@ -147,7 +147,7 @@ def _sound_files() -> Iterator[tuple[str, bytes]]:
                 size = _LARGE[seed // _PER_CLASS]
             if form.name == "cut short":
                 # Of a smaller image the last five bytes are much.
-                size = (96, 80)
+                size = (160, 128)
             below = f"{number % 3}/deep {number % 2}/" if name == "nested" else ""
             key = f"{name}/{below}{next(names).format(number)}{form.suffix}"
             yield key, contents_of(form, size, seed)

@@ -56,6 +56,7 @@ _READERS: tuple[tuple[str, re.Pattern[bytes], type[ImageFile.ImageFile]], ...] =
 
 _END_OF_JPEG = b"\xff\xd9"
 _MOST_MISSING = 0.1
+_BLOCK = 8
 
 
 def decoded(contents: bytes) -> Image.Image:
@@ -97,20 +98,38 @@ def _completed(jpeg: bytes) -> Image.Image | None:
     """Returns the image in a JPEG without its end; None if the missing bytes decide too much.
 
     PIL's `LOAD_TRUNCATED_IMAGES` would let half a file pass, in all threads. Here the end is
-    added, and the pixels that another continuation changes are those that were lost.
+    added, and other continuations show where the missing bytes begin.
     """
     jpeg = jpeg.rstrip(b"\xff")
     if not _reaches_full_precision(jpeg):
         return None
-    other = np.random.default_rng(0).integers(0, 255, len(jpeg), dtype=np.uint8).tobytes()
     try:
         image = _loaded(_Jpeg, jpeg + _END_OF_JPEG)
-        changed = _loaded(_Jpeg, jpeg + other + _END_OF_JPEG)
+        others = [_loaded(_Jpeg, jpeg + more + _END_OF_JPEG) for more in _continuations(jpeg)]
     except (OSError, SyntaxError):
         return None
-    lost = np.asarray(image) != np.asarray(changed)
-    lost = lost.reshape(image.height, image.width, -1).any(axis=2)
-    return image if lost.mean() <= _MOST_MISSING else None
+    return image if _missing(image, others) <= _MOST_MISSING else None
+
+
+def _continuations(jpeg: bytes) -> tuple[bytes, bytes]:
+    """Returns arbitrary bytes; and the same as the next restart interval, if there are any."""
+    arbitrary = np.random.default_rng(0).integers(0, 255, 256, dtype=np.uint8).tobytes()
+    markers = re.findall(rb"\xff([\xd0-\xd7])", jpeg)
+    number = (markers[-1][0] - 0xD0 + 1) % 8 if markers else 0
+    return arbitrary, bytes([0xFF, 0xD0 + number]) + arbitrary
+
+
+def _missing(image: Image.Image, others: list[Image.Image]) -> float:
+    """Returns the share of pixels from the first that differs in `others`, block by block."""
+    pixels = np.asarray(image)
+    different = np.any([pixels != np.asarray(other) for other in others], axis=0)
+    different = different.reshape(image.height, image.width, -1).any(axis=2)
+    if not different.any():
+        return 0.0
+    top = int(different.any(axis=1).argmax())
+    # Blocks of the same row before the first that differs are there. They have 8 rows, or 16.
+    left = int(different[top : top + _BLOCK].any(axis=0).argmax())
+    return ((image.height - top) * image.width - _BLOCK * left) / different.size
 
 
 def _reaches_full_precision(jpeg: bytes) -> bool:
