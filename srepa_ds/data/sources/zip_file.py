@@ -85,9 +85,10 @@ def _entry(path: Path, info: zipfile.ZipInfo) -> Entry:
         packed = info.compress_size
     else:
         raise refused(path, info.filename, f"is compressed by method {info.compress_type}")
-    if info.file_size > _MOST_TIMES * info.compress_size:
-        times = f"{info.file_size:,} bytes from {info.compress_size:,}"
-        raise refused(path, info.filename, f"announces {times}")
+    times = 1 if packed is None else _MOST_TIMES
+    if info.file_size > times * info.compress_size:
+        sizes = f"{info.file_size:,} bytes from {info.compress_size:,}"
+        raise refused(path, info.filename, f"announces {sizes}")
     return Entry(name, info.header_offset, info.file_size, packed, info.CRC)
 
 
