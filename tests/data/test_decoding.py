@@ -6,10 +6,8 @@ import messy_images
 import numpy as np
 import pytest
 import skimage.data
-import torch
 from messy_images import FORMS, bomb_png, contents_of
 from PIL import Image, ImageFile
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from srepa_ds.data import decoding
 from srepa_ds.data.decoding import decoded
@@ -33,28 +31,29 @@ def as_pil_reads(contents):
         return np.asarray(image)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.name}{form.suffix}")
+@pytest.mark.parametrize(
+    "form",
+    [form for form in FORMS if form.name != "cut short"],
+    ids=lambda form: f"{form.name}{form.suffix}",
+)
 def test_pixels_and_mode_are_pils(form):
-    if form.name == "cut short":
-        return
     for size in ((1, 1), (3, 40), (64, 48)):
         contents = contents_of(form, size, 5)
         image = decoded(contents)
         with Image.open(io.BytesIO(contents)) as expected:
             assert (image.mode, image.size) == (expected.mode, expected.size)
+            assert image.has_transparency_data == expected.has_transparency_data
             assert np.array_equal(np.asarray(image), np.asarray(expected))
-        assert image.has_transparency_data == Image.open(io.BytesIO(contents)).has_transparency_data
 
 
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 @pytest.mark.parametrize("progressive", [False, True])
 def test_photographs_are_decoded_as_another_decoder_does(name, progressive):
+    simplejpeg = pytest.importorskip("simplejpeg")
     contents = saved(photograph(name), quality=92, progressive=progressive)
-    other = decode_jpeg(torch.frombuffer(bytearray(contents), dtype=torch.uint8),
-                        mode=ImageReadMode.RGB)  # fmt: skip
+    other = simplejpeg.decode_jpeg(contents).astype(int)
     # Another libjpeg may round otherwise; a wrong scale or colour would differ by far more.
-    difference = np.asarray(decoded(contents)).astype(int) - other.permute(1, 2, 0).numpy()
-    assert abs(difference).max() <= 4
+    assert abs(np.asarray(decoded(contents)) - other).max() <= 4
 
 
 def test_the_orientation_is_left_alone():
@@ -76,13 +75,12 @@ def test_a_jpeg_may_lack_a_few_bytes_but_not_half(name, options, mode):
     whole = photograph(name, mode=mode)
     contents = saved(whole, **options)
     expected = as_pil_reads(contents)
-    for cut in (1, 2, 3, 4, 20, 60):
+    for cut in (1, 2, 3, 4) if "progressive" in options else (1, 2, 3, 4, 20, 60):
         pixels = np.asarray(decoded(contents[:-cut]))
         assert pixels.shape == expected.shape
-        # Colours are known to within 8 rows of the block in which the file ends.
-        assert np.array_equal(pixels[: -16 * 3], expected[: -16 * 3]) or "progressive" in options
+        assert np.array_equal(pixels[:-48], expected[:-48])
         assert (pixels != expected).mean() < 0.1
-    for share in (0.05, 0.1, 0.3, 0.5, 0.7, 0.85):
+    for share in (0.05, 0.1, 0.3, 0.5, 0.6):
         with pytest.raises(DataError, match="truncated"):
             decoded(contents[: int(len(contents) * share)])
 

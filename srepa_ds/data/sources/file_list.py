@@ -103,7 +103,7 @@ def _lines(path: Path) -> list[_Line]:
 
 def _csv_lines(file: Iterator[str]) -> Iterator[_Line]:
     """Yields the lines of a CSV; raises ValueError and csv.Error."""
-    rows = csv.reader(file, strict=True)
+    rows = csv.reader(file, strict=True, skipinitialspace=True)
     columns = (0, 1)
     for number, row in enumerate(rows):
         if not row:
@@ -158,7 +158,9 @@ def _keys(path: Path, lines: Sequence[_Line]) -> list[str]:
     for line in lines:
         key = posixpath.normpath(line.path)
         where = f"{path}: line {line.number}: the path {line.path!r}"
-        if key.startswith(("/", "../")) or key in ("..", ".") or "\0" in key:
+        if "\0" in key:
+            raise DataError(f"{where} holds the character NUL; correct it")
+        if key.startswith(("/", "../")) or key in ("..", "."):
             raise DataError(f"{where} leads out of the folder; make it start from source.root")
         if (first := numbers.setdefault(key, line.number)) != line.number:
             raise DataError(f"{where} is in line {first} too; keep one of them")

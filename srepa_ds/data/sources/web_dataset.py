@@ -111,7 +111,7 @@ def _samples(shard: Path, label_field: str | None) -> list[_Sample]:
         contents = tar_contents(shard)
     found = []
     for name, files in _grouped(contents.files):
-        images = [entry for extension, entry in files.items() if is_image(f"image.{extension}")]
+        images = [entry for extension, entry in files.items() if _is_of_image(extension)]
         if not images:
             continue
         if len(images) > 1:
@@ -127,11 +127,16 @@ def _grouped(files: list[Entry]) -> Iterator[tuple[str, dict[str, Entry]]]:
     groups: dict[str, dict[str, Entry]] = {}
     for entry in files:
         folder, slash, name = entry.name.rpartition("/")
-        if is_litter(name):
+        if any(map(is_litter, entry.name.split("/"))):
             continue
         base, _, extension = name.partition(".")
         groups.setdefault(folder + slash + base, {})[extension.lower()] = entry
     return iter(groups.items())
+
+
+def _is_of_image(extension: str) -> bool:
+    # `seg.png` is that of a mask, not of the image.
+    return "." not in extension and is_image(f"image.{extension}")
 
 
 def _label(shard: Path, name: str, files: dict[str, Entry], label_field: str | None) -> int | str:

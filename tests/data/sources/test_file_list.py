@@ -25,7 +25,7 @@ def listed(root, text, name="list.csv"):
 def test_order_names_and_paths(root):
     source = listed(root, f'"./{SECOND}","tench, the fish"\r\n\r\n{FIRST} , "ant"\r\n')
     assert keys_of(source) == [SECOND, FIRST]
-    assert source.labels.tolist() == [1, 0] or source.class_ids == ("ant", "tench, the fish")
+    assert (source.labels.tolist(), source.class_ids) == ([1, 0], ("ant", "tench, the fish"))
     assert source.item(0).image == IMAGES[SECOND]
 
 
@@ -64,7 +64,7 @@ JSON_FAULTS = {
         f'{{"path": "{FIRST}", "label": 1}}\n{{"path": "{SECOND}", "label": "1"}}',
         "some labels are numbers and others names",
     ),
-    "NUL": (r'{"path": "a\u0000.jpg", "label": 1}', "leads out"),
+    "NUL": (r'{"path": "a\u0000.jpg", "label": 1}', "holds the character NUL"),
 }
 CASES = [("list.csv", name) for name in FAULTS] + [("list.jsonl", name) for name in JSON_FAULTS]
 

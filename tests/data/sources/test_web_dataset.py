@@ -44,7 +44,7 @@ def test_tars_in_the_order_given(tmp_path):
 
 LABELS = {
     "none": ({}, None, "has no .cls; write one whole number into NAME.cls"),
-    "in a pickle alone": ({"pkl": b"."}, None, "'a.pkl' could run code and is not read"),
+    "in a pickle alone": ({"pkl": b"."}, None, "has no .cls; a.pkl could run code and is not read"),
     "in weights alone": ({"pth": b"."}, None, "a.pth"),
     "in another field": ({"json": b"{}"}, None, "name the field of .json with the label"),
     "a word": ({"cls": b"cat"}, None, "'a.cls' holds no label ('cat' is not a whole number)"),
