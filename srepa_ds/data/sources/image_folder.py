@@ -2,8 +2,6 @@
 
 import logging
 import os
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from srepa_ds.data.sources.listing import (
     is_image,
     is_litter,
     listed_by_class,
+    listing_shown,
     reading,
 )
 from srepa_ds.data.sources.source import SourceItem
@@ -25,7 +24,6 @@ log = logging.getLogger("srepa_ds")
 
 # Sizes take a request each, for which network disks need milliseconds.
 _THREADS = 16
-_SECONDS_BETWEEN_LINES = 10
 
 
 class ImageFolderConfig(Section):
@@ -55,8 +53,10 @@ class ImageFolder(ListedSource):
         found = _Found()
         with reading(root, needs="a folder"):
             classes = _classes(root, scan, found)
-            for one in _shown(root, classes, scan):
-                found.add(one)
+            with ThreadPoolExecutor(_THREADS) as pool:
+                each = pool.map(scan.below, classes)
+                for one in listing_shown(each, root, "folders of classes"):
+                    found.add(one)
         if found.bad_links:
             raise DataError(
                 f"{root}: {listed(sorted(found.bad_links))}; remove such links, or replace them by "
@@ -187,18 +187,6 @@ def _classes(root: Path, scan: _Scan, found: _Found) -> list[_Place]:
     if beside and classes:
         log.info("%s: images beside the folders of classes are left out (%d)", root, beside)
     return classes
-
-
-def _shown(root: Path, classes: list[_Place], scan: _Scan) -> Iterator[_Found]:
-    """Yields what each class holds; logs how far it is from time to time."""
-    count, last = 0, time.monotonic()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for number, found in enumerate(pool.map(scan.below, classes), start=1):
-            yield found
-            count += len(found.sizes)
-            if time.monotonic() - last > _SECONDS_BETWEEN_LINES:
-                last = time.monotonic()
-                log.info("%s: listed %s images in %d folders", root, f"{count:,}", number)
 
 
 def _mention_empty(root: Path, ids: tuple[str, ...], labels: set[int]) -> None:

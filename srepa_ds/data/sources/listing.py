@@ -4,13 +4,15 @@ Also which files of a tree are images, and what its classes are called.
 """
 
 import hashlib
+import logging
 import os
 import re
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Int64
@@ -20,7 +22,12 @@ from srepa_ds.data.decoding import IMAGE_SUFFIXES
 from srepa_ds.errors import DataError
 from srepa_ds.files import looked_for, reason_of
 
+log = logging.getLogger("srepa_ds")
+
+T = TypeVar("T")
+
 _HASHED_AT_ONCE = 10_000
+_SECONDS_BETWEEN_LINES = 10
 
 
 class Listed(NamedTuple):
@@ -95,6 +102,16 @@ def check_unicode(where: object, names: Iterable[str]) -> None:
                 raise DataError(
                     f"{where}: the name {os.fsencode(name)!r} is not UTF-8; rename the file"
                 ) from error
+
+
+def listing_shown(steps: Iterable[T], where: object, what: str) -> Iterator[T]:
+    """Yields `steps`, and logs every ten seconds how many of them there were."""
+    last = time.monotonic()
+    for count, step in enumerate(steps, start=1):
+        yield step
+        if time.monotonic() - last > _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            log.info("%s: listed %s %s", where, f"{count:,}", what)
 
 
 def is_litter(name: str) -> bool:

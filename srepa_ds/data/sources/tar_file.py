@@ -14,7 +14,7 @@ from srepa_ds.data.sources.entries import (
     refused,
     safe_name,
 )
-from srepa_ds.data.sources.listing import is_litter
+from srepa_ds.data.sources.listing import is_litter, listing_shown
 from srepa_ds.errors import DataError
 
 _BLOCK = 512
@@ -39,7 +39,7 @@ def tar_contents(path: Path) -> Contents:
         if not _holds_only_tars(outer):
             return outer
         files, folders = [], set()
-        for entry in outer.files:
+        for entry in listing_shown(outer.files, path, "tars"):
             prefix = entry.name.removesuffix(".tar")
             inner = _inner_contents(path, file, entry)
             files += [_below(prefix, one) for one in inner.files]
@@ -85,7 +85,7 @@ def _check_plain(where: object, file: BinaryIO, start: int) -> None:
 
 def _contents(where: str, file: BinaryIO, start: int, end: int) -> Contents:
     files, folders = [], set()
-    for member in _members(where, file, start, end):
+    for member in listing_shown(_members(where, file, start, end), where, "files"):
         name = safe_name(where, member.name)
         if member.isdir():
             folders.add(name)
