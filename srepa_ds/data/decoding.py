@@ -39,7 +39,7 @@ class _Jpeg(JpegImageFile):
     """A JPEG whose EXIF is not read: it changes no pixel, and PIL warns of each damaged one."""
 
     def getexif(self) -> Image.Exif:
-        """Returns nothing of it."""
+        """Returns an empty EXIF."""
         return Image.Exif()
 
 

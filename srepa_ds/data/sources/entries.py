@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from srepa_ds.data.sources.listing import check_unicode
+from srepa_ds.data.sources.listing import check_unicode, is_image
 from srepa_ds.errors import DataError, listed
 
 MOST_ENTRY_BYTES = 1 << 30
-"""A larger file in an archive is refused: no image takes as much."""
+"""An archive with a larger image is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ def safe_name(archive: object, name: str) -> str:
 
 
 def check_size(archive: object, name: str, size: int) -> None:
-    """Checks that a file in an archive may be read into memory; raises DataError."""
-    if size > MOST_ENTRY_BYTES:
+    """Checks that an image in an archive may be read into memory; raises DataError."""
+    if is_image(name) and size > MOST_ENTRY_BYTES:
         raise refused(archive, name, f"has {size:,} bytes, more than any image")
 
 

@@ -144,7 +144,7 @@ def listed_by_label(
     """Returns the images of a list of path, label and size, in its order, and the classes.
 
     Labels are whole numbers, or names: then a label is the place among all sorted names. Raises
-    ValueError for a mixture, and for a number that is no label.
+    ValueError for a mixture, and for a number that cannot be a label.
     """
     samples = list(samples)
     given = {label for _, label, _ in samples}

@@ -36,10 +36,11 @@ def tar_contents(path: Path) -> Contents:
         _check_plain(path, file, 0)
         size = file.seek(0, 2)
         outer = _contents(str(path), file, 0, size)
-        if not _holds_only_tars(outer):
+        tars = _tars(outer)
+        if not tars:
             return outer
         files, folders = [], set()
-        for entry in listing_shown(outer.files, path, "tars"):
+        for entry in listing_shown(tars, path, "tars"):
             prefix = entry.name.removesuffix(".tar")
             inner = _inner_contents(path, file, entry)
             files += [_below(prefix, one) for one in inner.files]
@@ -53,11 +54,11 @@ def read_tar_entry(path: Path, entry: Entry) -> bytes:
     return read_at(path, entry.start, entry.size)
 
 
-def _holds_only_tars(contents: Contents) -> bool:
+def _tars(contents: Contents) -> list[Entry]:
+    """Returns the files if all of them are tars, else none."""
     files = [entry for entry in contents.files if not is_litter(entry.name)]
-    return bool(files) and all(
-        entry.name.endswith(".tar") and "/" not in entry.name for entry in files
-    )
+    are_tars = all(entry.name.endswith(".tar") and "/" not in entry.name for entry in files)
+    return files if are_tars else []
 
 
 def _inner_contents(path: Path, file: BinaryIO, entry: Entry) -> Contents:
@@ -95,10 +96,6 @@ def _contents(where: str, file: BinaryIO, start: int, end: int) -> Contents:
             raise refused(where, member.name, f"is {kind}")
         if member.offset_data + member.size > end:
             raise _damaged(where, "is truncated")
-        if member.name.endswith(".tar"):
-            # A tar of tars is not read into memory.
-            files.append(Entry(name, member.offset_data, member.size))
-            continue
         check_size(where, member.name, member.size)
         files.append(Entry(name, member.offset_data, member.size))
     check_names(where, files)

@@ -217,6 +217,15 @@ def test_the_messy_tree_as_an_archive(messy_tree, tmp_path):
         assert source.item(place).image == folder.item(kept[source.key(place)]).image
 
 
+def test_a_tar_of_tars_with_litter_and_a_class_without_images(tmp_path):
+    path = tmp_path / "train.tar"
+    inner = {"b.tar": tar_of({"./1.jpg": PHOTO}), "a.tar": tar_of({}), "._b.tar": b"\0\5\x16\7"}
+    path.write_bytes(tar_of(inner))
+    source = Archive(path)
+    assert (keys_of(source), source.class_ids) == (["b/1.jpg"], ("a", "b"))
+    assert (source.labels.tolist(), source.item(0).image) == ([1], PHOTO)
+
+
 def test_the_folder_of_the_classes(tmp_path):
     path = tmp_path / "images.tar"
     names = ("train/a/1.jpg", "train/b/1.jpg", "val/a/2.jpg", "val/b/2.jpg")

@@ -80,7 +80,7 @@ def test_names_and_numbers_do_not_mix(tmp_path):
         opened(tmp_path / "w", {**images, **files}, label_field="label")
 
 
-def test_what_is_no_web_dataset(tmp_path):
+def test_other_folders_and_tars_are_refused(tmp_path):
     with pytest.raises(DataError, match="nowhere: No such file"):
         WebDataset(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"holds no \.tar files"):
