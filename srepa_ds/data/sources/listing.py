@@ -63,7 +63,7 @@ class ListedSource:
         self._images = images
         self.class_ids, self.class_names = classes
         self.labels: Int64[Tensor, " samples"] = torch.tensor([image.label for image in images])
-        check_unicode(where, (image.key for image in images))
+        check_unicode(where, (*self.class_ids, *(image.key for image in images)))
 
     @cached_property
     def fingerprint(self) -> str:
