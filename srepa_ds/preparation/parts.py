@@ -12,6 +12,9 @@ from srepa_ds.errors import DataError
 from srepa_ds.preparation.config import PrepareConfig
 from srepa_ds.schema import to_tree
 
+_PLACES = ("path", "root")
+"""The fields of sources that say where they lie."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -57,7 +60,7 @@ def parts_of(config: PrepareConfig, source: Source) -> list[Part]:
 def _described(config: PrepareConfig, source: Source, part: str) -> DatasetDescription:
     # Where the source lies, and how the work is shared, changes no byte.
     tree = to_tree(config)
-    own = {name: value for name, value in tree["source"].items() if name != "path"}
+    own = {name: value for name, value in tree["source"].items() if name not in _PLACES}
     settings = {
         "source": {**own, "fingerprint": source.fingerprint},
         **{name: tree[name] for name in ("image_size", "holdout_fraction", "seed")},

@@ -1,12 +1,13 @@
 """Paths that cannot be read or written, in every field that names a file or folder."""
 
+import re
 from collections.abc import Callable, Iterator
 
 from bad_input.arrangements import exported, nothing, sampled, trained
 from bad_input.case import CONFIGS, TEACHER, Case, Place
 
+_PREPARE = f"prepare {CONFIGS}/digits-prepare.yaml output={{folder}}/out"
 _TEACHER_CONFIG = f"{CONFIGS}/digits-teacher.yaml train={{folder}}/shards heldout={{folder}}/shards"
-_PREPARE_CONFIG = f"{CONFIGS}/digits-prepare.yaml output={{folder}}/out"
 
 # What the command needs before it reads the path, the command, and the field.
 READ: tuple[tuple[Callable[[Place], object], str, str], ...] = (
@@ -21,9 +22,13 @@ READ: tuple[tuple[Callable[[Place], object], str, str], ...] = (
     (nothing, "evaluate CONFIG", "evaluate.samples"),
     (sampled, "evaluate CONFIG", "evaluate.reference"),
     (sampled, "evaluate CONFIG", "evaluate.extractor.weights"),
-    (nothing, f"prepare {_PREPARE_CONFIG} source.kind=parquet", "source.path"),
-    (nothing, f"prepare {_PREPARE_CONFIG} source.kind=repa", "source.path"),
-    (nothing, f"prepare {_PREPARE_CONFIG} source.kind=lightningdit pixels=null", "source.path"),
+    (nothing, f"{_PREPARE} source.kind=image_folder", "source.path"),
+    (nothing, f"{_PREPARE} source.kind=archive", "source.path"),
+    (nothing, f"{_PREPARE} source.kind=web_dataset", "source.path"),
+    (nothing, f"{_PREPARE} source.kind=file_list", "source.path"),
+    (nothing, f"{_PREPARE} source.kind=parquet", "source.path"),
+    (nothing, f"{_PREPARE} source.kind=repa", "source.path"),
+    (nothing, f"{_PREPARE} source.kind=lightningdit pixels=null", "source.path"),
     (nothing, f"teacher {_TEACHER_CONFIG}", "train"),
     (nothing, f"teacher {_TEACHER_CONFIG}", "heldout"),
 )
@@ -32,7 +37,7 @@ WRITTEN: tuple[tuple[Callable[[Place], object], str, str], ...] = (
     (trained, "export CONFIG", "export.folder"),
     (exported, "sample CONFIG", "sample.folder"),
     (sampled, "evaluate CONFIG evaluate.samples={folder}/run/samples", "run.folder"),
-    (nothing, f"prepare {CONFIGS}/digits-prepare.yaml", "output"),
+    (nothing, _PREPARE, "output"),
     (nothing, f"teacher {_TEACHER_CONFIG} steps=1 required_accuracy=0", "output"),
 )
 
@@ -74,10 +79,8 @@ def _cases(table, kinds) -> Iterator[Case]:
                 needs(place)
                 arrange(place)
 
-            of_source = "".join(
-                f" of {word[12:]}" for word in command.split() if "source.k" in word
-            )
-            name = f"{command.split()[0]}, {field}{of_source} {kind}"
+            of = "".join(re.findall(r" source\.kind=(\w+)", command))
+            name = f"{command.split()[0]}{' ' * bool(of)}{of}, {field} {kind}"
             yield Case(name, both, f"{command} {field}={value}", words)
 
 

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from srepa_ds.data.headers import Form, Kind, read_header, rows_of
-from srepa_ds.data.sources.listing import numbered_classes
+from srepa_ds.data.sources.foreign import numbered_classes
 from srepa_ds.data.sources.source import SourceItem, SourceLatents
 from srepa_ds.data.stored_files import StoredFile
 from srepa_ds.errors import DataError

@@ -18,7 +18,7 @@ from jaxtyping import Int64
 from pydantic import Field
 from torch import Tensor
 
-from srepa_ds.data.sources.listing import files_below, numbered_classes
+from srepa_ds.data.sources.foreign import files_below, numbered_classes
 from srepa_ds.data.sources.parquet_rows import RowGroups, arrow, opened_file, refusing
 from srepa_ds.data.sources.source import SourceItem
 from srepa_ds.errors import DataError, listed

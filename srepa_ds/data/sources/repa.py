@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from srepa_ds.data.sources.listing import files_below, numbered_classes
+from srepa_ds.data.sources.foreign import files_below, numbered_classes
 from srepa_ds.data.sources.moments_array import moments_in, shape_of_moments
 from srepa_ds.data.sources.source import SourceItem, SourceLatents
 from srepa_ds.documents.json_reader import read_json
