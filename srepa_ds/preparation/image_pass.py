@@ -41,29 +41,33 @@ class ImagePass:
     latents: LatentDescription | None = None
     """The latents that the source holds; None if it has only images."""
 
-    def write(self, numbers: Iterable[int], *, threads: int) -> Iterator[str]:
-        """Writes the shards `numbers`; yields the key of each sample once it is read.
+    def write(self, numbers: Iterable[int], *, threads: int) -> Iterator[int]:
+        """Writes the shards `numbers`; yields the number of samples read each time, which is 1.
 
         Raises OutputError, and DataError for an image that cannot be read unless those are skipped.
         """
-        with ThreadPoolExecutor(threads) as pool:
+        pool = ThreadPoolExecutor(threads)
+        try:
             for number in numbers:
                 found: list[_Read] = []
                 skipped: list[Skipped] = []
                 indices = self.part.of_shard(number)
                 # Exceptions would leave the pool's other images to be read in vain.
                 for index, read in zip(indices, pool.map(self._read, indices), strict=True):
-                    key = self.source.key(index)
                     if read.stored is not None:
                         found.append(read)
-                    elif self.skips:
-                        skipped.append(Skipped(key=key, reason=read.failure))
-                    else:
-                        pool.shutdown(cancel_futures=True)
+                        yield 1
+                        continue
+                    key = self.source.key(index)
+                    if not self.skips:
                         raise DataError(f"{key}: {read.failure}")
-                    yield key
+                    skipped.append(Skipped(key=key, reason=read.failure))
+                    yield 1
                 entry = self._write(number, found) if found else None
                 self.folder.note(number, ShardReceipt(shard=entry, skipped=tuple(skipped)))
+        finally:
+            # Also where the caller stops early: another rank may have failed.
+            pool.shutdown(cancel_futures=True)
 
     def _write(self, number: int, found: list[_Read]) -> ShardEntry:
         folder, is_shared = self.folder.folder, self.folder.is_shared
@@ -93,7 +97,7 @@ class ImagePass:
             return _Read(failure=str(error))
         return _Read(stored, (item.moments, item.moments_mirrored))
 
-    def _pixels(self, item: SourceItem) -> UInt8[np.ndarray, "size size 3"] | bytes | None:
+    def _pixels(self, item: SourceItem) -> UInt8[np.ndarray, "3 size size"] | bytes | None:
         described = self.part.description
         if described.pixels is None or item.image is None:
             return None
