@@ -8,7 +8,6 @@ keys, which name the samples in the source, are UTF-8 in `key_bytes` and `key_en
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int64
 from torch import Tensor
 

@@ -52,9 +52,7 @@ def write_shard(
     `concurrent`, several processes may write the same shard at once.
     """
     path, count, columns = folder / shard_name(number), len(samples), _columns(samples, described)
-    facts = shard_facts(
-        count, described.image_shape, described.dataset_id, pixels=described.pixels
-    )
+    facts = shard_facts(count, described.image_shape, described.dataset_id, pixels=described.pixels)
     forms = {name: column.form for name, column in columns.items()}
 
     def write(aside: Path) -> None:
@@ -79,19 +77,20 @@ class _Column(NamedTuple):
     """One tensor of a shard: its form, and its contents in turn."""
 
     form: Form
-    contents: Iterable[bytes | np.ndarray]
+    contents: Iterable[bytes | memoryview]
 
 
 def _columns(samples: Sequence[StoredSample], described: DatasetDescription) -> dict[str, _Column]:
     """Returns the tensors of a shard, as `shard_forms` announces them."""
     labels = np.array([sample.label for sample in samples], dtype="<i8")
     columns = {
-        "labels": _Column(("I64", (len(samples),)), [labels]),
+        "labels": _Column(("I64", (len(samples),)), [labels.data]),
         **_blobs("key", [sample.key.encode() for sample in samples]),
     }
-    images = [sample.image for sample in samples if sample.image is not None]
+    images = [sample.image for sample in samples]
     if described.pixels == "raw":
-        columns["images"] = _Column(("U8", (len(samples), *described.image_shape)), images)
+        rows = [image.data for image in images if isinstance(image, np.ndarray)]
+        columns["images"] = _Column(("U8", (len(samples), *described.image_shape)), rows)
     elif described.pixels is not None:
         columns |= _blobs("image", [image for image in images if isinstance(image, bytes)])
     # The wide numbers first, which aligns all of them; safetensors does the same.
@@ -103,7 +102,7 @@ def _blobs(name: str, blobs: list[bytes]) -> dict[str, _Column]:
     ends = np.cumsum([len(blob) for blob in blobs], dtype="<i8")
     return {
         f"{name}_bytes": _Column(("U8", (sum(map(len, blobs)),)), blobs),
-        f"{name}_ends": _Column(("I64", (len(blobs),)), [ends]),
+        f"{name}_ends": _Column(("I64", (len(blobs),)), [ends.data]),
     }
 
 

@@ -50,8 +50,8 @@ class ShardDataset:
     ):
         """Opens `folder`; `read` returns `parts`, and the tokens of `token_stores`.
 
-        `index` replaces the folder's own, which may not be written yet. Raises DataError naming the first file that contradicts the index, or the first store that
-        belongs to other images.
+        `index` replaces the folder's own, which may not be written yet. Raises DataError naming
+        the first file that contradicts the index, or the first store that belongs to other images.
         """
         self.folder = folder
         self.index: ShardIndex = read_index(folder) if index is None else index

@@ -1,6 +1,6 @@
 """The first pass: makes shards of the images of a source, and of the latents that it may hold."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -41,7 +41,7 @@ class ImagePass:
     latents: LatentDescription | None = None
     """The latents that the source holds; None if it has only images."""
 
-    def write(self, numbers: Iterable[int], *, threads: int) -> Iterator[int]:
+    def write(self, numbers: Iterable[int], *, threads: int) -> Generator[int, None, None]:
         """Writes the shards `numbers`; yields the number of samples read each time, which is 1.
 
         Raises OutputError, and DataError for an image that cannot be read unless those are skipped.

@@ -115,7 +115,9 @@ class Job:
 
     def missing_latents(self, shards: Mapping[int, ShardEntry]) -> list[int]:
         """Returns those of `shards` whose latents nobody has written yet; not collective."""
-        return [number for number, entry in shards.items() if self._latents_of(number, entry) is None]
+        return [
+            number for number, entry in shards.items() if self._latents_of(number, entry) is None
+        ]
 
     def shards(self) -> dict[int, ShardEntry]:
         """Returns the entries of the shards that are there, by number; not collective."""
@@ -131,7 +133,9 @@ class Job:
     def _receipts(self) -> dict[int, ShardReceipt]:
         """Returns the receipts of all pieces that need not be written again."""
         found = ((number, self.folder.receipt(number)) for number in range(self.num_pieces))
-        return {n: receipt for n, receipt in found if receipt is not None and self._is_done(n, receipt)}
+        return {
+            n: receipt for n, receipt in found if receipt is not None and self._is_done(n, receipt)
+        }
 
     def _is_done(self, number: int, receipt: ShardReceipt) -> bool:
         if receipt.skipped and self.config.on_error == "fail":

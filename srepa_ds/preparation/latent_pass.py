@@ -1,6 +1,6 @@
 """The second pass: encodes the images of finished shards, shard by shard."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ class LatentPass:
     described: LatentDescription
     batch_size: int
 
-    def write(self, numbers: Iterable[int]) -> Iterator[int]:
+    def write(self, numbers: Iterable[int]) -> Generator[int, None, None]:
         """Writes the latents of shards `numbers`; yields how many images were encoded each time.
 
         Raises OutputError, and DataError for a damaged shard or latents that are not finite.
@@ -37,7 +37,7 @@ class LatentPass:
         for number in numbers:
             yield from self._write(number, places[number])
 
-    def _write(self, number: int, place: int) -> Iterator[int]:
+    def _write(self, number: int, place: int) -> Generator[int, None, None]:
         """Writes the latents of shard `number`, which is at `place` in the index."""
         # The file will say that it holds the latents of these contents.
         check_contents(self.dataset.indexed_files[place])

@@ -11,7 +11,7 @@ from srepa_ds.distributed.heartbeat import moved
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
-def run_through(counts: Generator[int], *, total: int, what: str) -> None:
+def run_through(counts: Generator[int, None, None], *, total: int, what: str) -> None:
     """Takes what `counts` yields, on each rank its own; `total` is that of all. Collective.
 
     A rank that fails ends the others at their next step, and all raise its error.
