@@ -18,7 +18,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=600)
+    parser.add_argument("--images", type=int, default=600, help="more than those of the start")
+    parser.add_argument("--start", type=int, default=200, help="as many as a preview shows")
     parser.add_argument("--size", type=int, default=256, help="side of the prepared images")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
@@ -29,8 +30,8 @@ def main() -> None:
     variants += [Run(options.pixels[0], ranks) for ranks in options.ranks if ranks > 1]
     with TemporaryDirectory(dir=options.output.parent) as name:
         folder = Path(name)
-        few = max(2, options.images // 10)
-        trees = [write_photographs(folder / str(n), n) for n in (few, options.images)]
+        counts = (options.start, options.start + options.images)
+        trees = [write_photographs(folder / str(n), n) for n in counts]
         rows = measured(variants, trees, size=options.size, rounds=options.rounds)
         stored = storages(trees[1], size=options.size)
     options.output.mkdir(parents=True, exist_ok=True)

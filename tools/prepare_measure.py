@@ -90,7 +90,8 @@ def _timed(run: Run, tree: Path, size: int) -> tuple[float, float, int]:
         [sys.executable, *command], check=True, env=environment, stderr=subprocess.DEVNULL
     )
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    files = [path for path in output.rglob("*") if path.suffix in (".safetensors", ".png")]
+    written = sum(path.stat().st_size for path in files if path.name != "preview.png")
     shutil.rmtree(output)
     cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     return cpu, seconds, written

@@ -1,5 +1,6 @@
 """The first pass: makes shards of the images of a source, and of the latents that it may hold."""
 
+import re
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from srepa_ds.data.shard_writer import StoredSample, as_stored, write_shard
 from srepa_ds.data.sources.source import Source, SourceItem
 from srepa_ds.errors import DataError
 from srepa_ds.preparation.parts import Part
+
+_NAMES_OF_OBJECTS = re.compile(r" ?<[\w.]+ object at 0x[0-9a-f]+>")
 
 
 class _Read(NamedTuple):
@@ -94,7 +97,8 @@ class ImagePass:
             label, key = int(self.source.labels[index]), self.source.key(index)
             stored = StoredSample(self._pixels(item), label, key)
         except DataError as error:
-            return _Read(failure=str(error))
+            # Python's names of objects differ from run to run, and the list of images must not.
+            return _Read(failure=_NAMES_OF_OBJECTS.sub("", str(error)))
         return _Read(stored, (item.moments, item.moments_mirrored))
 
     def _pixels(self, item: SourceItem) -> UInt8[np.ndarray, "3 size size"] | bytes | None:

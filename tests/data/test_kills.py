@@ -9,6 +9,7 @@ from kills import killed_at
 from small_data import DESCRIBED, prepare, store
 from torch import nn
 
+from srepa_ds.codec.identity import IdentityCodec
 from srepa_ds.commands.prepare import prepare as prepare_images
 from srepa_ds.data.shard_writer import ShardWriter
 from srepa_ds.encoders import teacher_folder
@@ -43,7 +44,7 @@ def test_killed_at_any_moment_the_next_run_completes(command, tmp_path):
     assert moment > 8
 
 
-class MeanCodec:
+class MeanCodec(IdentityCodec):
     """Takes the mean of patches of 2 x 2: enough of a codec to write files of latents."""
 
     identity = {"kind": "vae", "encoder_sha256": "of a test"}
