@@ -89,6 +89,7 @@ class Job:
         with ExitStack() as claims:
             ranks.on_main(lambda: claims.enter_context(self.folder.claimed()))
             ranks.on_main(self.folder.remove_beginnings, self._of_share(range(self.num_pieces)))
+            index = ranks.on_main(self.index)
             if index is None:
                 self._write_images()
             if self.encodes:
@@ -111,6 +112,9 @@ class Job:
     def missing_images(self) -> list[int]:
         """Returns the shards that nobody has written yet; not collective."""
         receipts = self._receipts()
+        # After the receipts: another share that finishes writes the index before it removes them.
+        if self.index() is not None:
+            return []
         return [number for number in range(self.num_pieces) if number not in receipts]
 
     def missing_latents(self, shards: Mapping[int, ShardEntry]) -> list[int]:
@@ -121,14 +125,7 @@ class Job:
 
     def shards(self) -> dict[int, ShardEntry]:
         """Returns the entries of the shards that are there, by number; not collective."""
-        index = self.index()
-        if index is not None:
-            return {number_of(entry.file): entry for entry in index.shards}
-        return {
-            number: receipt.shard
-            for number, receipt in self._receipts().items()
-            if receipt.shard is not None
-        }
+        return _shards_of(self.index(), self._receipts())
 
     def _receipts(self) -> dict[int, ShardReceipt]:
         """Returns the receipts of all pieces that need not be written again."""
@@ -189,7 +186,8 @@ class Job:
 
     def _shards_without_latents(self) -> tuple[dict[int, ShardEntry], list[int]]:
         shards = self.shards()
-        return shards, self.missing_latents(shards)
+        missing = self.missing_latents(shards)
+        return shards, [] if self.is_finished(self.index()) else missing
 
     def _finish(self) -> ShardIndex | None:
         """Writes the index if all pieces are there; returns what index there is then."""
@@ -205,7 +203,8 @@ class Job:
         index, receipts = self.index(), self._receipts()
         if self.is_finished(index) or (index is None and len(receipts) < self.num_pieces):
             return
-        shards = self.shards()
+        # Of what was read above: another share may be removing the receipts by now.
+        shards = _shards_of(index, receipts)
         if index is None:
             self._check_not_empty(shards, receipts)
         latents = self._latent_index(shards)
@@ -247,6 +246,14 @@ class Job:
 
     def _of_rank(self, numbers: Sequence[int]) -> Sequence[int]:
         return numbers[self.rank.number :: self.rank.world_size]
+
+
+def _shards_of(
+    index: ShardIndex | None, receipts: Mapping[int, ShardReceipt]
+) -> dict[int, ShardEntry]:
+    if index is not None:
+        return {number_of(entry.file): entry for entry in index.shards}
+    return {n: receipt.shard for n, receipt in receipts.items() if receipt.shard is not None}
 
 
 def _summary(index: ShardIndex) -> str:

@@ -12,7 +12,7 @@ from image_tree import config_of, write_tree, write_vae
 from ranks import run_function
 
 from srepa_ds.commands.prepare import dry_run, prepare
-from srepa_ds.data.prepared_folder import MARKER_NAME, SKIPPED_NAME
+from srepa_ds.data.prepared_folder import MARKER_NAME, SKIPPED_NAME, PreparedFolder
 from srepa_ds.data.shard_index import DatasetDescription
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import ConfigError, DataError, OutputError
@@ -101,6 +101,23 @@ def test_a_share_accepts_that_another_one_has_finished_first(tree, tmp_path, mon
     monkeypatch.setattr("srepa_ds.data.prepared_folder.PreparedFolder.finish", finish)
     assert len(prepare(config, share=Share(1, 2))["train"]) == 45
     assert contents(tmp_path / "out") == expected
+
+
+def test_a_share_that_another_one_overtakes_writes_nothing(tree, vae, tmp_path, monkeypatch):
+    changes = {"holdout_fraction": 0.0, "latents": latents(vae)}
+    config = config_of(tmp_path / "p.yaml", tree, tmp_path / "out", **changes)
+    begin = PreparedFolder._begin
+
+    def overtaken(folder, *, keep):
+        begin(folder, keep=keep)
+        monkeypatch.setattr(PreparedFolder, "_begin", begin)
+        for number in (1, 0):
+            prepare(config, share=Share(number, 2))
+
+    monkeypatch.setattr(PreparedFolder, "_begin", overtaken)
+    prepare(config, share=Share(0, 2))["train"].verify()
+    assert not list((tmp_path / "out/train").glob("*.json.*"))
+    assert sorted(path.name for path in (tmp_path / "out/train").glob("*.json")) == ["index.json"]
 
 
 def prepare_on_rank(path, tree, output, vae):
