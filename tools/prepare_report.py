@@ -31,11 +31,16 @@ def _row(row: Row, theirs: Row) -> str:
     minutes = _IMAGENET * row.cpu_ms / 1e3 / cores / 60
     cells = [
         name, row.ranks, f"{row.cpu_ms:.2f}", f"{1e3 / row.cpu_ms:.0f}",
-        f"{theirs.cpu_ms / row.cpu_ms:.2f}x", f"{1e3 / row.wall_ms:.0f}",
+        f"{theirs.cpu_ms / row.cpu_ms:.2f}x", _rate(row),
         f"{row.num_bytes / 1e3:.0f}", f"{minutes:.0f} min{' (1 core)' if cores == 1 else ''}",
         f"{_IMAGENET * row.num_bytes / 1e9:.0f} GB",
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _rate(row: Row) -> str:
+    """Returns images per second by the clock; `?` where other programs have disturbed it."""
+    return f"{1e3 / row.wall_ms:.0f}" if row.wall_ms > 0 else "?"
 
 
 def _storage(one: Storage, raw: Storage) -> str:
