@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from srepa_ds.console import show_warnings_once
-from srepa_ds.distributed.launcher import run_ranks
+from srepa_ds.distributed.launcher import check_number, run_ranks
 from srepa_ds.distributed.offline import stay_offline
 from srepa_ds.distributed.surroundings import check_surroundings, launched
 from srepa_ds.errors import OutputError, SRepaError, TopologyError
@@ -110,25 +110,48 @@ def prepare(
         str | None,
         typer.Option(help="Do shards i, i+n, ... only, of several commands on one folder: i/n."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")
+    ] = False,
     ranks: RankCount = 1,
 ) -> None:
     """Make shards from a source of images; with --teacher, store teacher tokens beside them."""
     if store_teachers:
+        _check_alone_with_teacher(share=share is not None, dry_run=dry_run)
         _store_teachers(path, overrides, ranks)
 
-    from srepa_ds.commands.prepare import prepare as run
     from srepa_ds.preparation.config import PrepareConfig
     from srepa_ds.preparation.share import EVERYTHING, Share
     from srepa_ds.schema import load_section
 
+    own = EVERYTHING if share is None else Share.of(share)
+
     def action() -> int:
+        from srepa_ds.commands import prepare
+
         config = _of_all_ranks(lambda: load_section(PrepareConfig, path, overrides or ()))
-        run(config, share=own)
+        if dry_run:
+            typer.echo(prepare.dry_run(config, ranks_here=ranks))
+        else:
+            prepare.prepare(config, share=own)
         return 0
 
-    own = Share.of(share) if share else EVERYTHING
+    if dry_run:
+        check_number(ranks)
+        _in_one_process("prepare --dry-run")
     given = ["--share", share] if share else []
-    _on_ranks(action, ranks, command=["prepare", str(path), *(overrides or ()), *given])
+    command = ["prepare", str(path), *(overrides or ()), *given]
+    _on_ranks(action, 1 if dry_run else ranks, command=command)
+
+
+def _check_alone_with_teacher(**others: bool) -> None:
+    """Raises ConfigError for options that `prepare --teacher` does not have."""
+    from srepa_ds.errors import ConfigError, Fault
+
+    names = [f"--{name.replace('_', '-')}" for name, given in others.items() if given]
+    if names:
+        reason = "is for images, not for --teacher, whose ranks share the shards; leave it out"
+        raise ConfigError("prepare --teacher", [Fault(name, reason) for name in names])
 
 
 def _store_teachers(path: Path, overrides: list[str] | None, ranks: int) -> NoReturn:

@@ -17,13 +17,15 @@ from typing import TextIO, TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 log = logging.getLogger("srepa_ds")
 
 T = TypeVar("T")
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
+_SECONDS_BETWEEN_LINES = 300.0
 
 
 class WarningsOnce:
@@ -145,15 +147,75 @@ def set_up_logging(*, is_main: bool) -> None:
     log.setLevel(logging.INFO if is_main else logging.WARNING)
 
 
+class Progress:
+    """Shows how far something has come: a bar on a terminal, lines in a log; a context manager.
+
+    Both tell the rate and the time that is left. A log gets a line for each tenth, and at least
+    every five minutes.
+    """
+
+    def __init__(self, what: str, *, total: int, is_main: bool):
+        """Shows nothing unless `is_main`."""
+        self._what = what
+        self._total = total
+        self._is_main = is_main
+        self._bar = _bar() if is_main and sys.stderr.isatty() else None
+        self._task = self._bar.add_task(what, total=total, rate="") if self._bar else None
+        self._began = self._told_at = time.perf_counter()
+        self._told_of = 0
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def at(self, done: int) -> None:
+        """Shows that `done` of all steps are done."""
+        now = time.perf_counter()
+        rate = done / max(now - self._began, 1e-9)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, rate=f"{rate:,.1f}/s")
+            return
+        is_due = now - self._told_at >= _SECONDS_BETWEEN_LINES
+        is_tenth = done * 10 // max(self._total, 1) > self._told_of * 10 // max(self._total, 1)
+        if not self._is_main or not (is_tenth or is_due):
+            return
+        self._told_at, self._told_of = now, done
+        left = (self._total - done) / rate if rate else 0.0
+        ending = f", {duration(left)} left" if done < self._total else ""
+        text = f"{self._what} {done:,}/{self._total:,}"
+        log.info("%s  %s, %s/s%s", text, duration(now - self._began), f"{rate:,.1f}", ending)
+
+
+def duration(seconds: float) -> str:
+    """Returns a time for people: `45 s`, `12 min`, `3 h 5 min`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def _bar() -> RichProgress:
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
 def steps_shown(steps: Iterable[T], *, total: int, what: str, is_main: bool) -> Iterator[T]:
-    """Yields `steps` and shows their progress: a bar on a terminal, some lines in a log."""
-    if is_main and sys.stderr.isatty():
-        yield from track(
-            steps, description=what, total=total, console=Console(stderr=True), transient=True
-        )
-        return
-    began = time.perf_counter()
-    for number, step in enumerate(steps, start=1):
-        yield step
-        if number == total or number % max(1, total // 10) == 0:
-            log.info("%s %d/%d  %.0f s", what, number, total, time.perf_counter() - began)
+    """Yields `steps` and shows their progress; see `Progress`."""
+    with Progress(what, total=total, is_main=is_main) as progress:
+        for number, step in enumerate(steps, start=1):
+            yield step
+            progress.at(number)

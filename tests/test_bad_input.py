@@ -19,6 +19,7 @@ from bad_input import (
     on_ranks,
     outputs,
     paths,
+    preparing,
     settings,
 )
 from bad_input.arrangements import overflowing_teacher
@@ -28,7 +29,10 @@ from builders import contents
 from srepa_ds.cli import run
 from srepa_ds.distributed import ranks
 
-TABLES = (command_lines, damaged, fields, files, inputs, models, outputs, paths, settings)
+TABLES = (
+    *(command_lines, damaged, fields, files, inputs, models),
+    *(outputs, paths, preparing, settings),
+)
 CASES = [case for table in TABLES for case in table.CASES]
 
 

@@ -10,23 +10,20 @@ from collections.abc import Sequence
 
 from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.codec.table import build_codec
-from srepa_ds.data.pixels import BYTES_PER_VALUE
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
-from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.preparation.agreement import check_source_latents
 from srepa_ds.preparation.checks import check_wanted
 from srepa_ds.preparation.config import PrepareConfig
+from srepa_ds.preparation.estimate import Remaining, check_memory, check_space, remaining, size_text
 from srepa_ds.preparation.job import Job
 from srepa_ds.preparation.latents import as_codec, described_latents
+from srepa_ds.preparation.outlook import outlook
 from srepa_ds.preparation.parts import parts_of
 from srepa_ds.preparation.share import EVERYTHING, Share
 
 log = logging.getLogger("srepa_ds")
-
-_COPIES = 3
-"""A shard is in memory as images, as tensors, and as what safetensors writes."""
 
 
 def prepare(config: PrepareConfig, *, share: Share = EVERYTHING) -> dict[str, ShardDataset]:
@@ -34,14 +31,24 @@ def prepare(config: PrepareConfig, *, share: Share = EVERYTHING) -> dict[str, Sh
 
     Runs on every rank. A part that other shares have not finished yet is left out. Raises, on all
     ranks, ConfigError for settings that cannot work, DataError for a source that cannot be read,
-    OutputError for a folder that cannot be written to or holds something else.
+    OutputError for a folder that cannot be written to or holds something else, or is too small.
     """
     jobs = _jobs(config, share, ranks.initialize())
     # All parts are checked first, so that a conflict in one leaves the others unwritten.
-    ranks.on_main(_check, jobs)
+    ranks.on_main(_check, config, jobs)
     finished = [job for job in jobs if job.run()]
     _advise(jobs[0])
     return {job.part.name: ranks.together(ShardDataset, job.folder.folder) for job in finished}
+
+
+def dry_run(config: PrepareConfig, *, ranks_here: int = 1) -> str:
+    """Returns what `prepare` would do on `ranks_here` ranks of this machine; writes nothing.
+
+    Raises what `prepare` raises before it writes.
+    """
+    jobs = _jobs(config, EVERYTHING, ranks.initialize())
+    _check_before(config, jobs, ranks_here=ranks_here)
+    return outlook(config, jobs, ranks_here=ranks_here)
 
 
 @ranks.collective
@@ -55,12 +62,17 @@ def _jobs(config: PrepareConfig, share: Share, rank: Rank) -> list[Job]:
     return [Job(config, source, part, codec, latents, share, rank) for part in parts]
 
 
-def _check(jobs: Sequence[Job]) -> None:
-    unfinished = [job for job in jobs if not job.is_finished(job.index())]
-    for job in unfinished:
-        _check_memory(job.config, len(job.part.indices))
-    if unfinished:
-        _check_codec(unfinished[0])
+def _check(config: PrepareConfig, jobs: Sequence[Job]) -> None:
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    missing = _check_before(config, jobs, ranks_here=ranks_here)
+    if num_bytes := sum(one.num_bytes for one in missing):
+        log.info(
+            "%s: %s images and %s files of latents to write, about %s",
+            config.output,
+            f"{sum(one.num_images for one in missing):,}",
+            f"{sum(one.num_latent_files for one in missing):,}",
+            size_text(num_bytes),
+        )
 
 
 def _check_codec(job: Job) -> None:
@@ -82,19 +94,20 @@ def _advise(job: Job) -> None:
         log.info("train on these latents with\n%s", codec)
 
 
-def _check_memory(config: PrepareConfig, num_images: int) -> None:
-    """Checks that one shard of a part fits into memory; raises ConfigError."""
-    image_bytes = int(3 * config.image_size**2 * BYTES_PER_VALUE[config.pixels or "raw"])
-    largest = min(config.images_per_shard, num_images)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if _COPIES * largest * image_bytes > memory:
-        fit = memory // (2 * _COPIES * image_bytes)
-        reason = (
-            f"a shard of {largest} images of {config.image_size} px takes "
-            f"{largest * image_bytes / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f} GB; "
-        )
-        cure = f"set it to at most {fit}" if fit else "choose a smaller image_size"
-        raise ConfigError("prepare", [Fault("samples_per_shard", reason + cure)])
+def _check_before(
+    config: PrepareConfig, jobs: Sequence[Job], *, ranks_here: int
+) -> list[Remaining]:
+    missing = [remaining(job) for job in jobs]
+    unfinished = [
+        job
+        for job, one in zip(jobs, missing, strict=True)
+        if one.num_shards or one.num_latent_files
+    ]
+    if unfinished:
+        check_memory(config, unfinished, ranks_here=ranks_here)
+        check_space(config, missing)
+        _check_codec(unfinished[0])
+    return missing
 
 
 def _codec(config: PrepareConfig, rank: Rank) -> LatentCodec | None:

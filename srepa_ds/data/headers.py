@@ -1,6 +1,7 @@
 """Headers of safetensors files: written, read, and checked against an index."""
 
 import json
+import math
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,6 +58,21 @@ def metadata_of(facts: Mapping[str, Any]) -> dict[str, str]:
     A single key, because safetensors writes several in an order that changes from run to run.
     """
     return {_KEY: json.dumps(facts)}
+
+
+def preamble(facts: Mapping[str, Any], tensors: Mapping[str, Form]) -> bytes:
+    """Returns the bytes before the first tensor: the header of a file, with its length.
+
+    The tensors follow in the order of `tensors`.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata_of(facts)}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + _DTYPES[dtype].itemsize * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def header_facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:

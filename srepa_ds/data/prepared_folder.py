@@ -5,13 +5,16 @@ preparation that was killed writes only what is missing. The index replaces the 
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from srepa_ds.data.contents import CHECKED_NAME
 from srepa_ds.data.latent_file import latent_name
+from srepa_ds.data.receipts import LatentReceipt as LatentReceipt
+from srepa_ds.data.receipts import ShardReceipt as ShardReceipt
+from srepa_ds.data.receipts import Skipped as Skipped
 from srepa_ds.data.shard_file import shard_name
 from srepa_ds.data.shard_index import (
     CURE,
@@ -27,7 +30,7 @@ from srepa_ds.data.shard_index import (
     read_index,
 )
 from srepa_ds.documents.json_reader import read_json
-from srepa_ds.errors import ConfigError, DataError, OutputError
+from srepa_ds.errors import ConfigError, OutputError, listed
 from srepa_ds.files import PARTIAL, claimed, write_aside, writing
 from srepa_ds.schema import Section, to_tree, validated
 from srepa_ds.trees import differences
@@ -39,37 +42,8 @@ SKIPPED_NAME = "skipped.jsonl"
 # Its own name for a file until that is whole.
 _OF_SAFETENSORS = ".tmp??????"
 _PIECES = ("shard-*.safetensors", "shard-*.json", "latents-*.safetensors", "latents-*.json")
-_UNNAMED = {MARKER_NAME + PARTIAL, CHECKED_NAME}
-"""What may lie in a folder whose preparation was killed before its marker got its name."""
 
 S = TypeVar("S", bound=Section)
-
-
-class Skipped(Section):
-    """An image of the source that was left out."""
-
-    key: str
-    """Its name in the source."""
-    reason: str
-    """Why it could not be read."""
-
-
-class ShardReceipt(Section):
-    """What was written of one part of the source."""
-
-    shard: ShardEntry | None
-    """The entry of the shard; None if no image could be read."""
-    skipped: tuple[Skipped, ...] = ()
-    """The images that were left out."""
-
-
-class LatentReceipt(Section):
-    """What was written of the latents of one shard."""
-
-    latents: LatentFileEntry
-    """The entry of the file."""
-    described: LatentDescription
-    """What decides the latents."""
 
 
 def prepared_index(folder: Path, description: DatasetDescription) -> ShardIndex | None:
@@ -83,15 +57,8 @@ def prepared_index(folder: Path, description: DatasetDescription) -> ShardIndex 
     index = read_index(folder)
     if index.dataset_id == description.dataset_id:
         return index
-    settings = {**index.source, "image_shape": list(index.image_shape), "pixels": index.pixels}
-    wanted = {
-        **description.source,
-        "image_shape": list(description.image_shape),
-        "pixels": description.pixels,
-    }
-    differing = [
-        f"{d.path} is {d.old!r} there and {d.new!r} here" for d in differences(settings, wanted)
-    ]
+    found = differences(_settings_of(index), _settings_of(description))
+    differing = [f"{d.path} is {d.old!r} there and {d.new!r} here" for d in found]
     raise OutputError(
         f"{folder}: holds a data set made with other settings "
         f"({'; '.join(differing) or 'class names differ'}); choose another folder or delete it"
@@ -120,6 +87,9 @@ class PreparedFolder:
                 self._begin(keep=keep)
             try:
                 yield
+            except GeneratorExit:
+                # The block was not left: what it has written stays, as after a kill.
+                raise
             except BaseException:
                 self._leave_nothing_useless()
                 raise
@@ -153,38 +123,16 @@ class PreparedFolder:
         is_of_shard = found.latents.shard_sha256 == shard_sha256
         return found.latents if is_of_shard and self._is_there(found.latents) else None
 
-    def finish(
-        self,
-        receipts: Sequence[ShardReceipt],
-        latents: LatentIndex | None = None,
-    ) -> ShardIndex:
-        """Writes the index of all parts, and the list of images left out; returns the index.
-
-        Raises OutputError, and DataError if no image could be read.
-        """
-        skipped = [one for receipt in receipts for one in receipt.skipped]
-        entries = [receipt.shard for receipt in receipts if receipt.shard is not None]
-        if not entries:
-            first = skipped[0] if skipped else Skipped(key="none", reason="the source is empty")
-            raise DataError(
-                f"{self.folder}: none of {len(skipped)} images could be read; the first is "
-                f"{first.key}: {first.reason}"
-            )
-        if skipped:
-            lines = [json.dumps(to_tree(one), ensure_ascii=False) + "\n" for one in skipped]
-            self.write(SKIPPED_NAME, "".join(lines).encode())
-        return self.write_index(entries, num_skipped=len(skipped), latents=latents)
-
-    def write_index(
+    def index_of(
         self,
         entries: Sequence[ShardEntry],
         *,
         num_skipped: int = 0,
         latents: LatentIndex | None = None,
     ) -> ShardIndex:
-        """Writes the index, which makes the folder a data set; returns it; raises OutputError."""
+        """Returns the index of a data set of the shards `entries`; writes nothing."""
         described = self.description
-        index = ShardIndex(
+        return ShardIndex(
             format=FORMAT,
             version=VERSION,
             dataset_id=described.dataset_id,
@@ -199,20 +147,34 @@ class PreparedFolder:
             latents=latents,
             shards=tuple(entries),
         )
+
+    def finish(self, index: ShardIndex, skipped: Sequence[Skipped] = ()) -> None:
+        """Writes the list of images left out, if there are any, and then the index.
+
+        The index makes the folder a data set. Raises OutputError.
+        """
+        if skipped:
+            lines = [json.dumps(to_tree(one), ensure_ascii=False) + "\n" for one in skipped]
+            self.write(SKIPPED_NAME, "".join(lines).encode())
         self.write(INDEX_NAME, _text_of(to_tree(index)))
         self.tidy_up()
-        return index
-
-    def add_latents(self, index: ShardIndex, latents: LatentIndex) -> ShardIndex:
-        """Writes the index again, with latents; returns it; raises OutputError."""
-        entries, skipped = index.shards, index.num_skipped
-        return self.write_index(entries, num_skipped=skipped, latents=latents)
 
     def tidy_up(self) -> None:
         """Removes what a finished data set does not need, as far as that is possible."""
         for path in self._left_over():
             with suppress(OSError):
                 path.unlink()
+
+    def remove_beginnings(self, numbers: Iterable[int]) -> None:
+        """Removes what killed processes had begun to write of the pieces `numbers`.
+
+        Nobody else may be writing them. Raises OutputError.
+        """
+        with writing(self.folder, cure=CURE):
+            for number in numbers:
+                names = (shard_name(number), latent_name(number))
+                for path in self._found([f"{Path(name).stem}.*{PARTIAL}" for name in names]):
+                    path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Removes everything that was written of an unfinished data set; raises OSError."""
@@ -250,12 +212,12 @@ class PreparedFolder:
         if (self.folder / INDEX_NAME).exists():
             # Latents are to be added.
             return
-        held = sorted({path.name for path in self.folder.iterdir()} - _UNNAMED)
+        held = sorted(path.name for path in self.folder.iterdir() if not _may_come_first(path.name))
         if held and not self._is_unfinished(marker):
             raise OutputError(
-                f"{self.folder}: not empty (it holds {', '.join(held[:3])}"
-                f"{', ...' if len(held) > 3 else ''}) and not an unfinished preparation with "
-                "these settings; choose an empty folder or delete it"
+                f"{self.folder}: not empty (it holds {listed(held, most=3)}) and not an unfinished "
+                f"preparation with these settings{self._differing(marker)}; choose an empty folder "
+                "or delete it"
             )
         if not self.is_shared:
             patterns = (f"*{PARTIAL}", _OF_SAFETENSORS, CHECKED_NAME, *(() if keep else _PIECES))
@@ -269,9 +231,25 @@ class PreparedFolder:
         except (OSError, ValueError):
             return False
 
+    def _differing(self, marker: Path) -> str:
+        """Returns the settings that differ from those in the marker, as a part of a message."""
+        try:
+            found = differences(dict(read_json(marker)["settings"]), self._marker["settings"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return ""
+        names = [f"{d.path} was {d.old!r} and is {d.new!r}" for d in found]
+        changed = [name for name in names if not name.startswith("source.fingerprint ")]
+        if len(changed) < len(names):
+            changed.append("the files of the source have changed")
+        return f" ({listed(changed, '; ')})" if changed else ""
+
     @property
     def _marker(self) -> dict[str, Any]:
-        return {"format": FORMAT, "dataset_id": self.description.dataset_id}
+        return {
+            "format": FORMAT,
+            "dataset_id": self.description.dataset_id,
+            "settings": _settings_of(self.description),
+        }
 
     def _receipt(self, name: str, schema: type[S]) -> S | None:
         path = self.folder / _receipt_of(name)
@@ -288,6 +266,17 @@ class PreparedFolder:
             return (self.folder / entry.file).stat().st_size == entry.bytes
         except OSError:
             return False
+
+
+def _settings_of(described: DatasetDescription | ShardIndex) -> dict[str, Any]:
+    """Returns what decides a data set, as plain JSON values with a name each."""
+    shape = {"image_shape": list(described.image_shape), "pixels": described.pixels}
+    return {**described.source, **shape}
+
+
+def _may_come_first(name: str) -> bool:
+    """Returns whether a file may lie in a folder before the marker has its name."""
+    return name == CHECKED_NAME or (name.startswith(MARKER_NAME) and name.endswith(PARTIAL))
 
 
 def _receipt_of(name: str) -> str:

@@ -8,8 +8,6 @@ keys, which name the samples in the source, are UTF-8 in `key_bytes` and `key_en
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -24,6 +22,11 @@ from srepa_ds.errors import DataError
 def shard_name(number: int) -> str:
     """Returns the name of a shard's file."""
     return f"shard-{number:05d}.safetensors"
+
+
+def number_of(name: str) -> int:
+    """Returns the number in the name of a shard's file."""
+    return int(Path(name).stem.removeprefix("shard-"))
 
 
 def shard_facts(
@@ -59,13 +62,6 @@ def shard_forms(entry: ShardEntry, index: ShardIndex) -> dict[str, Form]:
         forms["key_bytes"] = ("U8", (entry.key_bytes,))
         forms["key_ends"] = ("I64", (count,))
     return forms
-
-
-def blob_tensors(name: str, blobs: list[bytes]) -> dict[str, Tensor]:
-    """Returns bytes of varying length as the tensors `<name>_bytes` and `<name>_ends`."""
-    ends = np.cumsum([len(blob) for blob in blobs], dtype=np.int64)
-    contents = np.frombuffer(bytearray().join(blobs), dtype=np.uint8)
-    return {f"{name}_bytes": torch.from_numpy(contents), f"{name}_ends": torch.from_numpy(ends)}
 
 
 def check_shard(folder: Path, index: ShardIndex, entry: ShardEntry) -> StoredFile:

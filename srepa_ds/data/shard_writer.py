@@ -1,21 +1,18 @@
 """Writes shards: one file of given samples, or a folder of them as the samples come."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import UInt8
-from safetensors.torch import save_file
-from torch import Tensor
 
-from srepa_ds.data.headers import metadata_of
+from srepa_ds.data.headers import Form, preamble
 from srepa_ds.data.pixels import PIXEL_ENCODERS
 from srepa_ds.data.prepared_folder import PreparedFolder
-from srepa_ds.data.shard_file import blob_tensors, shard_facts, shard_name
+from srepa_ds.data.shard_file import shard_facts, shard_name
 from srepa_ds.data.shard_index import CURE, DatasetDescription, ShardEntry
 from srepa_ds.files import sha256_of, write_aside, writing
 
@@ -23,7 +20,7 @@ from srepa_ds.files import sha256_of, write_aside, writing
 class StoredSample(NamedTuple):
     """A sample as a shard holds it."""
 
-    image: UInt8[np.ndarray, "height width 3"] | bytes | None
+    image: UInt8[np.ndarray, "3 height width"] | bytes | None
     """Raw pixels, the bytes of a file, or None, as the data set's `pixels` say."""
     label: int
     key: str
@@ -32,11 +29,13 @@ class StoredSample(NamedTuple):
 
 def as_stored(
     image: UInt8[np.ndarray, "height width 3"], described: DatasetDescription
-) -> bytes | np.ndarray | None:
-    """Returns an image as the shards of a data set hold it."""
+) -> bytes | UInt8[np.ndarray, "3 height width"] | None:
+    """Returns an image as the shards of a data set hold it, in memory of its own."""
     if described.pixels is None:
         return None
-    return image if described.pixels == "raw" else PIXEL_ENCODERS[described.pixels](image)
+    if described.pixels == "raw":
+        return image.transpose(2, 0, 1).copy()
+    return PIXEL_ENCODERS[described.pixels](image)
 
 
 def write_shard(
@@ -49,39 +48,62 @@ def write_shard(
 ) -> ShardEntry:
     """Writes a shard and returns its entry in the index; raises OutputError.
 
-    With `concurrent`, several processes may write the same shard at once.
+    The samples go into the file one by one, so no second copy of them is in memory. With
+    `concurrent`, several processes may write the same shard at once.
     """
-    path, count = folder / shard_name(number), len(samples)
-    tensors = {
-        "labels": torch.tensor([sample.label for sample in samples], dtype=torch.int64),
-        **blob_tensors("key", [sample.key.encode() for sample in samples]),
-    }
-    images = [sample.image for sample in samples]
-    if described.pixels == "raw":
-        tensors["images"] = _planes([image for image in images if isinstance(image, np.ndarray)])
-    elif described.pixels is not None:
-        blobs = [image for image in images if isinstance(image, bytes)]
-        tensors |= blob_tensors("image", blobs)
-    facts = shard_facts(
-        count,
-        described.image_shape,
-        described.dataset_id,
-        pixels=described.pixels,
-    )
+    path, count, columns = folder / shard_name(number), len(samples), _columns(samples, described)
+    facts = shard_facts(count, described.image_shape, described.dataset_id, pixels=described.pixels)
+    forms = {name: column.form for name, column in columns.items()}
+
+    def write(aside: Path) -> None:
+        with aside.open("wb") as file:
+            file.write(preamble(facts, forms))
+            for column in columns.values():
+                file.writelines(column.contents)
+
     with writing(path, cure=CURE):
-        write_aside(
-            path,
-            lambda aside: save_file(tensors, aside, metadata=metadata_of(facts)),
-            concurrent=concurrent,
-        )
+        write_aside(path, write, concurrent=concurrent)
         return ShardEntry(
             file=path.name,
             num_samples=count,
             bytes=path.stat().st_size,
             sha256=sha256_of(path),
-            key_bytes=len(tensors["key_bytes"]),
-            image_bytes=len(tensors.get("image_bytes", ())),
+            key_bytes=columns["key_bytes"].form[1][0],
+            image_bytes=columns["image_bytes"].form[1][0] if "image_bytes" in columns else 0,
         )
+
+
+class _Column(NamedTuple):
+    """One tensor of a shard: its form, and its contents in turn."""
+
+    form: Form
+    contents: Iterable[bytes | memoryview]
+
+
+def _columns(samples: Sequence[StoredSample], described: DatasetDescription) -> dict[str, _Column]:
+    """Returns the tensors of a shard, as `shard_forms` announces them."""
+    labels = np.array([sample.label for sample in samples], dtype="<i8")
+    columns = {
+        "labels": _Column(("I64", (len(samples),)), [labels.data]),
+        **_blobs("key", [sample.key.encode() for sample in samples]),
+    }
+    images = [sample.image for sample in samples]
+    if described.pixels == "raw":
+        rows = [image.data for image in images if isinstance(image, np.ndarray)]
+        columns["images"] = _Column(("U8", (len(samples), *described.image_shape)), rows)
+    elif described.pixels is not None:
+        columns |= _blobs("image", [image for image in images if isinstance(image, bytes)])
+    # The wide numbers first, which aligns all of them; safetensors does the same.
+    return dict(sorted(columns.items(), key=lambda item: (item[1].form[0] != "I64", item[0])))
+
+
+def _blobs(name: str, blobs: list[bytes]) -> dict[str, _Column]:
+    """Returns bytes of varying length as the tensors `<name>_bytes` and `<name>_ends`."""
+    ends = np.cumsum([len(blob) for blob in blobs], dtype="<i8")
+    return {
+        f"{name}_bytes": _Column(("U8", (sum(map(len, blobs)),)), blobs),
+        f"{name}_ends": _Column(("I64", (len(blobs),)), [ends.data]),
+    }
 
 
 class ShardWriter:
@@ -117,8 +139,7 @@ class ShardWriter:
         Raises OutputError if a full shard cannot be written.
         """
         stored = as_stored(image, self._folder.description)
-        own = stored.copy() if isinstance(stored, np.ndarray) else stored
-        self._samples.append(StoredSample(own, label, key or str(self._num_added)))
+        self._samples.append(StoredSample(stored, label, key or str(self._num_added)))
         self._num_added += 1
         if len(self._samples) == self._samples_per_shard:
             self._write_shard()
@@ -155,19 +176,10 @@ class ShardWriter:
     def _finish(self) -> None:
         if self._samples:
             self._write_shard()
-        self._folder.write_index(self._entries)
+        self._folder.finish(self._folder.index_of(self._entries))
 
     def _remove_everything(self) -> None:
         for path in self._attached:
             path.unlink(missing_ok=True)
         self._folder.remove()
         self._claim.close()
-
-
-def _planes(images: Sequence[np.ndarray]) -> Tensor:
-    """Returns images as the rows of one tensor, each channel by itself."""
-    height, width, _ = images[0].shape
-    planes = torch.empty((len(images), 3, height, width), dtype=torch.uint8)
-    for row, image in zip(planes.numpy(), images, strict=True):
-        row[:] = image.transpose(2, 0, 1)
-    return planes

@@ -46,14 +46,15 @@ class ShardDataset:
         token_stores: Sequence[TokenStore | None] = (),
         *,
         parts: Parts = EVERY_PART,
+        index: ShardIndex | None = None,
     ):
         """Opens `folder`; `read` returns `parts`, and the tokens of `token_stores`.
 
-        Raises DataError naming the first file that contradicts the index, or the first store that
-        belongs to other images.
+        `index` replaces the folder's own, which may not be written yet. Raises DataError naming
+        the first file that contradicts the index, or the first store that belongs to other images.
         """
         self.folder = folder
-        self.index: ShardIndex = read_index(folder)
+        self.index: ShardIndex = read_index(folder) if index is None else index
         self._reads_images = parts.images and self.index.pixels is not None
         shards = self.index.shards
         counts = [entry.num_samples for entry in shards]

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from srepa_ds.data.headers import Form, metadata_of
+from srepa_ds.data.headers import Form, preamble
 from srepa_ds.data.index_document import (
     INDEX_NAME,
     FileName,
@@ -82,14 +82,7 @@ class TokenDescription(Section):
     def preamble(self, num_samples: int, *, shard_sha256: str) -> bytes:
         """Returns the bytes before the first tensor: the safetensors header with its length."""
         facts = self.facts(num_samples, shard_sha256=shard_sha256)
-        header: dict[str, Any] = {"__metadata__": metadata_of(facts)}
-        end = 0
-        for name, (dtype, shape) in self.tensors(num_samples).items():
-            start, end = end, end + form_bytes((dtype, shape))
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        return preamble(facts, self.tensors(num_samples))
 
     def file_bytes(self, num_samples: int, *, shard_sha256: str) -> int:
         """Returns the size of the file with the tokens of a shard."""

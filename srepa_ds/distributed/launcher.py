@@ -30,6 +30,12 @@ _CAUSES = {
 }
 
 
+def check_number(num_ranks: int) -> None:
+    """Raises TopologyError for fewer than one rank."""
+    if num_ranks < 1:
+        raise TopologyError(f"--ranks must be at least 1, got {num_ranks}")
+
+
 def run_ranks(
     arguments: Sequence[str],
     num_ranks: int,
@@ -44,8 +50,7 @@ def run_ranks(
     `kill_seconds`. The code is that of the first rank that failed, else 0. Raises TopologyError for
     fewer than one rank.
     """
-    if num_ranks < 1:
-        raise TopologyError(f"--ranks must be at least 1, got {num_ranks}")
+    check_number(num_ranks)
     ranks = _Ranks(leave_seconds, kill_seconds)
     try:
         with handled(ranks.receive):

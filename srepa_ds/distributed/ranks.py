@@ -24,6 +24,7 @@ from srepa_ds.distributed.devices import (
 )
 from srepa_ds.distributed.heartbeat import Heartbeat, moved, stuck_seconds
 from srepa_ds.distributed.surroundings import STORE_DESCRIPTOR, Place, launched, place
+from srepa_ds.distributed.tally import Tally
 from srepa_ds.errors import (
     ConfigError,
     Fault,
@@ -38,6 +39,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 # What ends with the process group.
 _joined = ExitStack()
+# This process's own connection to the store in which the ranks met, and the tallies kept there.
+_store: dist.Store | None = None
+_num_tallies = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ def _join(own: Place, timeout: timedelta) -> None:
     )
     # Before the ranks wait for each other: one of them may never come.
     _joined.enter_context(heartbeat)
+    global _store
+    _store = _another_client(store, seconds)
     try:
         _form_group(own, store, timeout)
     except BaseException:
@@ -199,6 +205,13 @@ def gather_on_main(value: T) -> list[T]:
     box: list[Any] | None = [None] * world_size() if rank() == 0 else None
     dist.gather_object(value, box)
     return box or []
+
+
+def tally() -> Tally:
+    """Returns a new count that all ranks share; all ranks ask for the same ones, in turn."""
+    global _num_tallies
+    _num_tallies += 1
+    return Tally(_store, f"tally/{_num_tallies}")
 
 
 def summed(tensor: Tensor) -> Tensor:
@@ -343,6 +356,8 @@ def another_group() -> Any:
 
 def close() -> None:
     """Leaves the process group, if this process is in one."""
+    global _store
+    _store = None
     _joined.close()
     if dist.is_initialized():
         let_ranks_agree(None)

@@ -4,7 +4,8 @@ Latents come along if the source holds them, or if images are not stored, so tha
 could read them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from srepa_ds.data.sources.source import Source, SourceItem
 from srepa_ds.errors import DataError
 from srepa_ds.preparation.encoder import Encoder
 from srepa_ds.preparation.parts import Part
+
+_NAMES_OF_OBJECTS = re.compile(r" ?<[\w.]+ object at 0x[0-9a-f]+>")
 
 
 class _Read(NamedTuple):
@@ -50,29 +53,33 @@ class ImagePass:
     encoder: Encoder | None = None
     """Encodes the images; None if the source holds the latents."""
 
-    def write(self, numbers: Iterable[int], *, threads: int) -> Iterator[str]:
-        """Writes the shards `numbers`; yields the key of each sample once it is read.
+    def write(self, numbers: Iterable[int], *, threads: int) -> Generator[int, None, None]:
+        """Writes the shards `numbers`; yields the number of samples read each time, which is 1.
 
         Raises OutputError, and DataError for an image that cannot be read unless those are skipped.
         """
-        with ThreadPoolExecutor(threads) as pool:
+        pool = ThreadPoolExecutor(threads)
+        try:
             for number in numbers:
                 found: list[_Read] = []
                 skipped: list[Skipped] = []
                 indices = self.part.of_shard(number)
                 # Exceptions would leave the pool's other images to be read in vain.
                 for index, read in zip(indices, pool.map(self._read, indices), strict=True):
-                    key = self.source.key(index)
                     if read.stored is not None:
                         found.append(self._encoded(read))
-                    elif self.skips:
-                        skipped.append(Skipped(key=key, reason=read.failure))
-                    else:
-                        pool.shutdown(cancel_futures=True)
+                        yield 1
+                        continue
+                    key = self.source.key(index)
+                    if not self.skips:
                         raise DataError(f"{key}: {read.failure}")
-                    yield key
+                    skipped.append(Skipped(key=key, reason=read.failure))
+                    yield 1
                 entry = self._write(number, found) if found else None
                 self.folder.note(number, ShardReceipt(shard=entry, skipped=tuple(skipped)))
+        finally:
+            # Also where the caller stops early: another rank may have failed.
+            pool.shutdown(cancel_futures=True)
 
     def _write(self, number: int, found: list[_Read]) -> ShardEntry:
         folder, is_shared = self.folder.folder, self.folder.is_shared
@@ -107,7 +114,8 @@ class ImagePass:
             described, pixels = self.part.description, self._pixels(item)
             image = None if pixels is None else as_stored(pixels, described)
         except DataError as error:
-            return _Read(failure=str(error))
+            # Python's names of objects differ from run to run, and the list of images must not.
+            return _Read(failure=_NAMES_OF_OBJECTS.sub("", str(error)))
         return _Read(
             StoredSample(image, label, key),
             pixels if self.encoder else None,

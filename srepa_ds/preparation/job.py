@@ -2,30 +2,33 @@
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from srepa_ds.codec.latent_codec import LatentCodec
-from srepa_ds.console import steps_shown
-from srepa_ds.data.prepared_folder import PreparedFolder, prepared_index
+from srepa_ds.data.prepared_folder import SKIPPED_NAME, PreparedFolder, prepared_index
+from srepa_ds.data.receipts import ShardReceipt
+from srepa_ds.data.shard_file import number_of
 from srepa_ds.data.shard_index import (
     LatentDescription,
     LatentFileEntry,
     LatentIndex,
+    ShardEntry,
     ShardIndex,
 )
 from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.data.sources.source import Source
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
-from srepa_ds.errors import OutputError
+from srepa_ds.errors import DataError, OutputError
 from srepa_ds.preparation.config import PrepareConfig
 from srepa_ds.preparation.encoder import Encoder
 from srepa_ds.preparation.image_pass import ImagePass
 from srepa_ds.preparation.latent_pass import LatentPass
 from srepa_ds.preparation.parts import Part
 from srepa_ds.preparation.preview import write_preview
+from srepa_ds.preparation.progress import run_through
 from srepa_ds.preparation.share import Share
 from srepa_ds.trees import differences
 
@@ -86,9 +89,13 @@ class Job:
             return True
         with ExitStack() as claims:
             ranks.on_main(lambda: claims.enter_context(self.folder.claimed()))
-            index = index or self._write_images()
-            if index is not None and not self.is_finished(index):
-                index = self._write_latents(index)
+            ranks.on_main(self.folder.remove_beginnings, self._of_share(range(self.num_pieces)))
+            index = ranks.on_main(self.index)
+            if index is None:
+                self._write_images()
+            if self.encodes:
+                self._write_latents()
+            index = ranks.on_main(self._finish)
         if not self.is_finished(index):
             log.info("%s: this share is done, others are not yet", self.folder.folder)
         return self.is_finished(index)
@@ -99,32 +106,70 @@ class Job:
         is_only_chance = self.latents is not None and self.part.description.pixels is None
         return self.source.latents is not None or is_only_chance
 
+    @property
+    def encodes(self) -> bool:
+        """Whether a second pass encodes the images of finished shards."""
+        return self.latents is not None and not self.latents_come_along
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces of the source, each of which becomes a shard."""
+        return self.part.num_shards
+
     def missing_images(self) -> list[int]:
         """Returns the shards that nobody has written yet; not collective."""
-        numbers = range(self.part.num_shards)
-        return [number for number in numbers if not self._is_written(number)]
+        receipts = self._receipts()
+        # After the receipts: another share that finishes writes the index before it removes them.
+        if self.index() is not None:
+            return []
+        return [number for number in range(self.num_pieces) if number not in receipts]
 
-    def _is_written(self, number: int) -> bool:
-        receipt = self.folder.receipt(number)
-        if receipt is None or receipt.shard is None or not self.latents_come_along:
-            return receipt is not None
-        return self._latent_entries([(number, receipt.shard.sha256)]) != [None]
+    def missing_latents(self, shards: Mapping[int, ShardEntry]) -> list[int]:
+        """Returns those of `shards` whose latents nobody has written yet; not collective."""
+        return [
+            number for number, entry in shards.items() if self._latents_of(number, entry) is None
+        ]
 
-    def _write_images(self) -> ShardIndex | None:
-        """Writes this share's missing shards; returns the index if all are there then."""
-        own = self._own(ranks.on_main(self.missing_images))
+    def shards(self) -> dict[int, ShardEntry]:
+        """Returns the entries of the shards that are there, by number; not collective."""
+        return _shards_of(self.index(), self._receipts())
+
+    def _receipts(self) -> dict[int, ShardReceipt]:
+        """Returns the receipts of all pieces that need not be written again."""
+        found = ((number, self.folder.receipt(number)) for number in range(self.num_pieces))
+        return {
+            n: receipt for n, receipt in found if receipt is not None and self._is_done(n, receipt)
+        }
+
+    def _is_done(self, number: int, receipt: ShardReceipt) -> bool:
+        if receipt.skipped and self.config.on_error == "fail":
+            # The images may have been repaired; if not, the preparation ends with the first one.
+            return False
+        if receipt.shard is None or self.latents is None or self.encodes:
+            return True
+        return self._latents_of(number, receipt.shard) is not None
+
+    def _latents_of(self, number: int, entry: ShardEntry) -> LatentFileEntry | None:
+        assert self.latents is not None
+        return self.folder.latents(number, self.latents, shard_sha256=entry.sha256)
+
+    def _write_images(self) -> None:
+        """Writes this share's missing shards."""
+        missing = self._of_share(ranks.on_main(self.missing_images))
         images = ImagePass(
             self.source,
             self.part,
             self.folder,
             skips=self.config.on_error == "skip",
-            latents=self.latents if self.latents_come_along else None,
+            latents=None if self.encodes else self.latents,
             encoder=self._encoder(),
         )
         threads = self.config.threads_for(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        total = sum(len(self.part.of_shard(number)) for number in own)
-        self._run_through(images.write(own, threads=threads), what="images", total=total)
-        return ranks.on_main(self._finish_images)
+        run_through(
+            images.write(self._of_rank(missing), threads=threads),
+            total=sum(self.part.num_images(number) for number in missing),
+            what=f"{self.part.name}: images",
+        )
 
     def _encoder(self) -> Encoder | None:
         """Returns the encoder of images that are not stored, None if nothing is encoded now."""
@@ -135,75 +180,103 @@ class Job:
         wanted = self.config.latents
         return Encoder(self.codec, batch_size=wanted.batch_size, mirrored=wanted.mirrored)
 
-    def _finish_images(self) -> ShardIndex | None:
-        if self.missing_images():
-            return None
-        found = [self.folder.receipt(number) for number in range(self.part.num_shards)]
-        receipts = [receipt for receipt in found if receipt is not None]
-        latents = None
-        if self.latents_come_along:
-            shards = [
-                (number, receipt.shard.sha256)
-                for number, receipt in enumerate(receipts)
-                if receipt.shard is not None
-            ]
-            latents = self._latent_index(shards)
-        index = self.folder.finish(receipts, latents)
-        write_preview(self.folder)
-        log.info(
-            "%s: %d images in %d classes%s",
-            self.folder.folder,
-            index.num_samples,
-            index.num_classes,
-            f", {index.num_skipped} left out (skipped.jsonl)" if index.num_skipped else "",
-        )
-        return index
-
-    def _write_latents(self, index: ShardIndex) -> ShardIndex | None:
-        """Writes this share's missing latents; returns the index if all are there then."""
+    def _write_latents(self) -> None:
+        """Writes the missing latents of this share's shards."""
         assert self.latents is not None
         assert self.codec is not None
         assert self.config.latents is not None
-        shards = list(enumerate(entry.sha256 for entry in index.shards))
-        missing = ranks.on_main(
-            lambda: [n for n, entry in enumerate(self._latent_entries(shards)) if entry is None]
+        shards, missing = ranks.on_main(self._shards_without_latents)
+        missing = self._of_share(missing)
+        if not missing:
+            return
+        index = self.folder.index_of(list(shards.values()))
+        dataset = ranks.together(
+            lambda: ShardDataset(self.folder.folder, parts=Parts(moments=False), index=index)
         )
-        own = self._own(missing)
-        parts = Parts(moments=False)
-        dataset = ranks.together(lambda: ShardDataset(self.folder.folder, parts=parts))
         batch_size = self.config.latents.batch_size
         latents = LatentPass(self.codec, dataset, self.folder, self.latents, batch_size)
-        total = sum(-(-index.shards[number].num_samples // batch_size) for number in own)
-        self._run_through(latents.write(own), what="latents, batches", total=total)
-        complete = ranks.on_main(self._latent_index, shards)
-        if complete is None:
-            return None
-        return ranks.on_main(self.folder.add_latents, index, complete)
+        run_through(
+            latents.write(self._of_rank(missing)),
+            total=sum(shards[number].num_samples for number in missing),
+            what=f"{self.part.name}: latents",
+        )
 
-    def _latent_entries(self, shards: Sequence[tuple[int, str]]) -> list[LatentFileEntry | None]:
-        assert self.latents is not None
-        return [
-            self.folder.latents(number, self.latents, shard_sha256=sha256)
-            for number, sha256 in shards
-        ]
+    def _shards_without_latents(self) -> tuple[dict[int, ShardEntry], list[int]]:
+        shards = self.shards()
+        missing = self.missing_latents(shards)
+        return shards, [] if self.is_finished(self.index()) else missing
 
-    def _latent_index(self, shards: Sequence[tuple[int, str]]) -> LatentIndex | None:
+    def _finish(self) -> ShardIndex | None:
+        """Writes the index if all pieces are there; returns what index there is then."""
+        try:
+            self._write_index()
+        except OutputError:
+            # Another share that finishes at the same time clears away what it finds unfinished.
+            if not self.is_finished(self.index()):
+                raise
+        return self.index()
+
+    def _write_index(self) -> None:
+        index, receipts = self.index(), self._receipts()
+        if self.is_finished(index) or (index is None and len(receipts) < self.num_pieces):
+            return
+        # Of what was read above: another share may be removing the receipts by now.
+        shards = _shards_of(index, receipts)
+        if index is None:
+            self._check_not_empty(shards, receipts)
+        latents = self._latent_index(shards)
+        if self.latents is not None and latents is None:
+            return
+        skipped = [one for number in sorted(receipts) for one in receipts[number].skipped]
+        complete = self.folder.index_of(
+            list(shards.values()),
+            num_skipped=len(skipped) if index is None else index.num_skipped,
+            latents=latents,
+        )
+        if index is None:
+            write_preview(self.folder, complete)
+        self.folder.finish(complete, skipped if index is None else ())
+        log.info("%s: %s", self.folder.folder, _summary(complete))
+
+    def _check_not_empty(
+        self, shards: Mapping[int, ShardEntry], receipts: Mapping[int, ShardReceipt]
+    ) -> None:
+        if shards:
+            return
+        skipped = [one for receipt in receipts.values() for one in receipt.skipped]
+        raise DataError(
+            f"{self.folder.folder}: none of {len(skipped)} images could be read; the first is "
+            f"{skipped[0].key}: {skipped[0].reason}"
+        )
+
+    def _latent_index(self, shards: Mapping[int, ShardEntry]) -> LatentIndex | None:
         """Returns the index of the latents of all shards, None if some are missing."""
-        assert self.latents is not None
-        entries = self._latent_entries(shards)
+        if self.latents is None:
+            return None
+        entries = [self._latents_of(number, entry) for number, entry in shards.items()]
         files = tuple(entry for entry in entries if entry is not None)
         complete = len(files) == len(entries)
         return LatentIndex(**dict(self.latents), files=files) if complete else None
 
-    def _own(self, missing: Sequence[int]) -> list[int]:
-        """Returns the pieces that fall to this rank of this share."""
-        of_share = [number for number in missing if number % self.share.total == self.share.number]
-        return of_share[self.rank.number :: self.rank.world_size]
+    def _of_share(self, numbers: Iterable[int]) -> list[int]:
+        return [number for number in numbers if number % self.share.total == self.share.number]
 
-    def _run_through(self, steps: Iterable[object], *, what: str, total: int) -> None:
-        def go() -> None:
-            shown = f"{self.part.name}: {what}"
-            for _ in steps_shown(steps, total=total, what=shown, is_main=self.rank.is_main):
-                pass
+    def _of_rank(self, numbers: Sequence[int]) -> Sequence[int]:
+        return numbers[self.rank.number :: self.rank.world_size]
 
-        ranks.together(go)
+
+def _shards_of(
+    index: ShardIndex | None, receipts: Mapping[int, ShardReceipt]
+) -> dict[int, ShardEntry]:
+    if index is not None:
+        return {number_of(entry.file): entry for entry in index.shards}
+    return {n: receipt.shard for n, receipt in receipts.items() if receipt.shard is not None}
+
+
+def _summary(index: ShardIndex) -> str:
+    text = f"{index.num_samples:,} images in {index.num_classes:,} classes"
+    if index.latents is not None:
+        text += f", latents {index.latents.latent_shape}"
+    if index.num_skipped:
+        text += f"; {index.num_skipped:,} images left out ({SKIPPED_NAME})"
+    return text

@@ -1,6 +1,6 @@
 """The second pass: encodes the images of finished shards, shard by shard."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +8,13 @@ from torch import Tensor
 
 from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.data.contents import check_contents
-from srepa_ds.data.latent_file import write_latents
-from srepa_ds.data.prepared_folder import LatentReceipt, PreparedFolder
+from srepa_ds.data.headers import rows_of
+from srepa_ds.data.latent_file import latent_forms, write_latents
+from srepa_ds.data.prepared_folder import PreparedFolder
+from srepa_ds.data.receipts import LatentReceipt
+from srepa_ds.data.shard_file import number_of
 from srepa_ds.data.shard_index import LatentDescription
 from srepa_ds.data.shards import ShardDataset
-from srepa_ds.distributed.heartbeat import moved
 
 
 @dataclass(frozen=True)
@@ -25,38 +27,49 @@ class LatentPass:
     described: LatentDescription
     batch_size: int
 
-    def write(self, numbers: Iterable[int]) -> Iterator[int]:
+    def write(self, numbers: Iterable[int]) -> Generator[int, None, None]:
         """Writes the latents of shards `numbers`; yields how many images were encoded each time.
 
         Raises OutputError, and DataError for a damaged shard or latents that are not finite.
         """
+        entries = self.dataset.index.shards
+        places = {number_of(entry.file): place for place, entry in enumerate(entries)}
         for number in numbers:
-            entry = self.dataset.index.shards[number]
-            # The file will say that it holds the latents of these contents.
-            check_contents(self.dataset.indexed_files[number])
-            plain: list[Tensor] = []
-            mirrored: list[Tensor] = []
-            for samples in self._batches(number):
-                images = self.dataset.read(samples).pixels
-                plain.append(self.codec.moments(images).cpu())
-                if self.described.mirrored:
-                    mirrored.append(self.codec.moments(images.flip(3)).cpu())
-                moved()
-                yield len(samples)
-            latents = write_latents(
-                self.folder.folder,
-                number,
-                self.described,
-                torch.cat(plain),
-                torch.cat(mirrored) if mirrored else None,
-                shard_sha256=entry.sha256,
-                concurrent=self.folder.is_shared,
-            )
-            receipt = LatentReceipt(latents=latents, described=self.described)
-            self.folder.note_latents(number, receipt)
+            yield from self._write(number, places[number])
 
-    def _batches(self, number: int) -> tuple[Tensor, ...]:
+    def _write(self, number: int, place: int) -> Generator[int, None, None]:
+        """Writes the latents of shard `number`, which is at `place` in the index."""
+        # The file will say that it holds the latents of these contents.
+        check_contents(self.dataset.indexed_files[place])
+        entry = self.dataset.index.shards[place]
+        # In the precision that is stored: that is all that is kept of a shard in memory.
+        rows = rows_of(latent_forms(self.described, entry.num_samples))
+        latents = {name: row.empty(entry.num_samples) for name, row in rows.items()}
+        done = 0
+        for samples in self._batches(place):
+            self._encode(samples, {name: whole[done:] for name, whole in latents.items()})
+            done += len(samples)
+            yield len(samples)
+        written = write_latents(
+            self.folder.folder,
+            number,
+            self.described,
+            latents["moments"],
+            latents.get("moments_mirrored"),
+            shard_sha256=entry.sha256,
+            concurrent=self.folder.is_shared,
+        )
+        receipt = LatentReceipt(latents=written, described=self.described)
+        self.folder.note_latents(number, receipt)
+
+    def _encode(self, samples: Tensor, room: dict[str, Tensor]) -> None:
+        images = self.dataset.read(samples).pixels
+        room["moments"][: len(images)] = self.codec.moments(images)
+        if "moments_mirrored" in room:
+            room["moments_mirrored"][: len(images)] = self.codec.moments(images.flip(3))
+
+    def _batches(self, place: int) -> tuple[Tensor, ...]:
         """Returns the samples of a shard in batches, the same for any number of ranks."""
         counts = [entry.num_samples for entry in self.dataset.index.shards]
-        start = sum(counts[:number])
-        return torch.arange(start, start + counts[number]).split(self.batch_size)
+        start = sum(counts[:place])
+        return torch.arange(start, start + counts[place]).split(self.batch_size)

@@ -31,6 +31,11 @@ class Part:
         """Pieces of the source; each becomes a shard unless none of its images can be read."""
         return -(-len(self.indices) // self.images_per_shard)
 
+    def num_images(self, number: int) -> int:
+        """Returns the number of samples in one piece."""
+        start = number * self.images_per_shard
+        return min(self.images_per_shard, len(self.indices) - start)
+
     def of_shard(self, number: int) -> list[int]:
         """Returns the source's samples in one piece."""
         start = number * self.images_per_shard

@@ -6,6 +6,7 @@ import torch
 
 from srepa_ds.data.images import image_grid
 from srepa_ds.data.prepared_folder import PreparedFolder
+from srepa_ds.data.shard_index import ShardIndex
 from srepa_ds.data.shards import Parts, ShardDataset
 
 PREVIEW_NAME = "preview.png"
@@ -14,11 +15,11 @@ _IMAGES = 200
 _PIXELS = 1200
 
 
-def write_preview(folder: PreparedFolder) -> None:
+def write_preview(folder: PreparedFolder, index: ShardIndex) -> None:
     """Writes images that are spread evenly over the data set; none if it holds only latents."""
-    dataset = ShardDataset(folder.folder, parts=Parts(moments=False))
-    if dataset.index.pixels is None:
+    if index.pixels is None:
         return
+    dataset = ShardDataset(folder.folder, parts=Parts(moments=False), index=index)
     count = min(_IMAGES, len(dataset))
     images = dataset.read(torch.arange(count) * len(dataset) // count).pixels
     scale = max(1, _PIXELS // (_COLUMNS * images.shape[3]))

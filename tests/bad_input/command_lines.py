@@ -31,7 +31,6 @@ CASES = [
     Case("demo of a number of images", nothing, "demo --images 1.5", ("--images", "valid integer")),
     Case("demo with a seed of text", nothing, "demo --seed lucky", ("--seed", "valid integer")),
     Case("demo of no mode", nothing, "demo --mode", ("--mode", "requires an argument")),
-    Case("images prepared on ranks", nothing, "prepare CONFIG --ranks 2", ("needs --teacher",)),
     Case("sampling on no ranks", nothing, "sample CONFIG --ranks 0",
          ("--ranks must be at least 1",)),
     Case("storing tokens on no ranks", nothing, "prepare --teacher CONFIG --ranks -1",

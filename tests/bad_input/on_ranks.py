@@ -4,6 +4,8 @@ from bad_input.arrangements import exported, misspelt_keys, nothing, trained
 from bad_input.case import Case
 
 CASES = [
+    Case("an experiment prepared on ranks", nothing, "prepare CONFIG --ranks 2",
+         ("kind 'experiment', not 'prepare'", "srepa-ds train")),
     Case("more ranks than images", exported, "sample CONFIG sample.num_samples=1 --ranks 2",
          ("2 ranks cannot share 1 image", "raise num_samples")),
     Case("a batch that ranks cannot share", nothing, "train CONFIG train.batch_size=15 --ranks 2",

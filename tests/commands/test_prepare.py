@@ -149,7 +149,9 @@ def test_a_shard_that_no_memory_holds_is_refused_before_anything_is_written(tmp_
     monkeypatch.setattr(os, "sysconf", memory.__getitem__)
     with pytest.raises(ConfigError, match=r"samples_per_shard: a shard of 500 images of 2000 px"):
         prepare(config_for(tmp_path / "new", image_size=2000))
-    with pytest.raises(ConfigError, match=r"takes 6 GB, and this .* 4 GB; set it to at most 59"):
+    with pytest.raises(
+        ConfigError, match=r"takes 7.2 GB of memory, and this .* 4.3 GB; set it to at most 149"
+    ):
         prepare(config_for(tmp_path / "new", image_size=2000))
     memory["SC_PHYS_PAGES"] = 1 << 10
     with pytest.raises(ConfigError, match="choose a smaller image_size"):
