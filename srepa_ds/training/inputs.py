@@ -17,6 +17,7 @@ from srepa_ds.data.contents import (
     are_small,
     check_contents,
 )
+from srepa_ds.data.mirror import check_mirror
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.data.token_store import TokenStore
 from srepa_ds.distributed import ranks
@@ -127,6 +128,8 @@ def _check_attention(config: Config, rank: Rank) -> None:
 def _open_images(config: Config, codec: LatentCodec) -> ShardDataset:
     """Returns the images to train on; raises DataError unless they fit the model."""
     dataset = ShardDataset(config.data.folder)
+    if config.data.mirror:
+        check_mirror(dataset)
     latent_shape = codec.latent_shape(dataset.image_shape)
     if latent_shape != config.model.latent_shape:
         raise DataError(
