@@ -18,9 +18,10 @@ from pydantic import Field
 from torch import Tensor
 
 from srepa_ds.data.batch import Batch
+from srepa_ds.data.packed import PackedBatch
 from srepa_ds.data.reading import Reading, default_threads
 from srepa_ds.data.shards import ShardDataset
-from srepa_ds.data.worker import Rows, end_with_rank, fault_of_workers
+from srepa_ds.data.worker import Delivered, Rows, end_with_rank, fault_of_workers
 from srepa_ds.errors import DataError
 from srepa_ds.noise import NoiseStream, bits
 from srepa_ds.schema import MayChange, Section
@@ -135,7 +136,7 @@ class BatchLoader:
         self._accumulation = accumulation
         self._start_position = start_position
         self._delivered = 0
-        self._batches: Iterator[Batch | DataError] | None = None
+        self._batches: Iterator[Delivered] | None = None
 
     @property
     def position(self) -> int:
@@ -163,7 +164,7 @@ class BatchLoader:
         """Ends the workers; the next batch would start them again."""
         self._batches = None
 
-    def _next_of(self, batches: Iterator[Batch | DataError]) -> Batch:
+    def _next_of(self, batches: Iterator[Delivered]) -> Batch:
         """Returns the next batch; raises DataError if it cannot be read or a worker has died."""
         try:
             batch = next(batches)
@@ -173,19 +174,19 @@ class BatchLoader:
             raise DataError(fault_of_workers(error)) from error
         if isinstance(batch, DataError):
             raise batch
-        return batch
+        return batch.unpacked() if isinstance(batch, PackedBatch) else batch
 
     @property
     def _samples_per_micro_step(self) -> int:
         return self._micro_batch_size * self._world_size
 
-    def _transport(self) -> Iterator[Batch | DataError]:
+    def _transport(self) -> Iterator[Delivered]:
         # Imported here because it imports all of torch's data loading.
         from torchdata.stateful_dataloader import StatefulDataLoader
 
         workers = self._config.num_workers
         if workers:
-            self._dataset.keep_tables()
+            self._dataset.make_ready()
         rows = Rows(self._dataset, mirror_seed=self._seed if self._config.mirror else None)
         with warnings.catch_warnings():
             # torchdata 0.11 calls torch.set_vital, which torch has deprecated.

@@ -53,6 +53,12 @@ def decode_into(
     np.copyto(room.numpy(), pixels)
 
 
+def import_decoder(form: str) -> None:
+    """Imports what `decode_into` needs for `form`."""
+    if form == "webp":
+        import torchvision.io  # noqa: F401
+
+
 def _webp_pixels(contents: Tensor) -> ndarray:
     # Imported here because it takes a second. It needs 1.06 ms (256 px) and 3.9 ms (512 px), where
     # Pillow needs 1.12 and 5.6.

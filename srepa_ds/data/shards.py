@@ -19,7 +19,7 @@ from srepa_ds.data.batch import Batch
 from srepa_ds.data.contents import IndexedFile, are_small, check_contents
 from srepa_ds.data.headers import rows_of
 from srepa_ds.data.latent_file import check_latents, indexed_latents, latent_forms
-from srepa_ds.data.pixels import decode_into
+from srepa_ds.data.pixels import decode_into, import_decoder
 from srepa_ds.data.reading import Reading
 from srepa_ds.data.sample_files import Row, SampleFiles
 from srepa_ds.data.shard_file import check_labels, check_shard, indexed_shards, shard_forms
@@ -141,13 +141,15 @@ class ShardDataset:
         other._token_stores = tuple(s and s.read_by(reading) for s in self._token_stores)
         return other
 
-    def keep_tables(self) -> None:
-        """Reads labels and the places of images into memory, 16 bytes a sample; raises DataError.
+    def make_ready(self) -> None:
+        """Loads what processes forked afterwards can share; raises DataError.
 
-        Processes forked afterwards share them.
+        That is the decoder, the labels and the places of images: 16 bytes a sample.
         """
         is_encoded = self._reads_images and self.index.pixels != "raw"
         self._files.keep("labels", *(["image_ends"] if is_encoded else []))
+        if is_encoded:
+            import_decoder(str(self.index.pixels))
 
     def compare_if_small(self) -> None:
         """Compares the shards with the index if that takes a moment, and says so otherwise.

@@ -7,6 +7,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from srepa_ds.data.batch import Batch
 from srepa_ds.data.mirror import is_mirrored
+from srepa_ds.data.packed import PackedBatch, packed
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed.launcher import die_with_parent
 from srepa_ds.distributed.signals import leave_signals_to_parent
@@ -33,7 +34,11 @@ def fault_of_workers(error: Exception) -> str:
     )
 
 
-class Rows(Dataset[Batch | DataError]):
+Delivered = Batch | PackedBatch | DataError
+"""A batch of this process, one of a worker, or why there is none."""
+
+
+class Rows(Dataset[Delivered]):
     """A shard data set addressed by whole micro batches."""
 
     def __init__(self, dataset: ShardDataset, *, mirror_seed: int | None = None):
@@ -41,13 +46,13 @@ class Rows(Dataset[Batch | DataError]):
         self._dataset = dataset
         self._mirror_seed = mirror_seed
 
-    def __getitem__(self, index: tuple[list[int], list[int]]) -> Batch | DataError:
+    def __getitem__(self, index: tuple[list[int], list[int]]) -> Delivered:
         samples, positions = (torch.tensor(numbers) for numbers in index)
         seed = self._mirror_seed
         mirrored = None if seed is None else is_mirrored(seed, positions)
         try:
             batch = self._dataset.read(samples, positions=positions, mirrored=mirrored)
-            return batch.shared() if get_worker_info() else batch
+            return packed(batch) if get_worker_info() else batch
         except DataError as error:
             # As a value: torch would put a worker's traceback into the message of what it raises.
             return error
