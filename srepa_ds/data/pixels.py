@@ -60,14 +60,15 @@ def import_decoder(form: str) -> None:
 
 
 def _webp_pixels(contents: Tensor) -> ndarray:
-    # Imported here because it takes a second. It needs 1.06 ms (256 px) and 3.9 ms (512 px), where
-    # Pillow needs 1.12 and 5.6.
-    from torchvision.io import ImageReadMode, decode_webp
-
+    # 1.06 ms (256 px) and 3.9 ms (512 px), where Pillow needs 1.12 and 5.6.
     try:
+        # Imported here because it takes a second.
+        from torchvision.io import ImageReadMode, decode_webp
+
         return decode_webp(contents, ImageReadMode.RGB).numpy()
-    except RuntimeError:
-        # Pillow says what is wrong; and torchvision may have been built without WebP.
+    except (ImportError, RuntimeError):
+        # Pillow says what is wrong. Also, torchvision may have been built without WebP, and 0.29
+        # announces that its decoders will go.
         return _pillow_pixels(contents, "WEBP")
 
 
