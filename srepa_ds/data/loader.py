@@ -36,7 +36,10 @@ class DataConfig(Section):
     folder: Annotated[Path, MayChange]
     """A folder of shards, as `srepa-ds prepare` writes it."""
     num_workers: Annotated[int, MayChange] = Field(default=0, ge=0)
-    """Processes per rank that read and decode ahead; with 0 the training process does it."""
+    """Processes per rank that read and decode ahead; with 0 the training process does it. One
+    worker decodes about 600 images of 256 px (WebP) per second or 180 of 512 px, so 2 feed a GPU
+    that trains on 450 of 256 px. Raw pixels and latents alone need none: the training process
+    reads thousands per second."""
     prefetch_batches: Annotated[int, MayChange] = Field(default=4, ge=1)
     """Micro batches that each worker keeps ready."""
     mirror: bool = False
