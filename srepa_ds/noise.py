@@ -39,6 +39,7 @@ class NoiseStream(IntEnum):
     SAMPLE_CLS_STEP = 10
     DATA_ORDER = 11
     AUGMENTATION = 12
+    MIRROR = 13
 
 
 def philox(counter: Words, key: tuple[int, int]) -> Words:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from srepa_ds.alignment.alignment import AlignmentConfig
 from srepa_ds.codec.config import CodecConfig
 from srepa_ds.config.sections import EngineConfig, EvaluateConfig, MonitorConfig, TrainConfig
+from srepa_ds.data.loader import DataConfig
 from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.model.precision import PRECISIONS
 from srepa_ds.model.variants import SiTConfig
@@ -91,6 +92,19 @@ def _weights_are_available(alignments: tuple[AlignmentConfig, ...]) -> Iterator[
             yield Fault(f"alignments.{number}.teacher.{fault.path}", fault.message)
 
 
+def _mirrored_pixels_reach_the_teachers(
+    data: DataConfig, alignments: tuple[AlignmentConfig, ...]
+) -> Iterator[Fault]:
+    """Stored tokens are those of the images as they are."""
+    for number, alignment in enumerate(alignments):
+        if data.mirror and alignment.stored_tokens is not None:
+            yield Fault(
+                "data.mirror",
+                f"alignments.{number}.stored_tokens are tokens of images that are not mirrored; "
+                "set data.mirror to false, or run the teacher in training (stored_tokens: null)",
+            )
+
+
 def _extractor_is_available(evaluate: EvaluateConfig | None) -> Iterator[Fault]:
     fault = evaluate.extractor.weights_fault() if evaluate else None
     if fault is not None:
@@ -160,6 +174,7 @@ CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {
         _tokens_form_pairs,
     ),
     ("model", "engine"): (_checkpointing_finds_a_block,),
+    ("data", "alignments"): (_mirrored_pixels_reach_the_teachers,),
     ("alignments",): (_weights_are_available,),
     ("evaluate",): (_extractor_is_available,),
     ("monitor", "evaluate"): (_monitor_has_a_reference,),

@@ -50,15 +50,12 @@ class Batch:
         """Returns the batch in page-locked memory; the data loader's pinning calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def shared(self) -> "Batch":
-        """Returns the batch in memory that other processes can map.
-
-        Raises RuntimeError if /dev/shm is full.
-        """
-        return self._map(lambda tensor: tensor.share_memory_())
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Returns the batch's own tensors that are present, by field; not the teachers' tokens."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in own.items() if isinstance(value, Tensor)}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: change(v) for name, v in own.items() if isinstance(v, Tensor)}
+        moved = {name: change(tensor) for name, tensor in self.named_tensors().items()}
         tokens = tuple(t if t is None else t.map(change) for t in self.teacher_tokens)
         return replace(self, **moved, teacher_tokens=tokens)

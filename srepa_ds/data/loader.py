@@ -4,7 +4,6 @@ The position of training in the data is one integer, the global sample counter. 
 on the number of ranks nor on that of workers, so a run can resume with other numbers of both.
 """
 
-import shutil
 import signal
 import threading
 import warnings
@@ -17,12 +16,12 @@ import torch
 from jaxtyping import Int64
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
 
 from srepa_ds.data.batch import Batch
+from srepa_ds.data.packed import PackedBatch
+from srepa_ds.data.reading import Reading, default_threads
 from srepa_ds.data.shards import ShardDataset
-from srepa_ds.distributed.launcher import die_with_parent
-from srepa_ds.distributed.signals import leave_signals_to_parent
+from srepa_ds.data.worker import Delivered, Rows, end_with_rank, fault_of_workers
 from srepa_ds.errors import DataError
 from srepa_ds.noise import NoiseStream, bits
 from srepa_ds.schema import MayChange, Section
@@ -37,9 +36,26 @@ class DataConfig(Section):
     folder: Annotated[Path, MayChange]
     """A folder of shards, as `srepa-ds prepare` writes it."""
     num_workers: Annotated[int, MayChange] = Field(default=0, ge=0)
-    """Processes per rank that read ahead; with 0 the training process reads."""
+    """Processes per rank that read and decode ahead; with 0 the training process does it. One
+    worker decodes about 600 images of 256 px (WebP) per second or 180 of 512 px, so 2 feed a GPU
+    that trains on 450 of 256 px. Raw pixels and latents alone need none: the training process
+    reads thousands per second."""
     prefetch_batches: Annotated[int, MayChange] = Field(default=4, ge=1)
     """Micro batches that each worker keeps ready."""
+    mirror: bool = False
+    """Mirrors each sample left to right or not, by a coin of its own in each epoch. The published
+    recipes of REPA do not mirror. Stored latents need `latents.mirrored` when they are prepared;
+    with stored teacher tokens it cannot be had."""
+    read_threads: Annotated[int | None, MayChange] = Field(default=None, ge=1, le=64)
+    """Reads under way at once in each process; null: 1 on local disks, 8 on network file systems,
+    where each read waits for an answer."""
+    read_attempts: Annotated[int, MayChange] = Field(default=3, ge=1, le=20)
+    """Attempts at a read that fails as network disks may do for a moment (EIO, ESTALE, ETIMEDOUT,
+    EAGAIN), after waits of 1, 2, ... seconds."""
+
+    def reading(self) -> Reading:
+        """Returns how a process reads the files."""
+        return Reading(self.read_threads or default_threads(self.folder), self.read_attempts)
 
 
 def epoch_permutation(seed: int, epoch: int, num_samples: int) -> Int64[Tensor, " samples"]:
@@ -115,7 +131,7 @@ class BatchLoader:
         start_position: int = 0,
     ):
         self._config = config
-        self._dataset = dataset
+        self._dataset = dataset.read_by(config.reading())
         self._seed = seed
         self._micro_batch_size = micro_batch_size
         self._rank = rank
@@ -123,7 +139,7 @@ class BatchLoader:
         self._accumulation = accumulation
         self._start_position = start_position
         self._delivered = 0
-        self._batches: Iterator[Batch | DataError] | None = None
+        self._batches: Iterator[Delivered] | None = None
 
     @property
     def position(self) -> int:
@@ -151,36 +167,39 @@ class BatchLoader:
         """Ends the workers; the next batch would start them again."""
         self._batches = None
 
-    def _next_of(self, batches: Iterator[Batch | DataError]) -> Batch:
+    def _next_of(self, batches: Iterator[Delivered]) -> Batch:
         """Returns the next batch; raises DataError if it cannot be read or a worker has died."""
         try:
             batch = next(batches)
         except (RuntimeError, OSError, EOFError) as error:
             if not self._config.num_workers:
                 raise
-            raise DataError(_fault_of_workers(error)) from error
+            raise DataError(fault_of_workers(error)) from error
         if isinstance(batch, DataError):
             raise batch
-        return batch
+        return batch.unpacked() if isinstance(batch, PackedBatch) else batch
 
     @property
     def _samples_per_micro_step(self) -> int:
         return self._micro_batch_size * self._world_size
 
-    def _transport(self) -> Iterator[Batch | DataError]:
+    def _transport(self) -> Iterator[Delivered]:
         # Imported here because it imports all of torch's data loading.
         from torchdata.stateful_dataloader import StatefulDataLoader
 
         workers = self._config.num_workers
+        if workers:
+            self._dataset.make_ready()
+        rows = Rows(self._dataset, mirror_seed=self._seed if self._config.mirror else None)
         with warnings.catch_warnings():
             # torchdata 0.11 calls torch.set_vital, which torch has deprecated.
             warnings.filterwarnings("ignore", message=".*set_vital.*")
             loader = StatefulDataLoader(
-                _Rows(self._dataset),
+                rows,
                 batch_size=None,
                 sampler=self._requests(),
                 num_workers=workers,
-                worker_init_fn=_end_with_rank,
+                worker_init_fn=end_with_rank,
                 prefetch_factor=self._config.prefetch_batches if workers else None,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),
@@ -199,11 +218,6 @@ class BatchLoader:
         )
 
 
-def _end_with_rank(_number: int) -> None:
-    leave_signals_to_parent()
-    die_with_parent()
-
-
 @contextmanager
 def _death_told_at_next() -> Iterator[None]:
     """Keeps torch from interrupting this process, wherever it is, when a worker dies.
@@ -217,20 +231,6 @@ def _death_told_at_next() -> Iterator[None]:
     before = signal.getsignal(signal.SIGCHLD)
     yield
     signal.signal(signal.SIGCHLD, before)
-
-
-def _fault_of_workers(error: Exception) -> str:
-    """Returns what happened to a worker, and what to do."""
-    reason = str(error).split("\n")[0].strip()
-    text = f"a data worker has failed ({reason})"
-    try:
-        room = shutil.disk_usage("/dev/shm").total
-    except OSError:
-        return f"{text}; look at the log above, or set data.num_workers=0"
-    return (
-        f"{text}; workers pass batches through /dev/shm, which has {room / 2**20:.4g} MiB in all: "
-        "raise it (docker run --shm-size=8g), or set data.num_workers=0"
-    )
 
 
 class _Requests:
@@ -249,27 +249,3 @@ class _Requests:
             # Lists, because a tensor would travel to a worker through a file descriptor.
             yield self._order.sample_at(positions).tolist(), positions.tolist()
             start += self._stride
-
-
-class _Rows(Dataset[Batch | DataError]):
-    """A shard data set addressed by whole micro batches."""
-
-    def __init__(self, dataset: ShardDataset):
-        self._dataset = dataset
-
-    def __getitem__(self, index: tuple[list[int], list[int]]) -> Batch | DataError:
-        samples, positions = index
-        try:
-            batch = self._dataset.read(torch.tensor(samples), positions=torch.tensor(positions))
-            return batch.shared() if get_worker_info() else batch
-        except DataError as error:
-            # As a value: torch would put a worker's traceback into the message of what it raises.
-            return error
-        except (RuntimeError, MemoryError) as error:
-            if not get_worker_info():
-                raise
-            # Sharing fails here and not, without a word, in the thread that passes batches on.
-            return DataError(_fault_of_workers(error))
-
-    def __len__(self) -> int:
-        return len(self._dataset)

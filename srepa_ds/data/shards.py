@@ -4,20 +4,23 @@ A folder holds `shard-00000.safetensors`, ..., perhaps `latents-00000.safetensor
 `index.json`, which is written last: a folder without one is not a data set.
 """
 
+import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int64, UInt8
+from PIL import Image
 from torch import Tensor
 
 from srepa_ds.data.batch import Batch
 from srepa_ds.data.contents import IndexedFile, are_small, check_contents
 from srepa_ds.data.headers import rows_of
 from srepa_ds.data.latent_file import check_latents, indexed_latents, latent_forms
-from srepa_ds.data.pixels import decoded_pixels
+from srepa_ds.data.pixels import decode_into, import_decoder
+from srepa_ds.data.reading import Reading
 from srepa_ds.data.sample_files import Row, SampleFiles
 from srepa_ds.data.shard_file import check_labels, check_shard, indexed_shards, shard_forms
 from srepa_ds.data.shard_index import LatentIndex, ShardIndex, again, read_index
@@ -110,14 +113,12 @@ class ShardDataset:
         Where `mirrored`, the sample is that of the image mirrored left to right. Raises IndexError
         outside [0, len), and DataError for a file that can no longer be read.
         """
-        wanted = {"labels", "images"} if self._reads_images else {"labels"}
-        found = self._files.gather(indices, names=wanted)
         moments = None if self._latents is None else self._moments(self._latents, indices, mirrored)
         return Batch(
-            images=self._images(found, indices, mirrored) if self._reads_images else None,
+            images=self._images(indices, mirrored) if self._reads_images else None,
             moments=moments,
             latent_values=self.latents.values if self.latents else "moments",
-            labels=found["labels"],
+            labels=self._files.kept(indices, "labels"),
             sample_ids=indices,
             positions=indices if positions is None else positions,
             teacher_tokens=tuple(s if s is None else s.read(indices) for s in self._token_stores),
@@ -130,7 +131,26 @@ class ShardDataset:
         """
         if self.index.version == 1:
             return [str(number) for number in indices.tolist()]
-        return [key.decode(errors="replace") for key in self._files.blobs(indices, "key")]
+        blobs = self._files.blobs(indices, "key")
+        return [blob.numpy().tobytes().decode(errors="replace") for blob in blobs]
+
+    def read_by(self, reading: Reading) -> "ShardDataset":
+        """Returns the same data set, with its own open files, read in another way."""
+        other = copy.copy(self)
+        other._files = self._files.read_by(reading)
+        other._latents = self._latents and self._latents.read_by(reading)
+        other._token_stores = tuple(s and s.read_by(reading) for s in self._token_stores)
+        return other
+
+    def make_ready(self) -> None:
+        """Loads what processes forked afterwards can share; raises DataError.
+
+        That is the decoder, the labels and the places of images: 16 bytes a sample.
+        """
+        is_encoded = self._reads_images and self.index.pixels != "raw"
+        self._files.keep("labels", *(["image_ends"] if is_encoded else []))
+        if is_encoded:
+            import_decoder(str(self.index.pixels))
 
     def compare_if_small(self) -> None:
         """Compares the shards with the index if that takes a moment, and says so otherwise.
@@ -179,12 +199,12 @@ class ShardDataset:
         return SampleFiles(files, counts, rows_of(latent_forms(latents, counts[0])))
 
     def _images(
-        self,
-        found: Mapping[str, Tensor],
-        indices: Int64[Tensor, " batch"],
-        mirrored: Bool[Tensor, " batch"] | None,
+        self, indices: Int64[Tensor, " batch"], mirrored: Bool[Tensor, " batch"] | None
     ) -> UInt8[Tensor, "batch 3 height width"]:
-        images = found["images"] if "images" in found else self._decoded(indices)
+        if self.index.pixels == "raw":
+            images = self._files.gather(indices, names={"images"})["images"]
+        else:
+            images = self._decoded(indices)
         if mirrored is not None:
             images[mirrored] = images[mirrored].flip(3)
         return images
@@ -192,17 +212,14 @@ class ShardDataset:
     def _decoded(self, indices: Int64[Tensor, " batch"]) -> UInt8[Tensor, "batch 3 height width"]:
         images = Row(torch.uint8, self.image_shape).empty(len(indices))
         contents = self._files.blobs(indices, "image")
-        for image, blob, index in zip(images, contents, indices.tolist(), strict=True):
+        for room, blob, index in zip(images, contents, indices.tolist(), strict=True):
             try:
-                pixels = torch.from_numpy(decoded_pixels(blob).copy()).permute(2, 0, 1)
-                if pixels.shape != image.shape:
-                    raise ValueError(f"it has the shape {tuple(pixels.shape)}")
-            except (OSError, ValueError) as error:
+                decode_into(room, blob, str(self.index.pixels))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise DataError(
                     f"{self.folder}: the image of sample {index} cannot be decoded ({error}); "
                     f"{again(self.folder)}"
                 ) from error
-            image.copy_(pixels)
         return images
 
     def _moments(

@@ -1,5 +1,6 @@
 """Reads a store of teacher tokens: files beside the shards, one per shard."""
 
+import copy
 from pathlib import Path
 
 from jaxtyping import Int64
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from srepa_ds.data.contents import IndexedFile, check_contents
 from srepa_ds.data.headers import Header, Kind, check_header, read_header, rows_of
+from srepa_ds.data.reading import Reading
 from srepa_ds.data.sample_files import SampleFiles
 from srepa_ds.data.shard_index import ShardIndex
 from srepa_ds.data.stored_files import StoredFile
@@ -37,6 +39,12 @@ class TokenStore:
     def width(self) -> int:
         """Channels of a token."""
         return self.index.width
+
+    def read_by(self, reading: Reading) -> "TokenStore":
+        """Returns the same store, with its own open files, read in another way."""
+        other = copy.copy(self)
+        other._files = self._files.read_by(reading)
+        return other
 
     def check_fits(self, shards: ShardIndex, folder: Path) -> None:
         """Checks that these are tokens of the images in `folder`; raises DataError."""

@@ -17,6 +17,7 @@ from srepa_ds.data.contents import (
     are_small,
     check_contents,
 )
+from srepa_ds.data.mirror import check_mirror
 from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.data.token_store import TokenStore
 from srepa_ds.distributed import ranks
@@ -129,6 +130,8 @@ def _check_attention(config: Config, rank: Rank) -> None:
 def _open_samples(config: Config, codec: LatentCodec) -> ShardDataset:
     """Returns the data to train on; raises DataError unless they fit the codec and the model."""
     dataset = ShardDataset(config.data.folder)
+    if config.data.mirror and codec.reads_moments:
+        check_mirror(dataset)
     latent_shape = fitting_latent_shape(dataset, codec)
     if latent_shape != config.model.latent_shape:
         raise DataError(

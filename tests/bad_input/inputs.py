@@ -97,6 +97,12 @@ CASES = [
     Case("fetching weights that nobody publishes", nothing,
          'fetch CONFIG alignments.0.teacher={{"name":"mocov3-vit-b"}}',
          ("alignments.0.teacher.weights: timm publishes no weights",)),
+    Case("mirrored images with stored tokens", nothing,
+         "train CONFIG data.mirror=true alignments.0.stored_tokens=bf16",
+         ("data.mirror: alignments.0.stored_tokens are tokens of images that are not mirrored",
+          "set data.mirror to false")),
+    Case("no read at all", nothing, "train CONFIG data.read_attempts=0",
+         ("data.read_attempts", "greater than or equal to 1")),
     # What a run begins with.
     Case("weights to begin with that are not there", nothing,
          "train CONFIG run.folder={folder}/runs/new train.init_from.path=nowhere.pt",

@@ -113,8 +113,9 @@ def test_a_disk_that_fails_is_named(folder, monkeypatch):
 
     dataset = ShardDataset(folder)
     monkeypatch.setattr(os, "preadv", fail)
+    monkeypatch.setattr(stored_files, "_WAIT_SECONDS", 0.001)
     with pytest.raises(
-        DataError, match=rf"{shard_name(1)}: cannot be read any more \(Input/output"
+        DataError, match=rf"{shard_name(1)}: cannot be read any more in 3 attempts \(Input/output"
     ):
         dataset.read(torch.tensor([3]))
 
