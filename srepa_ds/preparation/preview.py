@@ -1,6 +1,7 @@
 """The picture of a data set that lies beside its shards."""
 
 import io
+from math import prod
 
 import torch
 
@@ -13,6 +14,8 @@ PREVIEW_NAME = "preview.png"
 _COLUMNS = 20
 _IMAGES = 200
 _PIXELS = 1200
+# 200 images of 256 px; of larger ones there are fewer.
+_MOST_BYTES = 40_000_000
 
 
 def write_preview(folder: PreparedFolder, index: ShardIndex) -> None:
@@ -20,7 +23,8 @@ def write_preview(folder: PreparedFolder, index: ShardIndex) -> None:
     if index.pixels is None:
         return
     dataset = ShardDataset(folder.folder, parts=Parts(moments=False), index=index)
-    count = min(_IMAGES, len(dataset))
+    fitting = max(1, _MOST_BYTES // prod(index.image_shape))
+    count = min(_IMAGES, fitting, len(dataset))
     images = dataset.read(torch.arange(count) * len(dataset) // count).pixels
     scale = max(1, _PIXELS // (_COLUMNS * images.shape[3]))
     contents = io.BytesIO()
