@@ -24,7 +24,7 @@ def arrow() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(
-            "the source 'parquet' needs pyarrow; install the extra: pip install 'srepa_ds[data]'"
+            "the source 'parquet' needs pyarrow; install the extra: pip install 'srepa_ds[parquet]'"
         ) from error
     return pyarrow
 
