@@ -8,7 +8,13 @@ from srepa_ds.console import Progress, duration
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.2, "0 s"), (119, "119 s"), (150, "2 min"), (7100, "118 min"), (11_100, "3 h 5 min")],
+    [
+        (0.2, "0 s"),
+        (119.0, "119 s"),
+        (150.0, "2 min"),
+        (7100.0, "118 min"),
+        (11_100.0, "3 h 5 min"),
+    ],
 )
 def test_durations_are_for_people(seconds, text):
     assert duration(seconds) == text

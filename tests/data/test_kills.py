@@ -57,7 +57,8 @@ class MeanCodec(IdentityCodec):
         return torch.cat((means, torch.ones_like(means)), dim=1)
 
 
-@pytest.mark.parametrize(("first", "step"), [(1, 3), (2, 3), (3, 3)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "step"), [(1, 9), (4, 9), (7, 9)])
 def test_a_folder_of_images_killed_at_any_moment_is_completed(monkeypatch, tmp_path, first, step):
     monkeypatch.setattr("srepa_ds.commands.prepare._codec", lambda config, rank: MeanCodec())
     tree = write_tree(tmp_path / "tree", num_images=9, broken=(4,))
