@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
 from PIL import Image
 
@@ -24,24 +23,6 @@ def write_tree(root: Path, *, num_images: int = 45, broken: tuple[int, ...] = ()
         if number in broken:
             path.write_bytes(path.read_bytes()[:40])
     return root
-
-
-def write_vae(folder: Path) -> Path:
-    """Writes an AutoencoderKL with random weights, as diffusers saves one."""
-    from diffusers import AutoencoderKL
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = AutoencoderKL(
-            block_out_channels=(4, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=2,
-        )
-    vae.save_pretrained(folder)
-    return folder
 
 
 def write_config(path: Path, tree: Path, output: Path, **changes: object) -> Path:

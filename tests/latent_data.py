@@ -67,4 +67,5 @@ def _add_latents(folder: Path, described: DatasetDescription, mirrored: bool) ->
         )
         start = numbers.stop
     whole = LatentIndex(**dict(latents), files=tuple(entries))
-    PreparedFolder(folder, described).add_latents(index, whole)
+    prepared = PreparedFolder(folder, described)
+    prepared.finish(prepared.index_of(index.shards, latents=whole))

@@ -4,6 +4,10 @@ from pathlib import Path
 
 import torch
 
+from srepa_ds.codec.config import CodecConfig
+from srepa_ds.codec.table import build_codec
+from srepa_ds.codec.vae import VaeCodec
+
 DOWNSAMPLING = 4
 CHANNELS = 4
 
@@ -25,6 +29,11 @@ def write_vae(
             vae.post_quant_conv.load_state_dict(other.post_quant_conv.state_dict())
     vae.save_pretrained(folder)
     return folder
+
+
+def opened(folder: Path, **settings) -> VaeCodec:
+    """Returns the codec of a VAE in a folder."""
+    return build_codec(CodecConfig(kind="vae", weights=folder, **settings))
 
 
 def _built(kind, seed: int, levels: int, config):

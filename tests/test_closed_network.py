@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from hub_stand_in import hub_stand_in
 from places import ROOT
 from safetensors.torch import save
+from small_vae import write_vae
 from teacher_models import SMALL, plain_encoder, scrambled
 
 from srepa_ds.data.shards import ShardDataset
@@ -76,17 +76,7 @@ def test_the_network_is_closed(closed):
 
 def vae_files(folder: Path) -> dict[str, bytes]:
     """Returns the files of a VAE that makes one place of 4 x 4 pixels."""
-    diffusers = pytest.importorskip("diffusers")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=(8, 8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            norm_num_groups=4,
-        )
-    vae.save_pretrained(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in write_vae(folder).iterdir()}
 
 
 def write_configurations(folder: Path) -> None:

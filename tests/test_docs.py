@@ -87,4 +87,4 @@ def test_the_data_are_read_as_the_guide_shows(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "data.md").read_text(), re.DOTALL)
     exec(block, {})
-    assert capsys.readouterr().out == "(32, 32) n01440764 (4, 8, 8) float16\n"
+    assert capsys.readouterr().out == "(32, 32) tench, Tinca tinca (4, 8, 8) float16\n"

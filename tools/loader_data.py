@@ -91,4 +91,5 @@ def _write_shards(folder: Path, size: int, samples: int, storage: str) -> None:
         )
         start = numbers.stop
     whole = LatentIndex(**dict(latents), files=tuple(entries))
-    PreparedFolder(folder, described).add_latents(index, whole)
+    prepared = PreparedFolder(folder, described)
+    prepared.finish(prepared.index_of(index.shards, latents=whole))

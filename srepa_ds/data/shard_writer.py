@@ -139,7 +139,7 @@ class ShardWriter:
         Raises OutputError if a full shard cannot be written.
         """
         stored = as_stored(image, self._folder.description)
-        self._samples.append(StoredSample(stored, label, key or str(self._num_added)))
+        self._samples.append(StoredSample(stored, label, key or f"{self._num_added:08d}"))
         self._num_added += 1
         if len(self._samples) == self._samples_per_shard:
             self._write_shard()

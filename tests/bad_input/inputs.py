@@ -41,7 +41,7 @@ CASES = [
          ("latents.codec.kind: 'identity' has no latents",)),
     # Verifying.
     Case("a VAE that is not there", nothing, "verify {folder}/shards --vae nowhere",
-         ("nowhere is neither a folder nor fetched",)),
+         ("nowhere: not a folder, and not the name of a repository",)),
     Case("a sheet below a file", nothing,
          "verify {folder}/shards --sheet {folder}/experiment.yaml/sheet.png",
          ("cannot write", "choose another path with --sheet")),

@@ -53,9 +53,9 @@ CASES = [
     Case("errors that are neither skipped nor fatal", nothing, f"{_DIGITS} on_error=ignore",
          ("on_error", "'fail' or 'skip'")),
     Case("neither pixels nor latents", no_pixels, _TREE,
-         ("pixels: the source 'image_folder' holds no latents", "webp, png or raw")),
+         ("pixels: null leaves nothing to store", "pixels: webp")),
     Case("latents that are pixels", pixels_as_latents, _TREE,
-         ("latents.codec.kind: 'identity' encodes no images; choose 'vae'",)),
+         ("latents.codec.kind: 'identity' has no latents", "choose 'vae'")),
     Case("latents of no VAE", no_weights, _TREE, ("none",)),
     Case("a dry run of latents of no VAE", no_weights, f"{_TREE} --dry-run", ("none",)),
     # The images and the output.

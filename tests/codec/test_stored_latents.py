@@ -37,7 +37,8 @@ def written(folder, shape, values, dtype):
             entries.append(write_shard(folder, number, samples, described))
             sha256 = entries[-1].sha256
             files.append(write_latents(folder, number, latents, part, None, shard_sha256=sha256))
-        prepared.write_index(entries, latents=LatentIndex(**dict(latents), files=tuple(files)))
+        whole = LatentIndex(**dict(latents), files=tuple(files))
+        prepared.finish(prepared.index_of(entries, latents=whole))
     return ShardDataset(folder), stored
 
 

@@ -8,8 +8,9 @@ from collections import namedtuple
 import pytest
 import torch
 from builders import contents
-from image_tree import config_of, write_tree, write_vae
+from image_tree import config_of, write_tree
 from ranks import run_function
+from small_vae import write_vae
 
 from srepa_ds.commands.prepare import dry_run, prepare
 from srepa_ds.data.prepared_folder import MARKER_NAME, SKIPPED_NAME, PreparedFolder
@@ -302,7 +303,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(tree, vae, tmp_path):
     for words in (
         "image_folder: 45 images in 3 classes (n0000, n0001, n0002)",
         "16 x 16 px, webp",
-        "moments of 4 x 8 x 8, fp16, by codec vae, mirrored ones too",
+        "moments of 4 x 4 x 4, fp16, by codec vae, mirrored ones too",
         "train: 36 images, 6 shards; 6 shards and 6 files of latents missing",
         "heldout: 9 images, 2 shards; 2 shards and 2 files of latents missing",
         "2 ranks, 3 threads each",
@@ -333,11 +334,12 @@ def test_estimates_of_raw_images_and_latents_are_what_is_written(tree, vae, tmp_
 
 
 def test_settings_that_write_nothing_or_cannot_encode_are_refused(tree, tmp_path):
-    changes = {"pixels": None, "latents": {"codec": {"kind": "identity"}}}
-    with pytest.raises(ConfigError, match="2 faults") as caught:
-        prepare(config_of(tmp_path / "p.yaml", tree, tmp_path / "out", **changes))
-    assert "pixels: the source 'image_folder' holds no latents" in str(caught.value)
-    assert "latents.codec.kind: 'identity' encodes no images" in str(caught.value)
+    for changes, message in (
+        ({"pixels": None}, "pixels: null leaves nothing to store"),
+        ({"latents": {"codec": {"kind": "identity"}}}, "latents.codec.kind: 'identity' has no"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prepare(config_of(tmp_path / "p.yaml", tree, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
 
 

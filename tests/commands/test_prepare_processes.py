@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from builders import contents
-from image_tree import config_of, write_config, write_tree, write_vae
+from image_tree import config_of, write_config, write_tree
 from places import ROOT
 from ranks import run_function
+from small_vae import write_vae
 
 from srepa_ds.commands.prepare import prepare
 

@@ -316,7 +316,7 @@ def test_the_command_line_stores_and_says_what_is_missing(world, capfd):
     for arguments, words in (
         (command, "nothing to store"),
         ([*command, INT8, "alignments.0.teacher.weights=none.pt"], "weights none.pt: No such file"),
-        (["prepare", str(world.config), "--ranks", "2"], "--ranks needs --teacher"),
+        (["prepare", str(world.config)], "this file is of kind 'experiment', not 'prepare'"),
     ):
         assert run(arguments) == 2
         assert words in capfd.readouterr().err

@@ -13,7 +13,7 @@ from foreign_data import SIZE, picture, write_lightningdit, write_repa
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_vae import opened, tiny_vae
+from small_vae import opened, write_vae
 
 from srepa_ds.cli import run
 from srepa_ds.commands.prepare import prepare
@@ -35,12 +35,12 @@ pytest.importorskip("diffusers")
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    return tiny_vae(tmp_path_factory.mktemp("vae"))
+    return write_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(scope="module")
 def other_vae(tmp_path_factory):
-    return tiny_vae(tmp_path_factory.mktemp("other"), seed=1)
+    return write_vae(tmp_path_factory.mktemp("other"), seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_latents_of_other_images_are_a_fault(data, vae, name, words):
 
 def test_another_vae_is_a_fault(data, other_vae, tmp_path):
     assert "its latents are of the codec {'kind': 'vae'" in faults_of(data, vae=other_vae)
-    with pytest.raises(DataError, match=r"nowhere is neither a folder nor fetched"):
+    with pytest.raises(DataError, match=r"nowhere: not a folder, and not the name of a repository"):
         verify(data, vae=tmp_path / "nowhere")
 
 

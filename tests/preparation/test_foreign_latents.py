@@ -10,7 +10,7 @@ from builders import contents
 from foreign_data import SIZE, picture, png, write_lightningdit, write_parquet, write_repa
 from PIL import Image
 from ranks import run_function
-from tiny_vae import opened, tiny_vae
+from small_vae import opened, write_vae
 
 from srepa_ds.codec.config import CodecConfig
 from srepa_ds.codec.table import build_codec
@@ -31,12 +31,12 @@ STORED = {"codec": {"kind": "stored"}, "dtype": "fp32"}
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    return tiny_vae(tmp_path_factory.mktemp("vae"))
+    return write_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(scope="module")
 def other_vae(tmp_path_factory):
-    return tiny_vae(tmp_path_factory.mktemp("other"), seed=1)
+    return write_vae(tmp_path_factory.mktemp("other"), seed=1)
 
 
 def encoded_by(vae, **settings):

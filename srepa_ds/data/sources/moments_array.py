@@ -1,7 +1,9 @@
 """NumPy files with the moments of one image, read without running code that they may contain."""
 
+import threading
+from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -16,12 +18,14 @@ _HEADER_READERS = {
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 
+_PARSING = threading.Lock()
+
 
 def shape_of_moments(path: Path) -> tuple[int, int, int]:
     """Returns the shape of the moments in a file, less a leading 1; raises DataError."""
     try:
         with path.open("rb") as file:
-            shape, _ = _header(file)
+            shape, _, _ = _header(file)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: {reason_of(error)}; write the file again") from error
     shape = shape[1:] if len(shape) == 4 and shape[0] == 1 else shape
@@ -43,14 +47,15 @@ def moments_in(
     """
     try:
         with path.open("rb") as file:
-            found, dtype = _header(file)
+            found, order, dtype = _header(file)
             if dtype != np.float32 or found not in (shape, (1, *shape)):
                 raise DataError(f"{path}: holds {dtype} of shape {found}, expected float32 {shape}")
-            file.seek(0)
-            values = np.lib.format.read_array(file, allow_pickle=False)
+            values = np.fromfile(file, np.float32, prod(shape))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: {reason_of(error)}") from error
-    moments = torch.from_numpy(np.ascontiguousarray(values).reshape(shape))
+    if len(values) != prod(shape):
+        raise DataError(f"{path}: ends after {len(values)} of {prod(shape)} numbers")
+    moments = torch.from_numpy(np.ascontiguousarray(values.reshape(shape, order=order)))
     if not moments.isfinite().all():
         raise DataError(f"{path}: holds numbers that are not finite")
     if moments.chunk(2)[1].min() < 0:
@@ -61,8 +66,10 @@ def moments_in(
     return moments
 
 
-def _header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
-    """Returns the shape and the type that a file announces; raises ValueError and OSError.
+def _header(file: BinaryIO) -> tuple[tuple[int, ...], Literal["C", "F"], np.dtype]:
+    """Returns the shape, the order and the type that a file announces; stops before the numbers.
+
+    Raises ValueError and OSError.
 
     The announcement is checked before the array is read: it decides how much memory that takes.
     """
@@ -70,5 +77,7 @@ def _header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
     read = _HEADER_READERS.get(version)
     if read is None:
         raise ValueError(f"it is of version {version} of NumPy's format, not 1.0 or 2.0")
-    shape, _, dtype = read(file)
-    return shape, dtype
+    # NumPy parses a Python literal, which Python 3.11 cannot do in several threads at once.
+    with _PARSING:
+        shape, is_fortran, dtype = read(file)
+    return shape, "F" if is_fortran else "C", dtype

@@ -226,5 +226,5 @@ def test_rows_without_an_image_are_refused_one_by_one(tmp_path):
 
 def test_without_pyarrow_the_extra_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match=r"pip install 'srepa_ds\[data\]'"):
+    with pytest.raises(DataError, match=r"pip install 'srepa_ds\[parquet\]'"):
         opened(folder, split="train")
