@@ -252,7 +252,9 @@ def demo(
         Path | None,
         typer.Option(help="Your own images, a folder for each class, instead of digits."),
     ] = None,
-    size: Annotated[int, typer.Option(help="With --data: pixels along a side.")] = 32,
+    size: Annotated[
+        int | None, typer.Option(help="With --data: pixels along a side, by default 32.")
+    ] = None,
     vae: Annotated[
         Path | None,
         typer.Option(help="With --data: train on the latents of this VAE, a folder or fetched."),
@@ -268,13 +270,22 @@ def demo(
     """Run everything on handwritten digits: prepare, teach, train, sample, score, report."""
     from srepa_ds.commands.demo import look_at, run_demo
 
-    only_with_data = {"--vae": vae, "--teacher": teacher, "--teacher-weights": teacher_weights}
+    only_with_data = {
+        "--size": size,
+        "--vae": vae,
+        "--teacher": teacher,
+        "--teacher-weights": teacher_weights,
+    }
     if data is None and (given := [name for name, value in only_with_data.items() if value]):
         raise typer.BadParameter(f"{' and '.join(given)} need --data, a folder of images")
     own = None
     if data is not None:
         own = look_at(
-            data, image_size=size, vae=vae, teacher=teacher, teacher_weights=teacher_weights
+            data,
+            image_size=32 if size is None else size,
+            vae=vae,
+            teacher=teacher,
+            teacher_weights=teacher_weights,
         )
     code = run_demo(mode=mode, steps=steps, ranks=ranks, seed=seed, images=images, own=own)
     raise typer.Exit(code)

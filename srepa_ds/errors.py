@@ -28,6 +28,10 @@ class DataError(SRepaError):
     """A data set, shard or index is missing, empty or inconsistent."""
 
 
+class SourceError(DataError):
+    """A source cannot be read any more; unlike a broken image, it is never skipped."""
+
+
 class CheckpointError(SRepaError):
     """A checkpoint or exported model is missing, damaged or of another shape."""
 

@@ -8,13 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from PIL import Image
 
 from srepa_ds.data.images import center_crop
-from srepa_ds.data.pixels import PIXEL_ENCODERS, decoded_pixels
+from srepa_ds.data.pixels import PIXEL_ENCODERS, decode_into
 
 _TOOLS = Path(__file__).parent
 _PHOTOGRAPHS = 40
@@ -105,9 +107,14 @@ def storages(tree: Path, *, size: int) -> list[Storage]:
     rows = [Storage("raw", raw, 0.0, 0.0)]
     for name, encode in PIXEL_ENCODERS.items():
         blobs, encoding = _each(encode, crops)
-        _, decoding = _each(decoded_pixels, blobs)
+        contents = [torch.frombuffer(bytearray(blob), dtype=torch.uint8) for blob in blobs]
+        _, decoding = _each(partial(_decode, name, size), contents)
         rows.append(Storage(name, sum(map(len, blobs)) / len(blobs), encoding, decoding))
     return rows
+
+
+def _decode(form: str, size: int, contents: torch.Tensor) -> None:
+    decode_into(torch.empty((3, size, size), dtype=torch.uint8), contents, form)
 
 
 def _each(action: Callable, items: Sequence) -> tuple[list, float]:

@@ -41,8 +41,8 @@ class CodecConfig(Section):
     """Whether large images are encoded and decoded in overlapping tiles, which bounds the memory
     but is not exact; for 1024 px and more."""
 
-    decode_batch_size: Annotated[int, MayChange, OnlyFor("kind", "vae")] = Field(default=16, ge=1)
-    """Images that are decoded at once; it decides the memory."""
+    batch_size: Annotated[int, MayChange, OnlyFor("kind", "vae")] = Field(default=16, ge=1)
+    """Images that are decoded, or encoded in training, at once; it decides the memory."""
 
     @model_validator(mode="after")
     def _vae_has_weights(self) -> "CodecConfig":

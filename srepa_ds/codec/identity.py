@@ -21,6 +21,11 @@ class IdentityCodec:
         return {"kind": "identity"}
 
     @property
+    def space(self) -> dict[str, Any]:
+        """Names the codec; nothing else decides its latents."""
+        return {"kind": "identity"}
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Names the codec; nothing else decides its latents."""
         return {"kind": "identity"}

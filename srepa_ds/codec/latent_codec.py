@@ -42,6 +42,13 @@ class LatentCodec(Protocol):
         """
 
     @property
+    def space(self) -> dict[str, Any]:
+        """Everything that decides the latents a model sees, as plain JSON values.
+
+        A training resumes, and its model draws, only with the same.
+        """
+
+    @property
     def reads_moments(self) -> bool:
         """Whether `encode` takes stored latents where a batch has them."""
 

@@ -32,23 +32,31 @@ class Affine:
     """The map (z - shift) x scale from a codec's space to the model's, per channel or for all."""
 
     def __init__(self, scale: PerChannel, shift: PerChannel):
-        self._scale = torch.tensor(scale, dtype=torch.float32)
-        self._shift = torch.tensor(shift, dtype=torch.float32)
+        self._scale = scale
+        self._shift = shift
+        self._on_device: dict[tuple[PerChannel, torch.device], Tensor] = {}
 
     def forward(self, z: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
         """Returns the model's latents of a codec's."""
-        return (z - _planes(self._shift, z)) * _planes(self._scale, z)
+        return (z - self._planes(self._shift, z)) * self._planes(self._scale, z)
 
     def inverse(self, latents: Float[Tensor, "batch c h w"]) -> Float[Tensor, "batch c h w"]:
         """Returns the codec's latents of the model's."""
-        return latents / _planes(self._scale, latents) + _planes(self._shift, latents)
+        scale, shift = self._planes(self._scale, latents), self._planes(self._shift, latents)
+        return latents / scale + shift
 
-
-def _planes(values: Tensor, like: Tensor) -> Tensor:
-    moved = values.to(like.device, like.dtype)
-    if moved.ndim and len(moved) != like.shape[1]:
-        raise DataError(
-            f"codec.scale or codec.shift has {len(moved)} numbers, and latents have "
-            f"{like.shape[1]} channels; give one number for each"
-        )
-    return moved.view(-1, 1, 1)
+    def _planes(self, values: PerChannel, like: Tensor) -> Tensor | float:
+        """Returns what is to be multiplied with `like`; raises DataError for other channels."""
+        if isinstance(values, float):
+            return values
+        if len(values) != like.shape[1]:
+            raise DataError(
+                f"codec.scale or codec.shift has {len(values)} numbers, and latents have "
+                f"{like.shape[1]} channels; give one number for each"
+            )
+        key = (values, like.device)
+        if key not in self._on_device:
+            # Kept, because a copy of host numbers would wait for the device in every step.
+            planes = torch.tensor(values, dtype=torch.float32, device=like.device)
+            self._on_device[key] = planes.view(-1, 1, 1)
+        return self._on_device[key]

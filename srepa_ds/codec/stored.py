@@ -11,8 +11,8 @@ from srepa_ds.codec.posterior import Affine, drawn
 from srepa_ds.errors import DataError
 
 _NO_WAY = (
-    "the codec 'stored' only reads latents from shards: it can neither encode nor decode; choose "
-    "codec.kind=vae with the weights they were encoded with"
+    "the codec 'stored' only reads latents from shards: it can neither encode nor decode images; "
+    "train with codec.kind=vae, and the weights they were encoded with, to see images"
 )
 
 
@@ -22,7 +22,13 @@ class StoredCodec:
     reads_moments = True
 
     def __init__(self, scale: PerChannel | None, shift: PerChannel | None):
-        self._affine = Affine(1.0 if scale is None else scale, 0.0 if shift is None else shift)
+        self._scale, self._shift = (1.0 if scale is None else scale), shift or 0.0
+        self._affine = Affine(self._scale, self._shift)
+
+    @property
+    def space(self) -> dict[str, Any]:
+        """The scale and shift that are used."""
+        return {"kind": "stored", "scale": self._scale, "shift": self._shift}
 
     @property
     def decoding(self) -> dict[str, Any]:

@@ -42,6 +42,11 @@ class VaeCodec:
         """The hash of the encoder: VAEs that differ in their decoders have the same latents."""
         return {"kind": "vae", "encoder_sha256": _hash_of(self._vae, ("encoder.", "quant_conv."))}
 
+    @property
+    def space(self) -> dict[str, Any]:
+        """The encoder, and the scale and shift that are used."""
+        return {**self.identity, "scale": self._scale, "shift": self._shift}
+
     @cached_property
     def decoding(self) -> dict[str, Any]:
         """The hash of the decoder, and how it is used."""
@@ -94,14 +99,15 @@ class VaeCodec:
         if moments is None:
             if batch.images is None:
                 raise DataError("these shards hold neither latents nor images")
-            moments, values = self.moments(batch.images), "moments"
+            parts = batch.images.split(self._config.batch_size)
+            moments, values = torch.cat([self.moments(part) for part in parts]), "moments"
         return self._affine.forward(drawn(moments, values, batch.positions, seed=seed))
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "batch c h w"]) -> UInt8[Tensor, "batch H W 3"]:
         """Returns 255 (x + 1) / 2 clamped to 0..255 and truncated, as REPA's generate does."""
         parts = []
-        for part in latents.split(self._config.decode_batch_size):
+        for part in latents.split(self._config.batch_size):
             z = self._affine.inverse(part.to(self._device, torch.float32))
             with self._arithmetic():
                 decoded = self._vae.decode(z).sample

@@ -27,6 +27,8 @@ from srepa_ds.run_folder import RunFolder
 from srepa_ds.schema import load_section
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from srepa_ds.config.experiment import Config
 
 MODES = (
@@ -67,7 +69,7 @@ def run_demo(
     """
     if mode not in MODES:
         raise ConfigError("demo", [Fault("--mode", f"unknown '{mode}'; {nearest(mode, MODES)}")])
-    name = own.name if own else "digits"
+    name = own.run_name if own else "digits"
     run = RunFolder(Path("runs") / (f"{name}-{mode}" + (f"-seed{seed}" if seed else "")))
     changes = [f"run.folder={run.path}"]
     changes += [f"train.steps={steps}"] if steps is not None else []
@@ -209,20 +211,44 @@ def look_at(
     from srepa_ds.codec.table import build_codec
     from srepa_ds.data.sources.image_folder import ImageFolderConfig
     from srepa_ds.encoders.described import spec_for
+    from srepa_ds.encoders.published import local_weights
+    from srepa_ds.encoders.timm_models import has_published_weights
 
     if teacher is None and teacher_weights is not None:
         raise ConfigError("demo", [Fault("--teacher-weights", "needs --teacher, its model")])
     codec = CodecConfig(kind="vae", weights=_as_setting(vae)) if vae else CodecConfig()
-    source = ImageFolderConfig(kind="image_folder", path=_as_setting(folder))
+    source = ImageFolderConfig(kind="image_folder", path=_as_setting(folder)).opened()
+    _check_enough(folder, source.labels)
+    spec = spec_for(teacher) if teacher else None
+    if teacher_weights is not None and not teacher_weights.is_file():
+        raise ConfigError("demo", [Fault("--teacher-weights", f"{teacher_weights}: no such file")])
+    if spec is not None and teacher_weights is None and has_published_weights(spec.architecture):
+        # Raises if they were not fetched.
+        local_weights(spec.architecture)
     return OwnImages(
         folder,
         image_size,
-        num_classes=len(source.opened().class_ids),
+        num_classes=len(source.class_ids),
         latent_shape=build_codec(codec).latent_shape((3, image_size, image_size)),
         vae=vae,
-        teacher=spec_for(teacher) if teacher else None,
+        teacher=spec,
+        teacher_name=teacher,
         teacher_weights=teacher_weights,
     )
+
+
+def _check_enough(folder: Path, labels: "Tensor") -> None:
+    """Raises ConfigError if fewer images would be held out than scores need."""
+    from srepa_ds.config.own_images import HOLDOUT_FRACTION
+    from srepa_ds.data.split import stratified_split
+
+    split = stratified_split(labels, holdout_fraction=HOLDOUT_FRACTION, seed=0)
+    if len(split.heldout) < FEWEST_IMAGES:
+        reason = (
+            f"{folder} holds {len(labels)} images, of which {len(split.heldout)} would be held "
+            f"out, and scores need {FEWEST_IMAGES}; give more, at least five of each class"
+        )
+        raise ConfigError("demo", [Fault("--data", reason)])
 
 
 def _as_setting(path: Path) -> Path:

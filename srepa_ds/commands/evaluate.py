@@ -48,6 +48,7 @@ def evaluate(config: Config) -> Scores:
     images, labels = read_samples(folder)
     provenance = read_provenance(folder)
     reference = ShardDataset(settings.reference, parts=Parts(moments=False))
+    reference.require_images("the extractor looks at images")
     reference.compare_if_small()
     if images.shape[1:3] != reference.image_shape[1:]:
         raise DataError(

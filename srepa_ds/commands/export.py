@@ -47,6 +47,8 @@ def export(config: Config) -> Path:
         "weights": label,
         "ema_decay": stored["ema"]["decay"],
         **({} if error is None else {"profile_error": error}),
+        # What its latents mean; exports of the first release have none.
+        **{key: value for key, value in reader.state.get("identity", {}).items() if key == "codec"},
     }
     write_model(config.export_folder, tensors, config=stored, provenance=provenance)
     log.info("exported %s of step %d to %s", label, reader.state["step"], config.export_folder)

@@ -49,7 +49,8 @@ def fetch(config: Section, *, dry_run: bool = False) -> str:
     # A document that cannot be read is a fault before anything is downloaded.
     read_fetched(fetched_folder())
     places = {named: _place(named) for named in names}
-    missing = {named.published for named in names if places[named] is None}
+    # In the order of the file, each once.
+    missing = dict.fromkeys(named.published for named in names if places[named] is None)
     plans = {published: _plan(published) for published in missing if _is_published(published)}
     check_space(list(plans.values()))
     if not dry_run:

@@ -1,5 +1,6 @@
 """`srepa-ds sample`: images from an exported model, on any number of ranks, resumable."""
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from srepa_ds.config.sections import SampleConfig
 from srepa_ds.console import steps_shown
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
-from srepa_ds.errors import ConfigError, Fault, listed
+from srepa_ds.errors import ConfigError, DataError, Fault, listed
 from srepa_ds.files import claimed
 from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.objective import ObjectiveConfig
@@ -95,7 +96,32 @@ def _check_labels(config: Config, exported: ExportedModel) -> None:
 def _codec(config: Config, exported: ExportedModel, rank: Rank) -> LatentCodec:
     """Returns the codec that the model was trained with; raises DataError."""
     trained_with = exported.document.section(CodecConfig, "codec")
-    return build_codec(trained_with.as_used_here(config.codec), device=rank.device)
+    codec = build_codec(trained_with.as_used_here(config.codec), device=rank.device)
+    _check_space(config, exported, codec)
+    return codec
+
+
+def _check_space(config: Config, exported: ExportedModel, codec: LatentCodec) -> None:
+    """Raises DataError if latents mean something else than in training; warns of another encoder.
+
+    Another decoder is welcome, and the encoder in its file may differ in the last bits.
+    """
+    noted = exported.document.provenance.get("codec")
+    trained_in = json.loads(noted) if isinstance(noted, str) else {}
+    space = json.loads(json.dumps(codec.space))
+    for name in ("kind", "scale", "shift"):
+        if name in trained_in and trained_in[name] != space.get(name):
+            raise DataError(
+                f"{config.weights_folder}: was trained with codec.{name} {trained_in[name]}, and "
+                f"{config.codec.weights or 'this codec'} has {space.get(name)}; give the VAE it "
+                "was trained with, or one with another decoder for the same latents"
+            )
+    if trained_in and trained_in.get("encoder_sha256") != space.get("encoder_sha256"):
+        log.warning(
+            "%s: was trained on latents of an encoder other than that in %s",
+            config.weights_folder,
+            config.codec.weights,
+        )
 
 
 @ranks.collective

@@ -47,6 +47,7 @@ def store_tokens(config: Config, *, batch_size: int = 64) -> tuple[Path, ...]:
     """
     rank = ranks.initialize()
     dataset = ranks.together(ShardDataset, config.data.folder, parts=Parts(moments=False))
+    ranks.together(dataset.require_images, "the teacher looks at images")
     wanted = _stores_wanted(config, dataset)
     unfinished = _unfinished(wanted, dataset)
     with ExitStack() as claims:

@@ -111,6 +111,8 @@ def train_teacher(config: TeacherTrainingConfig) -> float:
     only_images = Parts(moments=False)
     train = ShardDataset(config.train, parts=only_images)
     heldout = ShardDataset(config.heldout, parts=only_images)
+    for dataset in (train, heldout):
+        dataset.require_images("a teacher learns from images")
     _check_fit(config.encoder.resolved, train, heldout)
     identity = _identity(config, train, heldout)
     found = finished_accuracy(config.output, identity)

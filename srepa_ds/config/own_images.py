@@ -14,6 +14,9 @@ from srepa_ds.trees import Tree, load_tree
 GRID = 8
 """Tokens of the student along one side: 64 in all, which two CPU cores train in minutes."""
 
+HOLDOUT_FRACTION = 0.2
+"""Of each class, for the scores."""
+
 
 @dataclass(frozen=True)
 class OwnImages:
@@ -28,14 +31,24 @@ class OwnImages:
     """The VAE of that space, None for pixels."""
     teacher: TeacherSpec | None
     """The teacher; None to train a small one on the images."""
+    teacher_name: str | None
+    """Its name, for folders."""
     teacher_weights: Path | None
     """The teacher's weights, None for published ones."""
 
     @property
     def name(self) -> str:
         """A name for the folders that the demo writes to."""
-        readable = re.sub(r"[^A-Za-z0-9._-]+", "_", self.folder.absolute().name) or "images"
-        return f"{readable}-{self.image_size}" + ("-latents" if self.vae else "")
+        return _readable(self.folder.absolute().name) + f"-{self.image_size}" + self._space
+
+    @property
+    def run_name(self) -> str:
+        """A name for the folder of a run: other choices make other runs."""
+        return self.name + (f"-{_readable(self.teacher_name)}" if self.teacher_name else "")
+
+    @property
+    def _space(self) -> str:
+        return "" if self.vae is None else f"-{_readable(self.vae.name)}"
 
     @property
     def data(self) -> Path:
@@ -63,7 +76,7 @@ class OwnImages:
             "source": {"kind": "image_folder", "path": unexpanded(self.folder.absolute())},
             "image_size": self.image_size,
             "output": str(self.data),
-            "holdout_fraction": 0.2,
+            "holdout_fraction": HOLDOUT_FRACTION,
             "on_error": "skip",
         }
         return {**tree, "latents": {"codec": self._codec()}} if self.vae else tree
@@ -133,10 +146,14 @@ class OwnImages:
             model["class_token_width"] = teacher["spec"]["width"]
         return {
             **tree,
-            "run": {**tree["run"], "folder": f"runs/{self.name}-{mode}"},
+            "run": {**tree["run"], "folder": f"runs/{self.run_name}-{mode}"},
             "data": {"folder": str(self.data / "train")},
             "codec": self._codec(),
             "model": model,
             "alignments": alignments,
             "evaluate": {"reference": str(self.data / "heldout"), "extractor": teacher},
         }
+
+
+def _readable(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name) or "images"

@@ -79,7 +79,7 @@ def decoded(contents: bytes) -> Image.Image:
         raise DataError(f"cannot be decoded ({what})")
     try:
         return _loaded(reader, contents)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     # PIL promises no type of exception for damaged files; a fuzzer met four.
     except Exception as error:

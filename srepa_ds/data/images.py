@@ -11,6 +11,8 @@ from torch import Tensor
 from srepa_ds.errors import DataError
 
 _LARGEST_16_BIT = 65535
+_MOST_RESIZED = 1 << 28
+"""Pixels, 1 GiB in memory."""
 
 
 def center_crop(image: Image.Image, size: int) -> UInt8[ndarray, "size size 3"]:
@@ -20,6 +22,7 @@ def center_crop(image: Image.Image, size: int) -> UInt8[ndarray, "size size 3"]:
 
     The image is halved with a box filter while both sides are at least twice `size`, then resized
     to `size` on the shorter side with PIL's antialiased bicubic filter (upwards too), then cropped.
+    Raises DataError for an image so narrow that this would take more than a gigabyte.
     Source: guided-diffusion, "center-crop-dhariwal". It must stay PIL to be comparable.
     """
     image = as_rgb(image)
@@ -27,6 +30,11 @@ def center_crop(image: Image.Image, size: int) -> UInt8[ndarray, "size size 3"]:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     resized = (round(image.width * scale), round(image.height * scale))
+    if math.prod(resized) > _MOST_RESIZED:
+        raise DataError(
+            f"is so narrow, {image.width} x {image.height} pixels, that it would be resized to "
+            f"{resized[0]:,} x {resized[1]:,} before its centre is cut out"
+        )
     pixels = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size].copy()

@@ -80,6 +80,14 @@ class ShardDataset:
         """Channels, height, width of the images, also of those that are not stored."""
         return self.index.image_shape
 
+    def require_images(self, why: str) -> None:
+        """Checks that the data set holds images; raises DataError, which says what they are for."""
+        if self.index.pixels is None:
+            raise DataError(
+                f"{self.folder}: holds latents without images, and {why}; prepare it with images "
+                "(pixels: webp)"
+            )
+
     @property
     def latents(self) -> LatentIndex | None:
         """The latents of the data set, if they were encoded."""

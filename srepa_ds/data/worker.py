@@ -52,13 +52,14 @@ class Rows(Dataset[Delivered]):
         mirrored = None if seed is None else is_mirrored(seed, positions)
         try:
             batch = self._dataset.read(samples, positions=positions, mirrored=mirrored)
-            return packed(batch) if get_worker_info() else batch
         except DataError as error:
             # As a value: torch would put a worker's traceback into the message of what it raises.
             return error
+        if not get_worker_info():
+            return batch
+        try:
+            return packed(batch)
         except (RuntimeError, MemoryError) as error:
-            if not get_worker_info():
-                raise
             # Sharing fails here and not, without a word, in the thread that passes batches on.
             return DataError(fault_of_workers(error))
 

@@ -58,15 +58,16 @@ def use_exact_float32() -> None:
 @contextmanager
 def tensor_float32(allowed: bool) -> Iterator[None]:
     """Allows or forbids TF32 in float32 products and convolutions while the block runs."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
+    libraries: Any = torch.backends
+    backends = (libraries.cuda.matmul, libraries.cudnn.conv)
+    before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
-            backend.allow_tf32 = allowed
+            backend.fp32_precision = "tf32" if allowed else "ieee"
         yield
     finally:
         for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
+            backend.fp32_precision = value
 
 
 def agreed_device(store: dist.Store, rank: int, world_size: int, local_rank: int) -> torch.device:

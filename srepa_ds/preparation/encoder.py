@@ -14,7 +14,7 @@ class Encoder:
     def __init__(self, codec: LatentCodec, *, batch_size: int, mirrored: bool):
         """With `mirrored`, the mirrored images are encoded too."""
         self._codec = codec
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._mirrored = mirrored
         self._waiting: list[Tensor] = []
         self._plain: list[Tensor] = []
@@ -23,7 +23,7 @@ class Encoder:
     def add(self, image: Pixels) -> None:
         """Takes the next image of the shard."""
         self._waiting.append(torch.from_numpy(image).permute(2, 0, 1))
-        if len(self._waiting) == self._batch_size:
+        if len(self._waiting) == self.batch_size:
             self._encode()
 
     def finish(self) -> tuple[Tensor, Tensor | None]:

@@ -5,8 +5,9 @@ could read them.
 """
 
 import re
-from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,11 +22,14 @@ from srepa_ds.data.prepared_folder import LatentReceipt, PreparedFolder, ShardRe
 from srepa_ds.data.shard_index import LatentDescription, ShardEntry
 from srepa_ds.data.shard_writer import StoredSample, as_stored, write_shard
 from srepa_ds.data.sources.source import Source, SourceItem
-from srepa_ds.errors import DataError
+from srepa_ds.errors import DataError, SourceError
 from srepa_ds.preparation.encoder import Encoder
 from srepa_ds.preparation.parts import Part
 
 _NAMES_OF_OBJECTS = re.compile(r" ?<[\w.]+ object at 0x[0-9a-f]+>")
+
+_PER_THREAD = 4
+"""Samples read ahead by each thread."""
 
 
 class _Read(NamedTuple):
@@ -64,15 +68,17 @@ class ImagePass:
                 found: list[_Read] = []
                 skipped: list[Skipped] = []
                 indices = self.part.of_shard(number)
-                # Exceptions would leave the pool's other images to be read in vain.
-                for index, read in zip(indices, pool.map(self._read, indices), strict=True):
+                for index, read in zip(indices, self._ahead(pool, indices, threads), strict=True):
                     if read.stored is not None:
                         found.append(self._encoded(read))
                         yield 1
                         continue
                     key = self.source.key(index)
                     if not self.skips:
-                        raise DataError(f"{key}: {read.failure}")
+                        raise DataError(
+                            f"{key}: {read.failure}; mend the source, or set on_error=skip to "
+                            "leave such images out; finished shards stay"
+                        )
                     skipped.append(Skipped(key=key, reason=read.failure))
                     yield 1
                 entry = self._write(number, found) if found else None
@@ -80,6 +86,19 @@ class ImagePass:
         finally:
             # Also where the caller stops early: another rank may have failed.
             pool.shutdown(cancel_futures=True)
+
+    def _ahead(
+        self, pool: ThreadPoolExecutor, indices: Sequence[int], threads: int
+    ) -> Iterator[_Read]:
+        """Yields what is read of each sample, in order; a bounded number is read ahead."""
+        window = _PER_THREAD * threads + (self.encoder.batch_size if self.encoder else 0)
+        waiting: deque[Future[_Read]] = deque()
+        for index in indices:
+            waiting.append(pool.submit(self._read, index))
+            if len(waiting) >= window:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
     def _write(self, number: int, found: list[_Read]) -> ShardEntry:
         folder, is_shared = self.folder.folder, self.folder.is_shared
@@ -113,9 +132,18 @@ class ImagePass:
             label, key = int(self.source.labels[index]), self.source.key(index)
             described, pixels = self.part.description, self._pixels(item)
             image = None if pixels is None else as_stored(pixels, described)
+        except SourceError:
+            raise
         except DataError as error:
             # Python's names of objects differ from run to run, and the list of images must not.
-            return _Read(failure=_NAMES_OF_OBJECTS.sub("", str(error)))
+            reason = _NAMES_OF_OBJECTS.sub("", str(error))
+            # A link may lead to a name that is not Unicode.
+            return _Read(failure=reason.encode(errors="backslashreplace").decode())
+        except MemoryError as error:
+            raise SourceError(
+                f"{self.source.key(index)}: there is no memory to decode it; set threads to less, "
+                "and run the same command again"
+            ) from error
         return _Read(
             StoredSample(image, label, key),
             pixels if self.encoder else None,
@@ -129,7 +157,13 @@ class ImagePass:
         if not is_needed or item.image is None:
             return None
         image = decoded(item.image) if isinstance(item.image, bytes) else item.image
-        return center_crop(image, described.image_shape[1])
+        height, width = described.image_shape[1:]
+        if item.moments is not None and image.size != (width, height):
+            raise DataError(
+                f"has {image.width} x {image.height} pixels, and its latent is of the whole image; "
+                f"set image_size to match (it is {height})"
+            )
+        return center_crop(image, height)
 
 
 def _stacked(found: Sequence[_Read]) -> tuple[Tensor, Tensor | None]:

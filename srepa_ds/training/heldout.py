@@ -5,7 +5,6 @@ It is the curve to compare runs by: one number without the noise of sampling.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -21,25 +20,15 @@ from srepa_ds.distributed.ranks import Rank
 from srepa_ds.encoders.teacher import Teacher
 from srepa_ds.errors import DataError
 from srepa_ds.interpolant import Interpolant, flow_loss
-from srepa_ds.model.sit import SiTOutput
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.noise import NoiseStream, normal
+from srepa_ds.sampling.state import SamplingModel
 from srepa_ds.training.latent_fit import fitting_latent_shape
 
 # Training and the report take draws 0 and 1 of these noise streams.
 _DRAW = 2
 _SEED = 0
 """Not the run's: runs with other seeds are compared at the same times and noise."""
-
-
-@runtime_checkable
-class Predict(Protocol):
-    """The model, as the sampler calls it."""
-
-    def __call__(
-        self, x_t: Tensor, t: Tensor, labels: Tensor, *, cls_t: Tensor | None = None
-    ) -> SiTOutput:
-        """Returns the velocity at `x_t`, given the noised class token if the model carries one."""
 
 
 class HeldoutLoss:
@@ -68,6 +57,8 @@ class HeldoutLoss:
                 f"{folder} gives latents of shape {found[0]} in {found[1]} classes, but the model "
                 f"takes {expected[0]} in {expected[1]}; correct monitor.heldout"
             )
+        if teacher is not None:
+            whole.require_images("the teacher of the class token looks at images")
         reads_moments = codec.reads_moments and whole.latents is not None
         parts = Parts(images=teacher is not None or not reads_moments, moments=reads_moments)
         self._dataset = ShardDataset(folder, parts=parts)
@@ -83,17 +74,19 @@ class HeldoutLoss:
         """The hash that the index gives for each file."""
         return self._dataset.indexed_files
 
-    def measure(self, predict: Predict) -> float:
+    def measure(self, model: SamplingModel) -> float:
         """Returns the mean over the held-out samples. Collective.
 
         Sample i of n is noised at time (i + 1/2) / n of a fixed shuffle, so that times cover the
-        unit interval evenly for every class. Ranks take equally many batches.
+        unit interval evenly. Ranks take equally many batches.
         """
         total = torch.zeros(2, dtype=torch.float64, device=self._rank.device)
         for rows in self._rows_of_this_rank():
             inside = rows < self._count
-            losses = self._losses(predict, rows.clamp(max=self._count - 1))[inside]
-            total += torch.stack((losses.sum(), inside.sum())).to(total)
+            # A rank that cannot read its share must not leave the others waiting.
+            batch = ranks.together(self._read, rows.clamp(max=self._count - 1))
+            losses = self._losses(model, batch)[inside]
+            total += torch.tensor([float(losses.sum()), float(inside.sum())]).to(total)
         sums = ranks.summed(total)
         return float(sums[0] / sums[1])
 
@@ -102,16 +95,20 @@ class HeldoutLoss:
         for start in range(0, self._count, size * world):
             yield torch.arange(size) + start + size * self._rank.number
 
-    def _losses(self, predict: Predict, rows: Int64[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def _read(self, rows: Int64[Tensor, " batch"]) -> Batch:
         samples = rows * len(self._dataset) // self._count
-        batch = self._dataset.read(samples, positions=rows).to(self._rank.device)
+        return self._dataset.read(samples, positions=rows)
+
+    def _losses(self, model: SamplingModel, batch: Batch) -> Float[Tensor, " batch"]:
+        t = self._times()[batch.positions]
+        batch = batch.to(self._rank.device)
         clean = self._codec.encode(batch, seed=_SEED)
-        t = self._times()[rows].to(clean)
+        t = t.to(clean)
         gaussian = normal(
             _SEED, NoiseStream.NOISE, batch.positions, tuple(clean.shape[1:]), draw=_DRAW
         )
         noised = self._interpolant.noised(clean, gaussian.to(clean), t)
-        output = predict(noised.x_t, t, batch.labels, cls_t=self._class_tokens(batch, t))
+        output = model(noised.x_t, t, batch.labels, cls_t=self._class_tokens(batch, t))
         return flow_loss(output.velocity.float(), noised.velocity)
 
     def _times(self) -> Float[Tensor, " samples"]:

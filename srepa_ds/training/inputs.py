@@ -1,6 +1,8 @@
 """Opens the inputs of a run (data, codec, teachers, monitor) and checks that they fit together."""
 
 import hashlib
+import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -33,6 +35,8 @@ from srepa_ds.training.latent_fit import fitting_latent_shape
 from srepa_ds.training.monitor import Monitor
 from srepa_ds.training.stored_teachers import open_stores, weights_hash
 
+log = logging.getLogger("srepa_ds")
+
 Target = Teacher | TokenStore
 """The source of the tokens of an alignment."""
 
@@ -60,7 +64,7 @@ def open_inputs(config: Config, rank: Rank) -> RunInputs:
     dataset = _open_parts(config, samples, codec, targets, stores)
     monitor = _build_monitor(config, codec, rank)
     check = _check_contents(dataset, stores, monitor)
-    return RunInputs(dataset, codec, targets, monitor, _identity(config, dataset), check)
+    return RunInputs(dataset, codec, targets, monitor, _identity(config, dataset, codec), check)
 
 
 def _check_contents(
@@ -87,11 +91,13 @@ def _compare(files: Iterable[IndexedFile]) -> None:
 
 
 @ranks.collective
-def _identity(config: Config, dataset: ShardDataset) -> dict[str, str | None]:
+def _identity(config: Config, dataset: ShardDataset, codec: LatentCodec) -> dict[str, str | None]:
     """Returns hashes of the files behind the configuration's paths; a run resumes on equal ones."""
     return {
         "data": dataset.index.dataset_id,
-        "data.shards": _contents(dataset),
+        "data.shards": _contents(entry.sha256 for entry in dataset.index.shards),
+        "data.latents": _latents(dataset, codec),
+        "codec": json.dumps(codec.space, sort_keys=True),
         **{
             f"alignments.{number}.teacher": weights_hash(alignment.teacher)
             for number, alignment in enumerate(config.alignments)
@@ -99,14 +105,20 @@ def _identity(config: Config, dataset: ShardDataset) -> dict[str, str | None]:
     }
 
 
-def _contents(dataset: ShardDataset) -> str:
-    """Returns a hash of the shards' hashes: equal settings may have prepared other pictures.
+def _latents(dataset: ShardDataset, codec: LatentCodec) -> str | None:
+    """Returns a hash of the hashes of the latents that are read, None if none are."""
+    if dataset.latents is None or not codec.reads_moments:
+        return None
+    return _contents(entry.sha256 for entry in dataset.latents.files)
+
+
+def _contents(hashes: Iterable[str]) -> str:
+    """Returns a hash of files' hashes: equal settings may have prepared other pictures.
 
     Small data were compared with these hashes by now. For large data they are the index's word,
     until `ContentCheck` has compared them; a run on other contents stops.
     """
-    hashes = "".join(entry.sha256 for entry in dataset.index.shards)
-    return hashlib.sha256(hashes.encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
 @ranks.collective
@@ -133,6 +145,12 @@ def _open_samples(config: Config, codec: LatentCodec) -> ShardDataset:
     if config.data.mirror and codec.reads_moments:
         check_mirror(dataset)
     latent_shape = fitting_latent_shape(dataset, codec)
+    if codec.reads_moments and dataset.latents is None:
+        log.info(
+            "%s holds no latents: images are encoded in every step; `srepa-ds prepare` with a "
+            "section `latents` does it once",
+            dataset.folder,
+        )
     if latent_shape != config.model.latent_shape:
         raise DataError(
             f"{config.data.folder} gives latents of shape {latent_shape}, but the model takes "
@@ -168,12 +186,9 @@ def _open_parts(
     """
     reads_moments = codec.reads_moments and samples.latents is not None
     needs_images = [isinstance(target, Teacher) for target in targets]
-    if any(needs_images) and samples.index.pixels is None:
-        raise DataError(
-            f"{samples.folder} holds latents and no images, and the teacher of alignments."
-            f"{needs_images.index(True)} looks at images; prepare the data with images, or use "
-            "plain SiT (alignments: [])"
-        )
+    if any(needs_images):
+        number = needs_images.index(True)
+        samples.require_images(f"the teacher of alignments.{number} looks at images")
     parts = Parts(images=any(needs_images) or not reads_moments, moments=reads_moments)
     return ShardDataset(config.data.folder, stores, parts=parts)
 

@@ -1,13 +1,9 @@
 """Checks that a data set's latents are those of the codec."""
 
-import logging
-
 from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import DataError
 from srepa_ds.trees import differences
-
-log = logging.getLogger("srepa_ds")
 
 
 def fitting_latent_shape(dataset: ShardDataset, codec: LatentCodec) -> tuple[int, int, int]:
@@ -23,14 +19,7 @@ def fitting_latent_shape(dataset: ShardDataset, codec: LatentCodec) -> tuple[int
                 f"{dataset.folder} holds latents and no images, which the identity codec trains "
                 "on; set codec to the one that the latents were made with"
             )
-        shape = codec.latent_shape(dataset.image_shape)
-        if codec.reads_moments:
-            log.info(
-                "%s holds no latents: images are encoded in every step; `srepa-ds prepare` with a "
-                "section `latents` does it once",
-                dataset.folder,
-            )
-        return shape
+        return codec.latent_shape(dataset.image_shape)
     # An empty identity fits all: such a codec does not know what it reads.
     found = differences(stored.codec, codec.identity) if codec.identity else []
     if found:

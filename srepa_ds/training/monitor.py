@@ -126,8 +126,8 @@ class Monitor:
             if self._evaluates(step, since):
                 scores["frechet_distance"] = self._distance(engine)
             if self._heldout is not None and self._holds_out(step, since):
-                predict = EngineModel(engine, self._model)
-                scores["heldout_flow_loss"] = self._heldout.measure(predict)
+                model = EngineModel(engine, self._model)
+                scores["heldout_flow_loss"] = self._heldout.measure(model)
         return sheet, scores
 
     def _sheet(self, engine: Engine) -> Image.Image | None:
@@ -205,6 +205,7 @@ def _is_due(every: int, step: int, since: int) -> bool:
 
 def _reference(config: EvaluateConfig, model: SiTConfig, codec: LatentCodec) -> ShardDataset:
     dataset = ShardDataset(config.reference, parts=Parts(moments=False))
+    dataset.require_images("the extractor of distances looks at images")
     found = codec.latent_shape(dataset.image_shape)
     if found != model.latent_shape:
         raise DataError(

@@ -97,7 +97,7 @@ def test_samples_are_taken_as_they_are(folder):
 
 
 def test_decoding_is_diffusers_with_truncated_pixels(folder):
-    codec = codec_of(folder, decode_batch_size=2)
+    codec = codec_of(folder, batch_size=2)
     latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     found = codec.decode(latents)
     vae = AutoencoderKL.from_pretrained(folder)
@@ -153,11 +153,11 @@ def test_tiles_cover_large_images(folder):
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_tf32_is_set_for_a_block_only(allowed):
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [backend.fp32_precision for backend in backends]
     with tensor_float32(allowed):
-        assert torch.backends.cudnn.allow_tf32 is allowed
-        assert torch.backends.cuda.matmul.allow_tf32 is allowed
-    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+        assert {backend.fp32_precision for backend in backends} == {"tf32" if allowed else "ieee"}
+    assert [backend.fp32_precision for backend in backends] == before
 
 
 def test_weights_are_required():

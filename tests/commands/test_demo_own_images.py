@@ -57,7 +57,7 @@ def test_the_whole_road_on_latents(photographs, vae, tmp_path, monkeypatch, capf
     said = capfd.readouterr()
     assert code == 0, said.out + said.err
     (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name == "my_mall_images-32-latents-srepa-mse"
+    assert folder.name == "my_mall_images-32-vae-digits-vit-srepa-mse"
     assert said.out.count("\n$ srepa-ds ") == 6
     assert (folder / "report.html").stat().st_size > 100_000
     assert json.loads((folder / "results.json").read_text())["scores"]["frechet_distance"] > 0
@@ -68,7 +68,9 @@ def test_the_whole_road_on_latents(photographs, vae, tmp_path, monkeypatch, capf
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("teacher", [None, "vit_tiny_patch16_224", "dinov2-vit-b"])
 def test_its_configurations_are_valid(photographs, mode, teacher, tmp_path):
-    own = look_at(photographs, image_size=64, teacher=teacher, teacher_weights=None)
+    (tmp_path / "weights.pt").touch()
+    weights = tmp_path / "weights.pt" if teacher else None
+    own = look_at(photographs, image_size=64, teacher=teacher, teacher_weights=weights)
     trees = own.trees(mode)
     assert ("teacher" in trees) == (teacher is None)
     prepare = validated(PrepareConfig, trees["prepare"], source="prepare")
@@ -76,12 +78,6 @@ def test_its_configurations_are_valid(photographs, mode, teacher, tmp_path):
     if teacher is None:
         teaching = validated(TeacherTrainingConfig, trees["teacher"], source="teacher")
         assert teaching.encoder.resolved.num_classes == 3
-    elif teacher == "vit_tiny_patch16_224":
-        # A name without a tag has no published weights.
-        own = look_at(
-            photographs, image_size=64, teacher=teacher, teacher_weights=tmp_path / "w.pt"
-        )
-        trees = own.trees(mode)
     config = config_from(trees["experiment"], source="experiment")
     assert config.model.num_classes == 3
     assert config.model.grid == (8, 8)
@@ -103,6 +99,15 @@ REFUSED = {
         ["--data", "{images}", "--teacher-weights", "x.pt"],
         "--teacher-weights: needs --teacher",
     ),
+    "weights that are not there": (
+        ["--data", "{images}", "--teacher", "digits-vit", "--teacher-weights", "x.pt"],
+        "--teacher-weights: x.pt: no such file",
+    ),
+    "weights that were not fetched": (
+        ["--data", "{images}", "--teacher", "dinov2-vit-b"],
+        "were not fetched",
+    ),
+    "too few images": (["--data", "{few}"], "--data: "),
     "no ViT": (["--data", "{images}", "--teacher", "resnet50"], "cannot be a teacher"),
     "no VAE": (["--data", "{images}", "--vae", "{empty}"], "not a readable AutoencoderKL"),
     "a model without weights": (
@@ -120,7 +125,8 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     options, words = REFUSED[name]
-    places = {"empty": tmp_path / "empty", "images": photographs}
+    write_photographs(tmp_path / "few", images_per_class=3)
+    places = {"empty": tmp_path / "empty", "images": photographs, "few": tmp_path / "few"}
     assert run(["demo", *(option.format(**places) for option in options)]) == 2
     said = capfd.readouterr().err
     assert re.search(re.escape(words), said)

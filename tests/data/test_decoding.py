@@ -185,3 +185,14 @@ def test_threads_decode_alike():
     with ThreadPoolExecutor(8) as pool:
         for number, image in enumerate(pool.map(decoded, files * 20)):
             assert np.array_equal(np.asarray(image), expected[number % len(files)])
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_image(monkeypatch):
+    def lack(*_):
+        raise MemoryError
+
+    contents = saved(photograph("coffee"))
+    monkeypatch.setattr(Image.Image, "load", lack)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lack)
+    with pytest.raises(MemoryError):
+        decoded(contents)

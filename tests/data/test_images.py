@@ -168,3 +168,9 @@ def test_grid_holds_every_image_in_rows():
 def test_grid_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="at least one"):
         image_grid(torch.zeros(0, 3, 4, 4, dtype=torch.uint8), columns=2)
+
+
+def test_an_image_too_narrow_to_be_resized_is_refused_before_memory_is_taken():
+    narrow = Image.new("RGB", (1, 65_500))
+    with pytest.raises(DataError, match=r"is so narrow, 1 x 65500 pixels"):
+        center_crop(narrow, 256)

@@ -21,6 +21,8 @@ MODEL = {"variant": "SiT-Ti/2", "input_size": 16, "in_channels": 3, "num_classes
 class Zero:
     """Predicts no movement, and keeps what it was asked."""
 
+    config = SiTConfig(**MODEL)
+
     def __init__(self):
         self.asked = []
 

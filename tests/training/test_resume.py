@@ -39,7 +39,7 @@ MAY_CHANGE = (
     *("train.steps", "train.log_every_steps", "train.accumulation_steps"),
     *("train.max_skipped_steps", "train.max_rollbacks", "train.init_from.*"),
     *("model.attention", "optimizer.cpu_adam"),
-    *("codec.weights", "codec.precision", "codec.tiled", "codec.decode_batch_size"),
+    *("codec.weights", "codec.precision", "codec.tiled", "codec.batch_size"),
     *("alignments.*.teacher.weights", "alignments.*.teacher.compile"),
     *("alignments.*.structural.algorithm", "alignments.*.structural.tile"),
 )

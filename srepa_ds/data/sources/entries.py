@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srepa_ds.data.sources.listing import check_unicode, is_image
-from srepa_ds.errors import DataError, listed
+from srepa_ds.errors import DataError, SourceError, listed
 
 MOST_ENTRY_BYTES = 1 << 30
 """An archive with a larger image is refused."""
@@ -76,7 +76,7 @@ def check_names(archive: object, files: Iterable[Entry]) -> None:
 
 
 def read_at(path: Path, start: int, size: int) -> bytes:
-    """Returns `size` bytes of a file, from any thread; raises DataError if it has fewer."""
+    """Returns `size` bytes of a file, from any thread; raises SourceError if it cannot."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -87,7 +87,13 @@ def read_at(path: Path, start: int, size: int) -> bytes:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from error
+        raise SourceError(
+            f"{path} cannot be read any more ({error.strerror}); make it readable, and run the "
+            "same command again"
+        ) from error
     if size > 0:
-        raise DataError(f"{path} is shorter than it was when it was listed")
+        raise SourceError(
+            f"{path} is shorter than it was when it was listed; restore it, and run the same "
+            "command again"
+        )
     return b"".join(parts)

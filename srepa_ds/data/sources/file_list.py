@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from srepa_ds.data.sources.image_file import image_file
 from srepa_ds.data.sources.listing import ListedSource, listed_by_label, reading
 from srepa_ds.data.sources.source import SourceItem
 from srepa_ds.documents.json_reader import parse_json
 from srepa_ds.errors import DataError
-from srepa_ds.files import reason_of
 from srepa_ds.schema import Section
 
 _THREADS = 16
@@ -55,9 +55,9 @@ class FileList(ListedSource):
             lines = _lines(path)
         keys = _keys(path, lines)
         with ThreadPoolExecutor(_THREADS) as pool:
-            sizes = list(pool.map(self._size, keys, chunksize=1000))
-        labels = _labels(lines, is_csv=not _is_json(path))
+            sizes = list(pool.map(self._size, keys))
         try:
+            labels = _labels(lines, is_csv=not _is_json(path))
             images, classes = listed_by_label(zip(keys, labels, sizes, strict=True))
         except ValueError as error:
             raise DataError(f"{path}: {error}") from error
@@ -71,10 +71,7 @@ class FileList(ListedSource):
             raise DataError(f"is a link out of the folder {self._root}, to {real}")
         if os.path.exists(real) and not os.path.isfile(real):
             raise DataError(f"{place} is not a file")
-        try:
-            return SourceItem(Path(real).read_bytes())
-        except OSError as error:
-            raise DataError(f"{place}: {reason_of(error)}") from error
+        return SourceItem(image_file(Path(real), root=Path(self._root)))
 
     def _size(self, key: str) -> int:
         try:
@@ -105,15 +102,14 @@ def _csv_lines(file: Iterator[str]) -> Iterator[_Line]:
     """Yields the lines of a CSV; raises ValueError and csv.Error."""
     rows = csv.reader(file, strict=True, skipinitialspace=True)
     columns = (0, 1)
-    for number, row in enumerate(rows):
-        if not row:
-            continue
+    for number, row in enumerate(row for row in rows if row):
         if number == 0 and {"path", "label"} <= set(row):
             columns = (row.index("path"), row.index("label"))
             continue
         if number == 0 and len(row) != 2:
             raise ValueError(
-                f"line 1 has {len(row)} columns; without names of columns it needs path and label"
+                f"line {rows.line_num} has {len(row)} columns; without names of columns it needs "
+                "path and label"
             )
         if len(row) <= max(columns):
             raise ValueError(
@@ -145,11 +141,23 @@ def _json_lines(file: Iterator[str]) -> Iterator[_Line]:
 
 
 def _labels(lines: Sequence[_Line], *, is_csv: bool) -> list[int | str]:
-    """Returns the labels; those of a CSV are numbers if all of them are written as such."""
+    """Returns the labels; those of a CSV are numbers if they are written as such.
+
+    Raises ValueError for a mixture, which would number the classes in alphabetical order.
+    """
     labels = [line.label for line in lines]
-    if is_csv and all(re.fullmatch(r"\d{1,9}", str(label), re.ASCII) for label in labels):
-        return [int(label) for label in labels]
-    return labels
+    if not is_csv:
+        return labels
+    is_number = [re.fullmatch(r"-?\d{1,9}", str(label), re.ASCII) is not None for label in labels]
+    if not any(is_number):
+        return labels
+    if not all(is_number):
+        odd = lines[is_number.index(False)]
+        raise ValueError(
+            f"line {odd.number} has the label {odd.label!r}, and others are numbers; name the "
+            "columns path and label, or correct the label"
+        )
+    return [int(label) for label in labels]
 
 
 def _keys(path: Path, lines: Sequence[_Line]) -> list[str]:

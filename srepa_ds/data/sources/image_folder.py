@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from srepa_ds.data.sources.image_file import image_file
 from srepa_ds.data.sources.listing import (
     ListedSource,
     is_image,
@@ -73,10 +74,7 @@ class ImageFolder(ListedSource):
         key = self.key(index)
         if reason := self._unreadable.get(key):
             raise DataError(reason)
-        try:
-            return SourceItem((self._root / key).read_bytes())
-        except OSError as error:
-            raise DataError(reason_of(error)) from error
+        return SourceItem(image_file(self._root / key, root=self._root))
 
 
 class _Place(NamedTuple):

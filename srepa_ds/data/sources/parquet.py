@@ -76,6 +76,7 @@ class Parquet:
         if self._starts[-1] == 0:
             raise DataError(f"{config.path}: its files hold no rows; correct source.path")
         self.labels = torch.cat([file.labels for file in files])
+        _check_same_classes(config.path, self._names, files)
         self.class_names = _classes(files[0].class_names, self.labels, config)
         self._groups = RowGroups(paths, column=config.image_column)
 
@@ -100,6 +101,16 @@ class Parquet:
         """Returns the file of a sample, and its row there."""
         number = bisect_right(self._starts, index) - 1
         return number, index - self._starts[number]
+
+
+def _check_same_classes(root: Path, names: Sequence[str], files: Sequence[_File]) -> None:
+    """Checks that all files name the same classes; raises DataError."""
+    for name, file in zip(names, files, strict=True):
+        if file.class_names != files[0].class_names:
+            raise DataError(
+                f"{root}: {names[0]} and {name} have other classes, so they are not parts of one "
+                "data set; set source.path to the folder of one"
+            )
 
 
 def _files_of(config: ParquetConfig) -> list[str]:

@@ -9,7 +9,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from srepa_ds.errors import DataError
+from srepa_ds.data.sources.image_file import read_failure
+from srepa_ds.errors import DataError, SourceError
 from srepa_ds.files import reason_of
 from srepa_ds.weight_file import other_kind
 
@@ -54,6 +55,26 @@ def _reason(path: Path, error: Exception) -> str:
     return f"not a readable parquet file ({kind if kind and 'LFS' in kind else text})"
 
 
+@contextmanager
+def _staying(path: Path) -> Iterator[None]:
+    """Turns the OSErrors of disks, and of a file that has gone, into a SourceError."""
+    try:
+        yield
+    except OSError as error:
+        # pyarrow raises others for damaged contents.
+        failure = read_failure(error, root=path)
+        if isinstance(failure, SourceError):
+            raise failure from error
+        raise
+    except DataError as error:
+        if not path.exists():
+            raise SourceError(
+                f"{path}: has gone; the source cannot be read any more: restore it, and run the "
+                "same command again"
+            ) from error
+        raise
+
+
 class RowGroups:
     """The images in some files; the row groups read last stay in memory, for all threads."""
 
@@ -68,7 +89,7 @@ class RowGroups:
     def image(self, number: int, row: int) -> bytes:
         """Returns the image in a row of file `number`; raises DataError if there is none."""
         path = self._paths[number]
-        with self._lock, refusing(path):
+        with self._lock, refusing(path), _staying(path):
             starts = self._starts_of(number)
             group = bisect_right(starts, row) - 1
             value = self._group(number, group)[row - starts[group]].as_py()

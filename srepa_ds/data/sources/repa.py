@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from srepa_ds.data.sources.foreign import files_below, numbered_classes
+from srepa_ds.data.sources.image_file import image_file
 from srepa_ds.data.sources.moments_array import moments_in, shape_of_moments
 from srepa_ds.data.sources.source import SourceItem, SourceLatents
 from srepa_ds.documents.json_reader import read_json
@@ -99,10 +100,7 @@ class Repa:
         if self._image_names is None:
             return SourceItem(None, moments)
         path = self._images / self._image_names[index]
-        try:
-            return SourceItem(path.read_bytes(), moments)
-        except OSError as error:
-            raise DataError(f"{path}: {reason_of(error)}") from error
+        return SourceItem(image_file(path, root=self._images), moments)
 
     def _moments(self, path: Path) -> Float[Tensor, "moments latent_height latent_width"]:
         channels, height, width = self.latents.latent_shape

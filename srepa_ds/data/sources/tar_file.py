@@ -107,7 +107,12 @@ def _members(where: str, file: BinaryIO, start: int, end: int) -> Iterator[tarfi
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
+            place = -1
             while (member := tar.next()) is not None:
+                # Sizes below 0 lead back: some releases of Python would read the same for ever.
+                if member.size < 0 or member.offset <= place:
+                    raise _damaged(where, f"has an impossible header at byte {member.offset:,}")
+                place = member.offset
                 yield member
                 # Otherwise tarfile keeps them all: 1 GB for ImageNet.
                 tar.members.clear()  # type: ignore[missing-attribute]

@@ -110,7 +110,7 @@ def _samples(shard: Path, label_field: str | None) -> list[_Sample]:
     with reading(shard, needs="tars"):
         contents = tar_contents(shard)
     found = []
-    for name, files in _grouped(contents.files):
+    for name, files in _grouped(shard, contents.files):
         images = [entry for extension, entry in files.items() if _is_of_image(extension)]
         if not images:
             continue
@@ -122,15 +122,21 @@ def _samples(shard: Path, label_field: str | None) -> list[_Sample]:
     return found
 
 
-def _grouped(files: list[Entry]) -> Iterator[tuple[str, dict[str, Entry]]]:
-    """Yields the name of each sample, and its files by their endings in lower case."""
+def _grouped(shard: Path, files: list[Entry]) -> Iterator[tuple[str, dict[str, Entry]]]:
+    """Yields the name of each sample, and its files by endings in lower case; raises DataError."""
     groups: dict[str, dict[str, Entry]] = {}
     for entry in files:
         folder, slash, name = entry.name.rpartition("/")
         if any(map(is_litter, entry.name.split("/"))):
             continue
         base, _, extension = name.partition(".")
-        groups.setdefault(folder + slash + base, {})[extension.lower()] = entry
+        group = groups.setdefault(folder + slash + base, {})
+        if extension.lower() in group:
+            raise DataError(
+                f"{shard}: {group[extension.lower()].name!r} and {entry.name!r} are the same file "
+                "of one sample; keep one"
+            )
+        group[extension.lower()] = entry
     return iter(groups.items())
 
 

@@ -254,3 +254,15 @@ def test_every_form_of_tar(form, tmp_path):
     source = Archive(path)
     assert keys_of(source) == [name, "class/x.jpg"]
     assert [source.item(index).image for index in (0, 1)] == [PHOTO, PHOTO[:-1]]
+
+
+def test_a_tar_that_leads_back_to_an_earlier_place_ends(tmp_path):
+    header = bytearray(tarfile.TarInfo("n01440764/a.png").tobuf())
+    # A size of -512, in base 256, so that the next header would be this one again.
+    header[124:136] = (-512).to_bytes(12, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = tmp_path / "back.tar"
+    path.write_bytes(bytes(header) + bytes(1024))
+    with pytest.raises(DataError, match=r"impossible header|not a readable tar"):
+        Archive(path)

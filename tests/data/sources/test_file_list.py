@@ -32,8 +32,8 @@ def test_order_names_and_paths(root):
 def test_numbers_and_a_mark_of_a_spreadsheet(root):
     source = listed(root, f"\ufeffpath,label\n{FIRST},007\n{SECOND},2\n")
     assert (source.labels.tolist(), source.class_ids) == ([7, 2], ())
-    source = listed(root, f"{FIRST},7\n{SECOND},two\n")
-    assert (source.labels.tolist(), source.class_ids) == ([0, 1], ("7", "two"))
+    source = listed(root, f"\n\npath,label\n{FIRST},1\n{SECOND},0\n")
+    assert source.labels.tolist() == [1, 0]
 
 
 FAULTS = {
@@ -41,6 +41,8 @@ FAULTS = {
     "only names of columns": ("path,label\n", "lists no images"),
     "one column": (f"{FIRST}\n", "line 1 has 1 columns"),
     "three columns": (f"{FIRST},1,2\n", "line 1 has 3 columns; without names of columns"),
+    "names among numbers": (f"{FIRST},7\n{SECOND},two\n", "line 2 has the label 'two', and"),
+    "other names of columns": (f"filename,class\n{FIRST},7\n", "name the columns path and label"),
     "a short line": (f"{FIRST},1\n{SECOND}\n", "line 2 has 1 columns"),
     "no label": (f"{FIRST},\n", "line 1 has no label"),
     "no path": (f"{FIRST},1\n,1\n", "line 2 has no path"),

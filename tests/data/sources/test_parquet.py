@@ -13,7 +13,7 @@ from srepa_ds.data.decoding import decoded
 from srepa_ds.data.sources import parquet_rows
 from srepa_ds.data.sources.parquet import ParquetConfig
 from srepa_ds.data.sources.source import Source
-from srepa_ds.errors import DataError
+from srepa_ds.errors import DataError, SourceError
 
 pa = pytest.importorskip("pyarrow")
 
@@ -171,7 +171,7 @@ def test_a_file_damaged_inside_or_gone_fails_where_it_is_read(folder):
     with pytest.raises(DataError, match=r"train-00000-of-00002.parquet: .*; fetch the file again"):
         source.item(0)
     path.unlink()
-    with pytest.raises(DataError, match=r"train-00000-of-00002.parquet: .*; fetch the file again"):
+    with pytest.raises(SourceError, match=r"parquet: .*; the source cannot be"):
         source.item(5)
 
 
@@ -228,3 +228,20 @@ def test_without_pyarrow_the_extra_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"pip install 'srepa_ds\[parquet\]'"):
         opened(folder, split="train")
+
+
+def test_files_of_several_data_sets_are_not_mixed(folder, tmp_path):
+    write_parquet(
+        tmp_path / "mixed/a/train/0000.parquet",
+        range(3),
+        labels=[0, 1, 0],
+        class_names=("cat", "dog"),
+    )
+    write_parquet(
+        tmp_path / "mixed/b/train/0000.parquet",
+        range(3),
+        labels=[0, 1, 0],
+        class_names=("car", "bus"),
+    )
+    with pytest.raises(DataError, match="have other classes, so they are not parts of one"):
+        opened(tmp_path / "mixed")
