@@ -34,6 +34,7 @@ def prepare(config: PrepareConfig, *, share: Share = EVERYTHING) -> dict[str, Sh
     OutputError for a folder that cannot be written to or holds something else, or is too small.
     """
     jobs = _jobs(config, share, ranks.initialize())
+    _check_same_source(jobs)
     # All parts are checked first, so that a conflict in one leaves the others unwritten.
     ranks.on_main(_check, config, jobs)
     finished = [job for job in jobs if job.run()]
@@ -60,6 +61,14 @@ def _jobs(config: PrepareConfig, share: Share, rank: Rank) -> list[Job]:
     image_shape = (3, config.image_size, config.image_size)
     latents = described_latents(config.latents, codec, source.latents, image_shape=image_shape)
     return [Job(config, source, part, codec, latents, share, rank) for part in parts]
+
+
+def _check_same_source(jobs: Sequence[Job]) -> None:
+    """Checks that all ranks would write the same data set; raises ConfigError on all otherwise."""
+    ranks.check_same(
+        {job.part.name: job.part.description.dataset_id for job in jobs},
+        what="ranks see different files in the source; give all of them the same copy",
+    )
 
 
 def _check(config: PrepareConfig, jobs: Sequence[Job]) -> None:

@@ -5,11 +5,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from srepa_ds.codec.latent_codec import LatentCodec
+from srepa_ds.data.latent_file import latent_name
 from srepa_ds.data.prepared_folder import SKIPPED_NAME, PreparedFolder, prepared_index
 from srepa_ds.data.receipts import ShardReceipt
-from srepa_ds.data.shard_file import number_of
+from srepa_ds.data.shard_file import number_of, shard_name
 from srepa_ds.data.shard_index import (
     LatentDescription,
     LatentFileEntry,
@@ -21,7 +23,7 @@ from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.data.sources.source import Source
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
-from srepa_ds.errors import DataError, OutputError
+from srepa_ds.errors import DataError, OutputError, listed
 from srepa_ds.preparation.config import PrepareConfig
 from srepa_ds.preparation.encoder import Encoder
 from srepa_ds.preparation.image_pass import ImagePass
@@ -52,7 +54,22 @@ class Job:
     def folder(self) -> PreparedFolder:
         """The folder of the part."""
         place = self.config.output / self.part.name
-        return PreparedFolder(place, self.part.description, is_shared=self.share.total > 1)
+        return PreparedFolder(
+            place,
+            self.part.description,
+            is_shared=self.share.total > 1,
+            latent_settings=self._latent_settings,
+        )
+
+    @property
+    def _latent_settings(self) -> dict[str, Any]:
+        """The settings that decide the last bits of latents; none if the source holds them."""
+        wanted = self.config.latents
+        if wanted is None or self.source.latents is not None:
+            return {}
+        codec = wanted.codec
+        own = {"precision": codec.precision, "tiled": codec.tiled}
+        return {**own, "batch_size": wanted.batch_size}
 
     def index(self) -> ShardIndex | None:
         """Returns the index that is already there; not collective.
@@ -86,6 +103,7 @@ class Job:
         if self.is_finished(index):
             ranks.on_main(self.folder.tidy_up)
             log.info("%s: already prepared with these settings, nothing to do", self.folder.folder)
+            self._warn_of_skipped(index)
             return True
         with ExitStack() as claims:
             ranks.on_main(lambda: claims.enter_context(self.folder.claimed()))
@@ -96,9 +114,13 @@ class Job:
             if self.encodes:
                 self._write_latents()
             index = ranks.on_main(self._finish)
-        if not self.is_finished(index):
-            log.info("%s: this share is done, others are not yet", self.folder.folder)
-        return self.is_finished(index)
+        if self.is_finished(index):
+            self._warn_of_skipped(index)
+            return True
+        if self.share.total == 1:
+            ranks.on_main(self._raise_unfinished)
+        log.info("%s: this share is done, others are not yet", self.folder.folder)
+        return False
 
     @property
     def latents_come_along(self) -> bool:
@@ -189,6 +211,7 @@ class Job:
         missing = self._of_share(missing)
         if not missing:
             return
+        ranks.on_main(self._tell_of_other_settings, missing)
         index = self.folder.index_of(list(shards.values()))
         dataset = ranks.together(
             lambda: ShardDataset(self.folder.folder, parts=Parts(moments=False), index=index)
@@ -205,6 +228,18 @@ class Job:
         shards = self.shards()
         missing = self.missing_latents(shards)
         return shards, [] if self.is_finished(self.index()) else missing
+
+    def _tell_of_other_settings(self, missing: Sequence[int]) -> None:
+        found = [self.folder.other_latent_settings(number) for number in missing]
+        others = [settings for settings in found if settings is not None]
+        if not others:
+            return
+        listing = [
+            f"{d.path} was {d.old!r} and is {d.new!r}"
+            for d in differences(others[0], self._latent_settings)
+        ]
+        text = "%s: %s files of latents were encoded with other settings (%s); they are made again"
+        log.info(text, self.folder.folder, f"{len(others):,}", "; ".join(listing))
 
     def _finish(self) -> ShardIndex | None:
         """Writes the index if all pieces are there; returns what index there is then."""
@@ -257,6 +292,30 @@ class Job:
         files = tuple(entry for entry in entries if entry is not None)
         complete = len(files) == len(entries)
         return LatentIndex(**dict(self.latents), files=files) if complete else None
+
+    def _warn_of_skipped(self, index: ShardIndex | None) -> None:
+        """Says that a data set lacks images although an image that fails must end this command."""
+        if index is None or not index.num_skipped or self.config.on_error == "skip":
+            return
+        log.warning(
+            "%s: %s images of the source were left out when it was prepared (%s lists them); to "
+            "try them again, delete the folder",
+            self.folder.folder,
+            f"{index.num_skipped:,}",
+            SKIPPED_NAME,
+        )
+
+    def _raise_unfinished(self) -> NoReturn:
+        """Raises OutputError: files that this command has written are not there any more."""
+        images, latents = self.missing_images(), []
+        if self.latents is not None:
+            latents = self.missing_latents(self.shards())
+        missing = [*map(shard_name, images), *map(latent_name, latents)]
+        raise OutputError(
+            f"{self.folder.folder}: not finished, although everything was written: "
+            f"{listed(missing, most=3) or 'index.json'} missing or changed since; see what "
+            "else writes there, and run the same command again"
+        )
 
     def _of_share(self, numbers: Iterable[int]) -> list[int]:
         return [number for number in numbers if number % self.share.total == self.share.number]
