@@ -22,6 +22,7 @@ from srepa_ds.preparation.latents import as_codec, described_latents
 from srepa_ds.preparation.outlook import outlook
 from srepa_ds.preparation.parts import parts_of
 from srepa_ds.preparation.share import EVERYTHING, Share
+from srepa_ds.preparation.timing import Workers, expected_time
 
 log = logging.getLogger("srepa_ds")
 
@@ -82,6 +83,12 @@ def _check(config: PrepareConfig, jobs: Sequence[Job]) -> None:
             f"{sum(one.num_latent_files for one in missing):,}",
             size_text(num_bytes),
         )
+        own = missing
+        if jobs[0].share.total > 1:
+            own = [remaining(job, share_alone=True) for job in jobs]
+        workers = Workers(ranks.world_size(), config.threads_for(ranks_here), ranks_here)
+        if time := expected_time(jobs, own, workers):
+            log.info("%s", time)
 
 
 def _check_codec(job: Job) -> None:

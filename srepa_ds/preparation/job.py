@@ -107,7 +107,7 @@ class Job:
             return True
         with ExitStack() as claims:
             ranks.on_main(lambda: claims.enter_context(self.folder.claimed()))
-            ranks.on_main(self.folder.remove_beginnings, self._of_share(range(self.num_pieces)))
+            ranks.on_main(self.folder.remove_beginnings, self.of_share(range(self.num_pieces)))
             index = ranks.on_main(self.index)
             if index is None:
                 self._write_images()
@@ -177,7 +177,7 @@ class Job:
 
     def _write_images(self) -> None:
         """Writes this share's missing shards."""
-        missing = self._of_share(ranks.on_main(self.missing_images))
+        missing = self.of_share(ranks.on_main(self.missing_images))
         images = ImagePass(
             self.source,
             self.part,
@@ -208,7 +208,7 @@ class Job:
         assert self.codec is not None
         assert self.config.latents is not None
         shards, missing = ranks.on_main(self._shards_without_latents)
-        missing = self._of_share(missing)
+        missing = self.of_share(missing)
         if not missing:
             return
         ranks.on_main(self._tell_of_other_settings, missing)
@@ -317,7 +317,8 @@ class Job:
             "else writes there, and run the same command again"
         )
 
-    def _of_share(self, numbers: Iterable[int]) -> list[int]:
+    def of_share(self, numbers: Iterable[int]) -> list[int]:
+        """Returns those of the pieces `numbers` that this share works on; not collective."""
         return [number for number in numbers if number % self.share.total == self.share.number]
 
     def _of_rank(self, numbers: Sequence[int]) -> Sequence[int]:
