@@ -40,7 +40,7 @@ class Workers:
     def busy_threads(self) -> float:
         """Threads that work at once: no more than there are cores."""
         cores = len(os.sched_getaffinity(0)) / self.ranks_here
-        return self.num_ranks * min(self.threads, cores)
+        return self.num_ranks * min(float(self.threads), cores)
 
     def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
