@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.data.latent_file import latent_name
-from srepa_ds.data.prepared_folder import SKIPPED_NAME, PreparedFolder, prepared_index
+from srepa_ds.data.prepared_folder import PreparedFolder, prepared_index
 from srepa_ds.data.receipts import ShardReceipt
 from srepa_ds.data.shard_file import number_of, shard_name
 from srepa_ds.data.shard_index import (
@@ -23,7 +23,7 @@ from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.data.sources.source import Source
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
-from srepa_ds.errors import DataError, OutputError, listed
+from srepa_ds.errors import DataError, OutputError
 from srepa_ds.preparation.config import PrepareConfig
 from srepa_ds.preparation.encoder import Encoder
 from srepa_ds.preparation.image_pass import ImagePass
@@ -31,8 +31,14 @@ from srepa_ds.preparation.latent_pass import LatentPass
 from srepa_ds.preparation.parts import Part
 from srepa_ds.preparation.preview import write_preview
 from srepa_ds.preparation.progress import run_through
+from srepa_ds.preparation.remarks import (
+    about_missing,
+    about_other_latents,
+    about_other_settings,
+    about_skipped,
+    summary,
+)
 from srepa_ds.preparation.share import Share
-from srepa_ds.trees import differences
 
 log = logging.getLogger("srepa_ds")
 
@@ -78,14 +84,9 @@ class Job:
         """
         index = prepared_index(self.folder.folder, self.part.description)
         if index is not None and index.latents is not None and self.latents is not None:
-            there = index.latents.model_dump(mode="json", exclude={"files"})
-            found = differences(there, self.latents.model_dump(mode="json"))
-            if found:
-                listing = "; ".join(
-                    f"{d.path} is {d.old!r} there and {d.new!r} here" for d in found
-                )
+            if differing := about_other_latents(index.latents, self.latents):
                 raise OutputError(
-                    f"{self.folder.folder}: holds latents made otherwise ({listing}); choose "
+                    f"{self.folder.folder}: holds latents made otherwise ({differing}); choose "
                     "another folder"
                 )
         return index
@@ -232,14 +233,8 @@ class Job:
     def _tell_of_other_settings(self, missing: Sequence[int]) -> None:
         found = [self.folder.other_latent_settings(number) for number in missing]
         others = [settings for settings in found if settings is not None]
-        if not others:
-            return
-        listing = [
-            f"{d.path} was {d.old!r} and is {d.new!r}"
-            for d in differences(others[0], self._latent_settings)
-        ]
-        text = "%s: %s files of latents were encoded with other settings (%s); they are made again"
-        log.info(text, self.folder.folder, f"{len(others):,}", "; ".join(listing))
+        if remark := about_other_settings(others, self._latent_settings):
+            log.info("%s: %s", self.folder.folder, remark)
 
     def _finish(self) -> ShardIndex | None:
         """Writes the index if all pieces are there; returns what index there is then."""
@@ -271,7 +266,7 @@ class Job:
         if index is None:
             write_preview(self.folder, complete)
         self.folder.finish(complete, skipped if index is None else ())
-        log.info("%s: %s", self.folder.folder, _summary(complete))
+        log.info("%s: %s", self.folder.folder, summary(complete))
 
     def _check_not_empty(
         self, shards: Mapping[int, ShardEntry], receipts: Mapping[int, ShardReceipt]
@@ -294,16 +289,10 @@ class Job:
         return LatentIndex(**dict(self.latents), files=files) if complete else None
 
     def _warn_of_skipped(self, index: ShardIndex | None) -> None:
-        """Says that a data set lacks images although an image that fails must end this command."""
-        if index is None or not index.num_skipped or self.config.on_error == "skip":
+        if index is None or self.config.on_error == "skip" or not self.rank.is_main:
             return
-        log.warning(
-            "%s: %s images of the source were left out when it was prepared (%s lists them); to "
-            "try them again, delete the folder",
-            self.folder.folder,
-            f"{index.num_skipped:,}",
-            SKIPPED_NAME,
-        )
+        if remark := about_skipped(index):
+            log.warning("%s: %s", self.folder.folder, remark)
 
     def _raise_unfinished(self) -> NoReturn:
         """Raises OutputError: files that this command has written are not there any more."""
@@ -311,11 +300,7 @@ class Job:
         if self.latents is not None:
             latents = self.missing_latents(self.shards())
         missing = [*map(shard_name, images), *map(latent_name, latents)]
-        raise OutputError(
-            f"{self.folder.folder}: not finished, although everything was written: "
-            f"{listed(missing, most=3) or 'index.json'} missing or changed since; see what "
-            "else writes there, and run the same command again"
-        )
+        raise OutputError(f"{self.folder.folder}: {about_missing(missing)}")
 
     def of_share(self, numbers: Iterable[int]) -> list[int]:
         """Returns those of the pieces `numbers` that this share works on; not collective."""
@@ -331,12 +316,3 @@ def _shards_of(
     if index is not None:
         return {number_of(entry.file): entry for entry in index.shards}
     return {n: receipt.shard for n, receipt in receipts.items() if receipt.shard is not None}
-
-
-def _summary(index: ShardIndex) -> str:
-    text = f"{index.num_samples:,} images in {index.num_classes:,} classes"
-    if index.latents is not None:
-        text += f", latents {index.latents.latent_shape}"
-    if index.num_skipped:
-        text += f"; {index.num_skipped:,} images left out ({SKIPPED_NAME})"
-    return text
