@@ -121,6 +121,9 @@ class Job:
         if self.share.total == 1:
             ranks.on_main(self._raise_unfinished)
         log.info("%s: this share is done, others are not yet", self.folder.folder)
+        if remark := ranks.on_main(self._about_other_settings, range(self.num_pieces)):
+            # Each share would wait for the other for ever.
+            self._warn(f"{remark}; give all shares the same settings")
         return False
 
     @property
@@ -212,7 +215,8 @@ class Job:
         missing = self.of_share(missing)
         if not missing:
             return
-        ranks.on_main(self._tell_of_other_settings, missing)
+        if remark := ranks.on_main(self._about_other_settings, missing):
+            log.info("%s: %s; they are made again", self.folder.folder, remark)
         index = self.folder.index_of(list(shards.values()))
         dataset = ranks.together(
             lambda: ShardDataset(self.folder.folder, parts=Parts(moments=False), index=index)
@@ -230,11 +234,13 @@ class Job:
         missing = self.missing_latents(shards)
         return shards, [] if self.is_finished(self.index()) else missing
 
-    def _tell_of_other_settings(self, missing: Sequence[int]) -> None:
+    def _about_other_settings(self, missing: Iterable[int]) -> str:
+        """Returns that some of the `missing` latents are there, made otherwise; empty if none."""
+        if self.latents is None:
+            return ""
         found = [self.folder.other_latent_settings(number) for number in missing]
         others = [settings for settings in found if settings is not None]
-        if remark := about_other_settings(others, self._latent_settings):
-            log.info("%s: %s", self.folder.folder, remark)
+        return about_other_settings(others, self._latent_settings)
 
     def _finish(self) -> ShardIndex | None:
         """Writes the index if all pieces are there; returns what index there is then."""
@@ -289,9 +295,14 @@ class Job:
         return LatentIndex(**dict(self.latents), files=files) if complete else None
 
     def _warn_of_skipped(self, index: ShardIndex | None) -> None:
-        if index is None or self.config.on_error == "skip" or not self.rank.is_main:
+        """Says that images are left out although one that fails must end this command."""
+        if index is None or self.config.on_error == "skip":
             return
         if remark := about_skipped(index):
+            self._warn(remark)
+
+    def _warn(self, remark: str) -> None:
+        if self.rank.is_main:
             log.warning("%s: %s", self.folder.folder, remark)
 
     def _raise_unfinished(self) -> NoReturn:

@@ -46,8 +46,7 @@ def about_other_settings(others: Sequence[Mapping[str, Any]], own: Mapping[str, 
         return ""
     changes = [f"{d.path} was {d.old!r} and is {d.new!r}" for d in differences(others[0], own)]
     return (
-        f"{len(others):,} files of latents were encoded with other settings "
-        f"({'; '.join(changes)}); they are made again"
+        f"{len(others):,} files of latents were encoded with other settings ({'; '.join(changes)})"
     )
 
 

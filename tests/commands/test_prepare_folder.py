@@ -302,6 +302,17 @@ def test_unfinished_latents_of_another_batch_size_are_made_again(tree, vae, tmp_
     assert prepare(one).keys() == {"train"}
 
 
+def test_shares_that_encode_with_different_settings_are_told_so(tree, vae, tmp_path, caplog):
+    for number, batch_size in enumerate((3, 2)):
+        wanted = latents(vae, batch_size=batch_size)
+        config = config_of(
+            tmp_path / "p.yaml", tree, tmp_path / "out", holdout_fraction=0.0, latents=wanted
+        )
+        assert prepare(config, share=Share(number, 2)) == {}
+    assert "4 files of latents were encoded with other settings" in caplog.text
+    assert "give all shares the same settings" in caplog.text
+
+
 def test_images_left_out_before_are_a_warning_where_they_must_not_fail(tmp_path, caplog):
     tree = write_tree(tmp_path / "tree", broken=(4, 7))
     changes = {"holdout_fraction": 0.0}
