@@ -108,11 +108,11 @@ def _waiting_memory(job: Job, ranks_here: int) -> int:
     wanted, image = job.config.latents, prod(job.part.description.image_shape)
     if wanted is None or job.source.latents is not None:
         return 0
-    if job.encodes:
-        # One batch is encoded while the next one is decoded.
-        return 2 * wanted.batch_size * image
-    read_ahead = _READ_PER_THREAD * job.config.threads_for(ranks_here)
-    return (read_ahead + wanted.batch_size) * image
+    # One batch is encoded while the next one is read.
+    waiting = 2 * wanted.batch_size
+    if not job.encodes:
+        waiting += _READ_PER_THREAD * job.config.threads_for(ranks_here)
+    return waiting * image
 
 
 def free_bytes(folder: Path) -> int:

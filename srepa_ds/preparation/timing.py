@@ -61,7 +61,7 @@ def expected_time(
         return None
     try:
         per_image, pixels = _measured_images(jobs[0])
-    except DataError:
+    except (DataError, MemoryError):
         # The preparation itself says which image it is, or leaves it out.
         return None
     texts = []
