@@ -22,6 +22,7 @@ from srepa_ds.preparation.latents import as_codec, described_latents
 from srepa_ds.preparation.outlook import outlook
 from srepa_ds.preparation.parts import parts_of
 from srepa_ds.preparation.share import EVERYTHING, Share
+from srepa_ds.preparation.timing import Workers, expected_time
 
 log = logging.getLogger("srepa_ds")
 
@@ -34,6 +35,7 @@ def prepare(config: PrepareConfig, *, share: Share = EVERYTHING) -> dict[str, Sh
     OutputError for a folder that cannot be written to or holds something else, or is too small.
     """
     jobs = _jobs(config, share, ranks.initialize())
+    _check_same_source(jobs)
     # All parts are checked first, so that a conflict in one leaves the others unwritten.
     ranks.on_main(_check, config, jobs)
     finished = [job for job in jobs if job.run()]
@@ -62,6 +64,14 @@ def _jobs(config: PrepareConfig, share: Share, rank: Rank) -> list[Job]:
     return [Job(config, source, part, codec, latents, share, rank) for part in parts]
 
 
+def _check_same_source(jobs: Sequence[Job]) -> None:
+    """Checks that all ranks would write the same data set; raises ConfigError on all otherwise."""
+    ranks.check_same(
+        {job.part.name: job.part.description.dataset_id for job in jobs},
+        what="ranks see different files in the source; give all of them the same copy",
+    )
+
+
 def _check(config: PrepareConfig, jobs: Sequence[Job]) -> None:
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     missing = _check_before(config, jobs, ranks_here=ranks_here)
@@ -73,6 +83,12 @@ def _check(config: PrepareConfig, jobs: Sequence[Job]) -> None:
             f"{sum(one.num_latent_files for one in missing):,}",
             size_text(num_bytes),
         )
+        own = missing
+        if jobs[0].share.total > 1:
+            own = [remaining(job, share_alone=True) for job in jobs]
+        workers = Workers(ranks.world_size(), config.threads_for(ranks_here), ranks_here)
+        if time := expected_time(jobs, own, workers):
+            log.info("%s", time)
 
 
 def _check_codec(job: Job) -> None:

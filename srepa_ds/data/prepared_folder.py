@@ -5,7 +5,7 @@ preparation that was killed writes only what is missing. The index replaces the 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,8 +31,8 @@ from srepa_ds.data.shard_index import (
 )
 from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import ConfigError, OutputError, listed
-from srepa_ds.files import PARTIAL, claimed, write_aside, writing
-from srepa_ds.schema import Section, to_tree, validated
+from srepa_ds.files import PARTIAL, claimed, locked, write_aside, writing
+from srepa_ds.schema import Section, replaced, to_tree, validated
 from srepa_ds.trees import differences
 
 MARKER_NAME = "preparing.json"
@@ -68,11 +68,23 @@ def prepared_index(folder: Path, description: DatasetDescription) -> ShardIndex 
 class PreparedFolder:
     """A folder that becomes a data set; several processes may write different pieces of it."""
 
-    def __init__(self, folder: Path, description: DatasetDescription, *, is_shared: bool = False):
-        """With `is_shared`, other processes may prepare the same data set at the same time."""
+    def __init__(
+        self,
+        folder: Path,
+        description: DatasetDescription,
+        *,
+        is_shared: bool = False,
+        latent_settings: Mapping[str, Any] | None = None,
+    ):
+        """With `is_shared`, other processes may prepare the same data set at the same time.
+
+        `latent_settings` are those of the encoding that decide the last bits of latents; files of
+        latents that were encoded with others are still to be written.
+        """
         self.folder = folder
         self.description = description
         self.is_shared = is_shared
+        self._latent_settings = dict(latent_settings or {})
 
     @contextmanager
     def claimed(self, *, keep: bool = True) -> Iterator[None]:
@@ -110,8 +122,12 @@ class PreparedFolder:
         return found if found and self._is_there(found.shard) else None
 
     def note_latents(self, number: int, receipt: LatentReceipt) -> None:
-        """Writes the receipt of the latents of a shard; raises OutputError."""
-        self.write(_receipt_of(latent_name(number)), _text_of(to_tree(receipt)))
+        """Writes the receipt of the latents of a shard; raises OutputError.
+
+        It names the settings of the encoding given to this folder.
+        """
+        complete = replaced(receipt, settings=self._latent_settings)
+        self.write(_receipt_of(latent_name(number)), _text_of(to_tree(complete)))
 
     def latents(
         self, number: int, described: LatentDescription, *, shard_sha256: str
@@ -120,8 +136,15 @@ class PreparedFolder:
         found = self._receipt(latent_name(number), LatentReceipt)
         if found is None or found.described != described:
             return None
+        if found.settings != self._latent_settings:
+            return None
         is_of_shard = found.latents.shard_sha256 == shard_sha256
         return found.latents if is_of_shard and self._is_there(found.latents) else None
+
+    def other_latent_settings(self, number: int) -> dict[str, Any] | None:
+        """Returns the settings with which a shard's latents were encoded, None if with these."""
+        found = self._receipt(latent_name(number), LatentReceipt)
+        return found.settings if found and found.settings != self._latent_settings else None
 
     def index_of(
         self,
@@ -157,10 +180,17 @@ class PreparedFolder:
             lines = [json.dumps(to_tree(one), ensure_ascii=False) + "\n" for one in skipped]
             self.write(SKIPPED_NAME, "".join(lines).encode())
         self.write(INDEX_NAME, _text_of(to_tree(index)))
-        self.tidy_up()
+        self._tidy_up()
 
     def tidy_up(self) -> None:
-        """Removes what a finished data set does not need, as far as that is possible."""
+        """Removes what a finished data set does not need, as far as that is possible.
+
+        Leaves all of it to a process that holds the folder: it may be adding latents.
+        """
+        with suppress(OSError), locked(self.folder):
+            self._tidy_up()
+
+    def _tidy_up(self) -> None:
         for path in self._left_over():
             with suppress(OSError):
                 path.unlink()

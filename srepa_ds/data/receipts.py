@@ -1,5 +1,7 @@
 """Receipts: the notes beside the finished pieces of a data set that is being prepared."""
 
+from typing import Any
+
 from srepa_ds.data.shard_index import LatentDescription, LatentFileEntry, ShardEntry
 from srepa_ds.schema import Section
 
@@ -29,3 +31,5 @@ class LatentReceipt(Section):
     """The entry of the file."""
     described: LatentDescription
     """What decides the latents."""
+    settings: dict[str, Any] = {}
+    """The settings of the encoding that decide the last bits: precision, tiles, size of batches."""

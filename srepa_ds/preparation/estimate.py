@@ -1,7 +1,6 @@
 """What a preparation will take: space on disk and memory, of which the first is checked before."""
 
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from srepa_ds.errors import ConfigError, Fault, OutputError
 from srepa_ds.files import writing
 from srepa_ds.preparation.config import PrepareConfig
 from srepa_ds.preparation.job import Job
+from srepa_ds.preparation.machine_memory import usable_memory
 
 log = logging.getLogger("srepa_ds")
 
@@ -21,6 +21,8 @@ _COPIES = 1.2
 """A shard's bytes in memory: its samples, and what a list of them and the decoder take."""
 _SURELY = 0.5
 """Of an estimate for encoded images: drawings take less than photographs, but rarely half."""
+_READ_PER_THREAD = 4
+"""Images that the first pass reads ahead for each thread, if it encodes them itself."""
 _LATENT_BYTES = {"fp16": 2, "fp32": 4}
 
 
@@ -33,6 +35,8 @@ class Remaining:
     image_bytes: int
     """Estimated for encoded images, exact for raw ones."""
     num_latent_files: int
+    num_latents: int
+    """Images whose latents are missing."""
     latent_bytes: int
 
     @property
@@ -41,20 +45,22 @@ class Remaining:
         return self.image_bytes + self.latent_bytes
 
 
-def remaining(job: Job) -> Remaining:
-    """Returns what is missing of a part; not collective.
+def remaining(job: Job, *, share_alone: bool = False) -> Remaining:
+    """Returns what is missing of a part, or of the job's share of it alone; not collective.
 
     Raises OutputError if its folder holds another data set.
     """
     index = job.index()
     if job.is_finished(index):
-        return Remaining(0, 0, 0, 0, 0)
+        return Remaining(0, 0, 0, 0, 0, 0)
     images = [] if index is not None else job.missing_images()
     latents: list[int] = []
     if job.latents is not None:
         with_latents = set(job.shards()) - set(job.missing_latents(job.shards()))
         numbers = range(job.num_pieces) if index is None else job.shards()
         latents = [number for number in numbers if number not in with_latents]
+    if share_alone:
+        images, latents = job.of_share(images), job.of_share(latents)
     num_images = sum(map(job.part.num_images, images))
     num_latents = sum(map(job.part.num_images, latents))
     return Remaining(
@@ -62,6 +68,7 @@ def remaining(job: Job) -> Remaining:
         num_images,
         num_images * image_bytes(job.part.description),
         len(latents),
+        num_latents,
         num_latents * latent_bytes(job.latents),
     )
 
@@ -81,12 +88,31 @@ def latent_bytes(described: LatentDescription | None) -> int:
     return values * _LATENT_BYTES[described.dtype]
 
 
-def memory_per_rank(job: Job) -> int:
-    """Returns the memory that a rank needs for the pieces of a part, the codec's own aside."""
+def memory_per_rank(job: Job, *, ranks_here: int) -> int:
+    """Returns the memory that each of `ranks_here` ranks of a machine needs for a part.
+
+    That is its largest shard and the images that wait to be encoded, the codec's own memory aside.
+    """
+    return _shard_memory(job) + _waiting_memory(job, ranks_here)
+
+
+def _shard_memory(job: Job) -> int:
     largest = min(job.config.images_per_shard, len(job.part.indices))
     images, latents = image_bytes(job.part.description), latent_bytes(job.latents)
-    one_shard = max(images, latents) if job.encodes else images + latents
-    return int(_COPIES * largest * one_shard)
+    one_sample = max(images, latents) if job.encodes else images + latents
+    return int(_COPIES * largest * one_sample)
+
+
+def _waiting_memory(job: Job, ranks_here: int) -> int:
+    """Returns what images take that are read and not yet encoded; they are raw."""
+    wanted, image = job.config.latents, prod(job.part.description.image_shape)
+    if wanted is None or job.source.latents is not None:
+        return 0
+    # One batch is encoded while the next one is read.
+    waiting = 2 * wanted.batch_size
+    if not job.encodes:
+        waiting += _READ_PER_THREAD * job.config.threads_for(ranks_here)
+    return waiting * image
 
 
 def free_bytes(folder: Path) -> int:
@@ -98,19 +124,20 @@ def free_bytes(folder: Path) -> int:
 
 def check_memory(config: PrepareConfig, jobs: Sequence[Job], *, ranks_here: int) -> None:
     """Checks that one shard for each rank of this machine fits into memory; raises ConfigError."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = ranks_here * max(map(memory_per_rank, jobs), default=0)
+    memory = usable_memory()
+    needed = ranks_here * max(memory_per_rank(job, ranks_here=ranks_here) for job in jobs)
     if needed <= memory:
         return
     largest = min(config.images_per_shard, max(len(job.part.indices) for job in jobs))
-    fit = int(largest * memory / (2 * needed))
+    shard, waiting = max((_shard_memory(job), _waiting_memory(job, ranks_here)) for job in jobs)
+    fit = int(largest * (memory / ranks_here - waiting) / (2 * shard))
     on_ranks = f" on each of {ranks_here} ranks" if ranks_here > 1 else ""
     reason = (
         f"a shard of {largest} images of {config.image_size} px takes "
         f"{size_text(needed // ranks_here)} of memory{on_ranks}, and this machine has "
         f"{size_text(memory)}; "
     )
-    cure = f"set it to at most {fit}" if fit else "choose a smaller image_size"
+    cure = f"set it to at most {fit}" if fit > 0 else "choose a smaller image_size"
     raise ConfigError("prepare", [Fault("samples_per_shard", reason + cure)])
 
 

@@ -5,11 +5,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from srepa_ds.codec.latent_codec import LatentCodec
-from srepa_ds.data.prepared_folder import SKIPPED_NAME, PreparedFolder, prepared_index
+from srepa_ds.data.latent_file import latent_name
+from srepa_ds.data.prepared_folder import PreparedFolder, prepared_index
 from srepa_ds.data.receipts import ShardReceipt
-from srepa_ds.data.shard_file import number_of
+from srepa_ds.data.shard_file import number_of, shard_name
 from srepa_ds.data.shard_index import (
     LatentDescription,
     LatentFileEntry,
@@ -29,8 +31,14 @@ from srepa_ds.preparation.latent_pass import LatentPass
 from srepa_ds.preparation.parts import Part
 from srepa_ds.preparation.preview import write_preview
 from srepa_ds.preparation.progress import run_through
+from srepa_ds.preparation.remarks import (
+    about_missing,
+    about_other_latents,
+    about_other_settings,
+    about_skipped,
+    summary,
+)
 from srepa_ds.preparation.share import Share
-from srepa_ds.trees import differences
 
 log = logging.getLogger("srepa_ds")
 
@@ -52,7 +60,22 @@ class Job:
     def folder(self) -> PreparedFolder:
         """The folder of the part."""
         place = self.config.output / self.part.name
-        return PreparedFolder(place, self.part.description, is_shared=self.share.total > 1)
+        return PreparedFolder(
+            place,
+            self.part.description,
+            is_shared=self.share.total > 1,
+            latent_settings=self._latent_settings,
+        )
+
+    @property
+    def _latent_settings(self) -> dict[str, Any]:
+        """The settings that decide the last bits of latents; none if the source holds them."""
+        wanted = self.config.latents
+        if wanted is None or self.source.latents is not None:
+            return {}
+        codec = wanted.codec
+        own = {"precision": codec.precision, "tiled": codec.tiled}
+        return {**own, "batch_size": wanted.batch_size}
 
     def index(self) -> ShardIndex | None:
         """Returns the index that is already there; not collective.
@@ -61,14 +84,9 @@ class Job:
         """
         index = prepared_index(self.folder.folder, self.part.description)
         if index is not None and index.latents is not None and self.latents is not None:
-            there = index.latents.model_dump(mode="json", exclude={"files"})
-            found = differences(there, self.latents.model_dump(mode="json"))
-            if found:
-                listing = "; ".join(
-                    f"{d.path} is {d.old!r} there and {d.new!r} here" for d in found
-                )
+            if differing := about_other_latents(index.latents, self.latents):
                 raise OutputError(
-                    f"{self.folder.folder}: holds latents made otherwise ({listing}); choose "
+                    f"{self.folder.folder}: holds latents made otherwise ({differing}); choose "
                     "another folder"
                 )
         return index
@@ -86,19 +104,27 @@ class Job:
         if self.is_finished(index):
             ranks.on_main(self.folder.tidy_up)
             log.info("%s: already prepared with these settings, nothing to do", self.folder.folder)
+            self._warn_of_skipped(index)
             return True
         with ExitStack() as claims:
             ranks.on_main(lambda: claims.enter_context(self.folder.claimed()))
-            ranks.on_main(self.folder.remove_beginnings, self._of_share(range(self.num_pieces)))
+            ranks.on_main(self.folder.remove_beginnings, self.of_share(range(self.num_pieces)))
             index = ranks.on_main(self.index)
             if index is None:
                 self._write_images()
             if self.encodes:
                 self._write_latents()
             index = ranks.on_main(self._finish)
-        if not self.is_finished(index):
-            log.info("%s: this share is done, others are not yet", self.folder.folder)
-        return self.is_finished(index)
+        if self.is_finished(index):
+            self._warn_of_skipped(index)
+            return True
+        if self.share.total == 1:
+            ranks.on_main(self._raise_unfinished)
+        log.info("%s: this share is done, others are not yet", self.folder.folder)
+        if remark := ranks.on_main(self._about_other_settings, range(self.num_pieces)):
+            # Each share would wait for the other for ever.
+            self._warn(f"{remark}; give all shares the same settings")
+        return False
 
     @property
     def latents_come_along(self) -> bool:
@@ -155,7 +181,7 @@ class Job:
 
     def _write_images(self) -> None:
         """Writes this share's missing shards."""
-        missing = self._of_share(ranks.on_main(self.missing_images))
+        missing = self.of_share(ranks.on_main(self.missing_images))
         images = ImagePass(
             self.source,
             self.part,
@@ -186,9 +212,11 @@ class Job:
         assert self.codec is not None
         assert self.config.latents is not None
         shards, missing = ranks.on_main(self._shards_without_latents)
-        missing = self._of_share(missing)
+        missing = self.of_share(missing)
         if not missing:
             return
+        if remark := ranks.on_main(self._about_other_settings, missing):
+            log.info("%s: %s; they are made again", self.folder.folder, remark)
         index = self.folder.index_of(list(shards.values()))
         dataset = ranks.together(
             lambda: ShardDataset(self.folder.folder, parts=Parts(moments=False), index=index)
@@ -205,6 +233,14 @@ class Job:
         shards = self.shards()
         missing = self.missing_latents(shards)
         return shards, [] if self.is_finished(self.index()) else missing
+
+    def _about_other_settings(self, missing: Iterable[int]) -> str:
+        """Returns that some of the `missing` latents are there, made otherwise; empty if none."""
+        if self.latents is None:
+            return ""
+        found = [self.folder.other_latent_settings(number) for number in missing]
+        others = [settings for settings in found if settings is not None]
+        return about_other_settings(others, self._latent_settings)
 
     def _finish(self) -> ShardIndex | None:
         """Writes the index if all pieces are there; returns what index there is then."""
@@ -236,7 +272,7 @@ class Job:
         if index is None:
             write_preview(self.folder, complete)
         self.folder.finish(complete, skipped if index is None else ())
-        log.info("%s: %s", self.folder.folder, _summary(complete))
+        log.info("%s: %s", self.folder.folder, summary(complete))
 
     def _check_not_empty(
         self, shards: Mapping[int, ShardEntry], receipts: Mapping[int, ShardReceipt]
@@ -258,7 +294,27 @@ class Job:
         complete = len(files) == len(entries)
         return LatentIndex(**dict(self.latents), files=files) if complete else None
 
-    def _of_share(self, numbers: Iterable[int]) -> list[int]:
+    def _warn_of_skipped(self, index: ShardIndex | None) -> None:
+        """Says that images are left out although one that fails must end this command."""
+        if index is None or self.config.on_error == "skip":
+            return
+        if remark := about_skipped(index):
+            self._warn(remark)
+
+    def _warn(self, remark: str) -> None:
+        if self.rank.is_main:
+            log.warning("%s: %s", self.folder.folder, remark)
+
+    def _raise_unfinished(self) -> NoReturn:
+        """Raises OutputError: files that this command has written are not there any more."""
+        images, latents = self.missing_images(), []
+        if self.latents is not None:
+            latents = self.missing_latents(self.shards())
+        missing = [*map(shard_name, images), *map(latent_name, latents)]
+        raise OutputError(f"{self.folder.folder}: {about_missing(missing)}")
+
+    def of_share(self, numbers: Iterable[int]) -> list[int]:
+        """Returns those of the pieces `numbers` that this share works on; not collective."""
         return [number for number in numbers if number % self.share.total == self.share.number]
 
     def _of_rank(self, numbers: Sequence[int]) -> Sequence[int]:
@@ -271,12 +327,3 @@ def _shards_of(
     if index is not None:
         return {number_of(entry.file): entry for entry in index.shards}
     return {n: receipt.shard for n, receipt in receipts.items() if receipt.shard is not None}
-
-
-def _summary(index: ShardIndex) -> str:
-    text = f"{index.num_samples:,} images in {index.num_classes:,} classes"
-    if index.latents is not None:
-        text += f", latents {index.latents.latent_shape}"
-    if index.num_skipped:
-        text += f"; {index.num_skipped:,} images left out ({SKIPPED_NAME})"
-    return text

@@ -1,6 +1,8 @@
 """The second pass: encodes the images of finished shards, shard by shard."""
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -46,10 +48,12 @@ class LatentPass:
         rows = rows_of(latent_forms(self.described, entry.num_samples))
         latents = {name: row.empty(entry.num_samples) for name, row in rows.items()}
         done = 0
-        for samples in self._batches(place):
-            self._encode(samples, {name: whole[done:] for name, whole in latents.items()})
-            done += len(samples)
-            yield len(samples)
+        # Closed here: a generator that an error leaves waiting would keep its thread.
+        with closing(self._images(self._batches(place))) as batches:
+            for images in batches:
+                self._encode(images, {name: whole[done:] for name, whole in latents.items()})
+                done += len(images)
+                yield len(images)
         written = write_latents(
             self.folder.folder,
             number,
@@ -62,8 +66,19 @@ class LatentPass:
         receipt = LatentReceipt(latents=written, described=self.described)
         self.folder.note_latents(number, receipt)
 
-    def _encode(self, samples: Tensor, room: dict[str, Tensor]) -> None:
-        images = self.dataset.read(samples).pixels
+    def _images(self, batches: Sequence[Tensor]) -> Generator[Tensor, None, None]:
+        """Yields the images of each batch of samples; a thread decodes the next batch meanwhile."""
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self._decoded, batches[0])
+            for samples in batches[1:]:
+                images, coming = coming.result(), pool.submit(self._decoded, samples)
+                yield images
+            yield coming.result()
+
+    def _decoded(self, samples: Tensor) -> Tensor:
+        return self.dataset.read(samples).pixels
+
+    def _encode(self, images: Tensor, room: dict[str, Tensor]) -> None:
         room["moments"][: len(images)] = self.codec.moments(images)
         if "moments_mirrored" in room:
             room["moments_mirrored"][: len(images)] = self.codec.moments(images.flip(3))

@@ -12,6 +12,7 @@ from srepa_ds.preparation.estimate import (
     size_text,
 )
 from srepa_ds.preparation.job import Job
+from srepa_ds.preparation.timing import Workers, expected_time
 
 _CLASSES_NAMED = 3
 
@@ -25,7 +26,7 @@ def outlook(config: PrepareConfig, jobs: Sequence[Job], *, ranks_here: int) -> s
     needed = sum(one.num_bytes for one in missing)
     about = "" if config.pixels in ("raw", None) else "about "
     to_write = f"{about}{size_text(needed)} to write" if needed else "nothing to write"
-    memory = max(map(memory_per_rank, jobs))
+    memory = max(memory_per_rank(job, ranks_here=ranks_here) for job in jobs)
     threads = config.threads_for(ranks_here)
     ranks = f"{ranks_here} ranks" if ranks_here > 1 else "1 rank"
     lines = [
@@ -36,6 +37,9 @@ def outlook(config: PrepareConfig, jobs: Sequence[Job], *, ranks_here: int) -> s
         f"disk     {to_write}, {size_text(free_bytes(config.output))} free",
         f"memory   {size_text(memory)} for a shard in each rank; {ranks}, {threads} threads each",
     ]
+    workers = Workers(ranks_here, threads, ranks_here)
+    if time := expected_time(jobs, missing, workers):
+        lines.append(f"time     {time}")
     return "\n".join(lines)
 
 

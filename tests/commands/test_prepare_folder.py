@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from collections import namedtuple
 
@@ -136,6 +137,30 @@ def test_the_number_of_ranks_changes_no_byte(tree, vae, undisturbed, tmp_path):
     assert contents(tmp_path / "out") == undisturbed
 
 
+def prepare_of_own_copy(path, trees, output):
+    from pathlib import Path
+
+    tree = Path(trees[int(os.environ["RANK"])])
+    try:
+        prepare(config_of(Path(path), tree, Path(output)))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_ranks_that_see_different_images_are_refused(tree, tmp_path):
+    other = shutil.copytree(tree, tmp_path / "other")
+    (other / "n0000" / "more.png").write_bytes(b"1234")
+    said = run_function(
+        prepare_of_own_copy, 2, tmp_path / "p.yaml", [str(tree), str(other)], tmp_path / "out"
+    )
+    for text in said:
+        assert "ranks see different files in the source; give all of them the same copy" in text
+        assert "train" in text
+    assert not (tmp_path / "out").exists()
+
+
 def fail_on_rank(path, tree, output):
     from pathlib import Path
 
@@ -261,6 +286,74 @@ def test_unfinished_latents_of_another_precision_are_made_again(tree, vae, tmp_p
     assert part.read(torch.arange(45)).moments.dtype == torch.float32
 
 
+def test_unfinished_latents_of_another_batch_size_are_made_again(tree, vae, tmp_path, caplog):
+    changes = {"holdout_fraction": 0.0}
+    one = config_of(tmp_path / "p.yaml", tree, tmp_path / "out", latents=latents(vae), **changes)
+    prepare(one, share=Share(0, 2))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")}
+    other = latents(vae, batch_size=2)
+    two = config_of(tmp_path / "p.yaml", tree, tmp_path / "out", latents=other, **changes)
+    with caplog.at_level(logging.INFO, logger="srepa_ds"):
+        prepare(two)
+    assert "4 files of latents were encoded with other settings (batch_size was 3" in caplog.text
+    again = {p.name for p, written in before.items() if p.stat().st_mtime_ns != written}
+    assert again == {f"latents-0000{number}.safetensors" for number in (0, 2, 4, 6)}
+    # Of a finished data set they are no part.
+    assert prepare(one).keys() == {"train"}
+
+
+def test_shares_that_encode_with_different_settings_are_told_so(tree, vae, tmp_path, caplog):
+    for number, batch_size in enumerate((3, 2)):
+        wanted = latents(vae, batch_size=batch_size)
+        config = config_of(
+            tmp_path / "p.yaml", tree, tmp_path / "out", holdout_fraction=0.0, latents=wanted
+        )
+        assert prepare(config, share=Share(number, 2)) == {}
+    assert "4 files of latents were encoded with other settings" in caplog.text
+    assert "give all shares the same settings" in caplog.text
+
+
+def test_images_left_out_before_are_a_warning_where_they_must_not_fail(tmp_path, caplog):
+    tree = write_tree(tmp_path / "tree", broken=(4, 7))
+    changes = {"holdout_fraction": 0.0}
+    skip = config_of(tmp_path / "p.yaml", tree, tmp_path / "out", on_error="skip", **changes)
+    warning = "2 images of the source were left out when it was prepared (skipped.jsonl lists them)"
+    for _ in range(2):
+        prepare(skip)
+        assert warning not in caplog.text
+    prepare(config_of(tmp_path / "p.yaml", tree, tmp_path / "out", **changes))
+    assert warning in caplog.text
+
+
+def test_a_finished_data_set_is_not_tidied_up_while_another_command_adds_latents(tree, tmp_path):
+    config = config_of(tmp_path / "p.yaml", tree, tmp_path / "out", holdout_fraction=0.0)
+    index = prepare(config)["train"].index
+    begun = tmp_path / "out/train/latents-00000.safetensors.partial"
+    described = DatasetDescription(index.source, index.image_shape, index.class_names)
+    with PreparedFolder(tmp_path / "out/train", described).claimed():
+        begun.write_bytes(b"half")
+        prepare(config)
+        assert begun.exists()
+    prepare(config)
+    assert not begun.exists()
+
+
+def test_files_that_are_gone_at_the_end_are_named(tree, tmp_path, monkeypatch):
+    note = PreparedFolder.note
+
+    def disturbed(folder, number, receipt):
+        note(folder, number, receipt)
+        if number == 6:
+            (folder.folder / "shard-00002.safetensors").unlink()
+
+    monkeypatch.setattr(PreparedFolder, "note", disturbed)
+    config = config_of(tmp_path / "p.yaml", tree, tmp_path / "out", holdout_fraction=0.0)
+    with pytest.raises(OutputError, match=r"not finished.*: shard-00002.safetensors missing or"):
+        prepare(config)
+    monkeypatch.undo()
+    assert prepare(config).keys() == {"train"}
+
+
 def test_a_receipt_of_a_shard_that_is_gone_or_cut_is_not_believed(tree, vae, undisturbed, tmp_path):
     config = config_of(tmp_path / "p.yaml", tree, tmp_path / "out", latents=latents(vae))
     prepare(config, share=Share(0, 2))
@@ -331,6 +424,22 @@ def test_estimates_of_raw_images_and_latents_are_what_is_written(tree, vae, tmp_
         # Beside them there are labels, keys and headers.
         assert 0 < described.shards[0].bytes - 45 * image < 45 * 60
         assert 0 < described.latents.files[0].bytes - 45 * latent < 600
+
+
+def test_images_that_wait_for_the_encoder_are_counted_in_memory(tree, vae, tmp_path):
+    changes = {"holdout_fraction": 0.0, "samples_per_shard": 1, "threads": 3, "image_size": 512}
+
+    def megabytes(**more):
+        settings = {**changes, "latents": latents(vae, **more.pop("of_latents", {})), **more}
+        said = dry_run(config_of(tmp_path / "p.yaml", tree, tmp_path / "out", **settings))
+        return float(said.split("memory")[1].split(" MB for a shard")[0])
+
+    image = 3 * 512**2 / 1e6
+    added = megabytes(pixels=None) - megabytes(pixels=None, threads=1)
+    # Four for each thread, two threads more.
+    assert added == pytest.approx(8 * image, abs=0.2)
+    added = megabytes(of_latents={"batch_size": 13}) - megabytes()
+    assert added == pytest.approx(2 * 10 * image, abs=0.2)
 
 
 def test_settings_that_write_nothing_or_cannot_encode_are_refused(tree, tmp_path):
