@@ -101,6 +101,17 @@ def test_a_training_goes_on_from_it(place):
     assert fault_of(place / "run" / "checkpoints" / "step-0000006") is None
 
 
+@pytest.mark.parametrize("storage", ["raw", "png", "webp"])
+def test_data_sets_of_format_2_are_read_as_they_were(storage):
+    expected = load_file(GOLDEN / "format-2" / "expected.safetensors")
+    dataset = ShardDataset(GOLDEN / "format-2" / storage)
+    dataset.verify()
+    batch = dataset.read(torch.arange(7), mirrored=torch.arange(7) % 2 == 1)
+    for name in ("images", "moments", "labels"):
+        assert torch.equal(getattr(batch, name), expected[f"{storage}.{name}"])
+    assert dataset.keys(torch.tensor([6])) == ["00000006"]
+
+
 DOCUMENTS = {
     "shards": ("shards/index.json", ["train", "experiment.yaml"]),
     "tokens": (f"{STORE}/index.json", ["train", "experiment.yaml"]),

@@ -18,6 +18,7 @@ from srepa_ds.data.shard_index import CURE, LatentDescription, LatentFileEntry, 
 from srepa_ds.data.stored_files import StoredFile
 from srepa_ds.errors import DataError
 from srepa_ds.files import sha256_of, write_aside, writing
+from srepa_ds.schema import to_tree
 
 LATENT_FORMAT = "srepa-ds latents"
 _LATENT_VERSION = 1
@@ -34,14 +35,13 @@ def latent_facts(
     description: LatentDescription, *, num_samples: int, shard_sha256: str
 ) -> dict[str, Any]:
     """Returns the facts in the header of a file of latents."""
+    described = to_tree(description)
     return {
         "format": LATENT_FORMAT,
         "version": _LATENT_VERSION,
         "num_samples": num_samples,
         "shard_sha256": shard_sha256,
-        "codec": description.codec,
-        "values": description.values,
-        "latent_shape": list(description.latent_shape),
+        **{name: described[name] for name in ("codec", "values", "latent_shape", "scale", "shift")},
     }
 
 

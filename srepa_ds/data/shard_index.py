@@ -79,6 +79,10 @@ class LatentDescription(Section):
     """Channels, height, width of a latent."""
     mirrored: bool
     """Whether the latents of the mirrored images are there too."""
+    scale: float | tuple[float, ...] | None = None
+    """What models multiply with by default, after `shift`; the stored latents are neither."""
+    shift: float | tuple[float, ...] | None = None
+    """What models subtract by default."""
 
     @property
     def stored_shape(self) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from srepa_ds.data.shard_index import CURE, DatasetDescription, LatentDescriptio
 from srepa_ds.errors import ConfigError, Fault, OutputError
 from srepa_ds.files import writing
 from srepa_ds.preparation.config import PrepareConfig
+from srepa_ds.preparation.image_pass import READ_PER_THREAD
 from srepa_ds.preparation.job import Job
 from srepa_ds.preparation.machine_memory import usable_memory
 
@@ -21,8 +22,6 @@ _COPIES = 1.2
 """A shard's bytes in memory: its samples, and what a list of them and the decoder take."""
 _SURELY = 0.5
 """Of an estimate for encoded images: drawings take less than photographs, but rarely half."""
-_READ_PER_THREAD = 4
-"""Images that the first pass reads ahead for each thread, if it encodes them itself."""
 _LATENT_BYTES = {"fp16": 2, "fp32": 4}
 
 
@@ -111,7 +110,7 @@ def _waiting_memory(job: Job, ranks_here: int) -> int:
     # One batch is encoded while the next one is read.
     waiting = 2 * wanted.batch_size
     if not job.encodes:
-        waiting += _READ_PER_THREAD * job.config.threads_for(ranks_here)
+        waiting += READ_PER_THREAD * job.config.threads_for(ranks_here)
     return waiting * image
 
 

@@ -28,7 +28,7 @@ from srepa_ds.preparation.parts import Part
 
 _NAMES_OF_OBJECTS = re.compile(r" ?<[\w.]+ object at 0x[0-9a-f]+>")
 
-_PER_THREAD = 4
+READ_PER_THREAD = 4
 """Samples read ahead by each thread."""
 
 
@@ -91,7 +91,7 @@ class ImagePass:
         self, pool: ThreadPoolExecutor, indices: Sequence[int], threads: int
     ) -> Iterator[_Read]:
         """Yields what is read of each sample, in order; a bounded number is read ahead."""
-        window = _PER_THREAD * threads + (self.encoder.batch_size if self.encoder else 0)
+        window = READ_PER_THREAD * threads + (self.encoder.batch_size if self.encoder else 0)
         waiting: deque[Future[_Read]] = deque()
         for index in indices:
             waiting.append(pool.submit(self._read, index))

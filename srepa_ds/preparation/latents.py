@@ -23,6 +23,8 @@ def described_latents(
     if of_source is None and (config is None or codec is None):
         return None
     dtype = config.dtype if config else "fp32"
+    space = codec.space if codec and codec.identity else of_source.facts if of_source else {}
+    scale, shift = _numbers(space.get("scale")), _numbers(space.get("shift"))
     if of_source is None:
         assert config is not None
         assert codec is not None
@@ -32,6 +34,8 @@ def described_latents(
             dtype=dtype,
             latent_shape=codec.latent_shape(image_shape),
             mirrored=config.mirrored,
+            scale=scale,
+            shift=shift,
         )
     if codec is not None and codec.identity:
         expected = codec.latent_shape(image_shape)
@@ -46,7 +50,13 @@ def described_latents(
         dtype=dtype,
         latent_shape=of_source.latent_shape,
         mirrored=of_source.mirrored,
+        scale=scale,
+        shift=shift,
     )
+
+
+def _numbers(values: Any) -> float | tuple[float, ...] | None:
+    return tuple(values) if isinstance(values, list | tuple) else values
 
 
 def as_codec(facts: dict[str, Any]) -> str | None:

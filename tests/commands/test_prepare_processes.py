@@ -67,7 +67,7 @@ def newest(output: Path) -> tuple[int, ...]:
 def test_killed_five_times_on_two_ranks_the_next_run_completes(seed, vae, tmp_path):
     tree = write_tree(tmp_path / "tree", num_images=240, broken=(5, 90))
     changes = {"image_size": 64, "samples_per_shard": 8, "on_error": "skip"}
-    if seed < 2:
+    if seed == 0:
         # The others start in half of the time.
         codec = {"kind": "vae", "weights": str(vae)}
         changes["latents"] = {"codec": codec, "batch_size": 3, "mirrored": True}
