@@ -268,7 +268,8 @@ def demo(
     ] = None,
 ) -> None:
     """Run everything on handwritten digits: prepare, teach, train, sample, score, report."""
-    from srepa_ds.commands.demo import look_at, run_demo
+    from srepa_ds.commands.demo import run_demo
+    from srepa_ds.config.own_images import look_at
 
     only_with_data = {
         "--size": size,

@@ -17,18 +17,16 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from srepa_ds.config.own_images import OwnImages
+from srepa_ds.config.own_images import FEWEST_IMAGES, OwnImages
 from srepa_ds.distributed.launcher import start_child
 from srepa_ds.distributed.signals import handled
 from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import ConfigError, Fault, OutputError, SRepaError, nearest
-from srepa_ds.files import make_folder, remove_empty, shipped, unexpanded, write_aside, writing
+from srepa_ds.files import make_folder, remove_empty, shipped, write_aside, writing
 from srepa_ds.run_folder import RunFolder
 from srepa_ds.schema import load_section
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from srepa_ds.config.experiment import Config
 
 MODES = (
@@ -154,9 +152,6 @@ _OPTIONS = {
 }
 """The option that gives a setting."""
 
-FEWEST_IMAGES = 4
-"""Precision and recall look for each image's 3 nearest neighbours."""
-
 
 def _faults_of_numbers(config: "Config", ranks: int) -> Iterator[Fault]:
     """Yields a fault for each number that fits the settings but not the pipeline."""
@@ -192,68 +187,6 @@ def _check_writable(folder: Path) -> None:
             f"the demo writes to {folder}, but {existing.absolute()} {reason}; run it in another "
             "folder"
         )
-
-
-def look_at(
-    folder: Path,
-    *,
-    image_size: int,
-    vae: Path | None = None,
-    teacher: str | None = None,
-    teacher_weights: Path | None = None,
-) -> OwnImages:
-    """Returns the demo on a folder of images; `teacher` is one of ours, or a model of timm.
-
-    Raises DataError for a folder without images or a VAE that cannot be read, ConfigError for
-    settings that cannot work.
-    """
-    from srepa_ds.codec.config import CodecConfig
-    from srepa_ds.codec.table import build_codec
-    from srepa_ds.data.sources.image_folder import ImageFolderConfig
-    from srepa_ds.encoders.described import spec_for
-    from srepa_ds.encoders.published import local_weights
-    from srepa_ds.encoders.timm_models import has_published_weights
-
-    if teacher is None and teacher_weights is not None:
-        raise ConfigError("demo", [Fault("--teacher-weights", "needs --teacher, its model")])
-    codec = CodecConfig(kind="vae", weights=_as_setting(vae)) if vae else CodecConfig()
-    source = ImageFolderConfig(kind="image_folder", path=_as_setting(folder)).opened()
-    _check_enough(folder, source.labels)
-    spec = spec_for(teacher) if teacher else None
-    if teacher_weights is not None and not teacher_weights.is_file():
-        raise ConfigError("demo", [Fault("--teacher-weights", f"{teacher_weights}: no such file")])
-    if spec is not None and teacher_weights is None and has_published_weights(spec.architecture):
-        # Raises if they were not fetched.
-        local_weights(spec.architecture)
-    return OwnImages(
-        folder,
-        image_size,
-        num_classes=len(source.class_ids),
-        latent_shape=build_codec(codec).latent_shape((3, image_size, image_size)),
-        vae=vae,
-        teacher=spec,
-        teacher_name=teacher,
-        teacher_weights=teacher_weights,
-    )
-
-
-def _check_enough(folder: Path, labels: "Tensor") -> None:
-    """Raises ConfigError if fewer images would be held out than scores need."""
-    from srepa_ds.config.own_images import HOLDOUT_FRACTION
-    from srepa_ds.data.split import stratified_split
-
-    split = stratified_split(labels, holdout_fraction=HOLDOUT_FRACTION, seed=0)
-    if len(split.heldout) < FEWEST_IMAGES:
-        reason = (
-            f"{folder} holds {len(labels)} images, of which {len(split.heldout)} would be held "
-            f"out, and scores need {FEWEST_IMAGES}; give more, at least five of each class"
-        )
-        raise ConfigError("demo", [Fault("--data", reason)])
-
-
-def _as_setting(path: Path) -> Path:
-    """Returns a path of the command line as a configuration would give it."""
-    return Path(unexpanded(path))
 
 
 def shipped_road(mode: str) -> Road:

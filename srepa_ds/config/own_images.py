@@ -4,8 +4,18 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxtyping import Int64
+from torch import Tensor
+
+from srepa_ds.codec.config import CodecConfig
+from srepa_ds.codec.table import build_codec
+from srepa_ds.data.sources.image_folder import ImageFolderConfig
+from srepa_ds.data.split import stratified_split
+from srepa_ds.encoders.described import spec_for
+from srepa_ds.encoders.published import local_weights
 from srepa_ds.encoders.spec import IMAGENET_MEAN, IMAGENET_STD, TeacherSpec
 from srepa_ds.encoders.table import TEACHERS
+from srepa_ds.encoders.timm_models import has_published_weights
 from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.files import shipped, unexpanded
 from srepa_ds.schema import replaced, to_tree
@@ -16,6 +26,9 @@ GRID = 8
 
 HOLDOUT_FRACTION = 0.2
 """Of each class, for the scores."""
+
+FEWEST_IMAGES = 4
+"""Precision and recall look for each image's 3 nearest neighbours."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +166,58 @@ class OwnImages:
             "alignments": alignments,
             "evaluate": {"reference": str(self.data / "heldout"), "extractor": teacher},
         }
+
+
+def look_at(
+    folder: Path,
+    *,
+    image_size: int,
+    vae: Path | None = None,
+    teacher: str | None = None,
+    teacher_weights: Path | None = None,
+) -> OwnImages:
+    """Returns the demo on a folder of images; `teacher` is one of ours, or a model of timm.
+
+    Raises DataError for a folder without images or a VAE that cannot be read, ConfigError for
+    settings that cannot work.
+    """
+    if teacher is None and teacher_weights is not None:
+        raise ConfigError("demo", [Fault("--teacher-weights", "needs --teacher, its model")])
+    codec = CodecConfig(kind="vae", weights=_as_setting(vae)) if vae else CodecConfig()
+    source = ImageFolderConfig(kind="image_folder", path=_as_setting(folder)).opened()
+    _check_enough(folder, source.labels)
+    spec = spec_for(teacher) if teacher else None
+    if teacher_weights is not None and not teacher_weights.is_file():
+        raise ConfigError("demo", [Fault("--teacher-weights", f"{teacher_weights}: no such file")])
+    if spec is not None and teacher_weights is None and has_published_weights(spec.architecture):
+        # Raises if they were not fetched.
+        local_weights(spec.architecture)
+    return OwnImages(
+        folder,
+        image_size,
+        num_classes=len(source.class_ids),
+        latent_shape=build_codec(codec).latent_shape((3, image_size, image_size)),
+        vae=vae,
+        teacher=spec,
+        teacher_name=teacher,
+        teacher_weights=teacher_weights,
+    )
+
+
+def _check_enough(folder: Path, labels: Int64[Tensor, " samples"]) -> None:
+    """Raises ConfigError if fewer images would be held out than scores need."""
+    split = stratified_split(labels, holdout_fraction=HOLDOUT_FRACTION, seed=0)
+    if len(split.heldout) < FEWEST_IMAGES:
+        reason = (
+            f"{folder} holds {len(labels)} images, of which {len(split.heldout)} would be held "
+            f"out, and scores need {FEWEST_IMAGES}; give more, at least five of each class"
+        )
+        raise ConfigError("demo", [Fault("--data", reason)])
+
+
+def _as_setting(path: Path) -> Path:
+    """Returns a path of the command line as a configuration would give it."""
+    return Path(unexpanded(path))
 
 
 def _readable(name: str) -> str:

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from small_vae import write_vae
 
 from srepa_ds.cli import run
-from srepa_ds.commands.demo import CONFIGS, MODES, look_at
+from srepa_ds.commands.demo import CONFIGS, MODES
 from srepa_ds.commands.teacher import TeacherTrainingConfig
 from srepa_ds.config.experiment import config_from
+from srepa_ds.config.own_images import look_at
 from srepa_ds.encoders.described import spec_for, spec_of
 from srepa_ds.encoders.table import TEACHERS
 from srepa_ds.encoders.timm_models import create_encoder
