@@ -354,6 +354,15 @@ def another_group() -> Any:
     return dist.new_group(timeout=own._get_backend(torch.device(device)).options._timeout)
 
 
+def is_open(group: Any) -> bool:
+    """Returns whether `group` belongs to the process group that this process is in."""
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError, RuntimeError):
+        return False
+    return True
+
+
 def close() -> None:
     """Leaves the process group, if this process is in one."""
     global _store

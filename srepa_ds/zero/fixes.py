@@ -75,7 +75,9 @@ def check_attributes(fix: Fix, engine: Any = None) -> None:
 
 def use_our_group() -> None:
     """Makes all engines built from now on communicate in a group with our timeout."""
-    if groups._WORLD_GROUP is None:
+    group = groups._WORLD_GROUP
+    # That of an earlier training in this process has gone with its ranks.
+    if group is None or not ranks.is_open(group):
         groups._WORLD_GROUP = ranks.another_group()
 
 
