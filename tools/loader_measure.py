@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ def measured(case: Case, data: Path, *, samples: int, seconds: float) -> Measure
     for _ in islice(batches, 1 + PREFETCH * case.workers):
         pass
     last = samples // BATCH - 1 - 2 * PREFETCH * case.workers if case.is_cold else None
+    if last is not None and last < 1:
+        sys.exit(f"{samples} samples are too few for {case.workers} workers; raise --samples")
     began, before = time.perf_counter(), cpu_seconds()
     count = 0
     for size in islice(batches, last):
