@@ -66,6 +66,11 @@ def _part(job: Job, missing: Remaining) -> str:
     text = f"{job.part.name:8} {place}: {len(job.part.indices):,} images, {shards}"
     if not missing.num_shards and not missing.num_latent_files:
         return f"{text}; finished"
-    todo = [f"{missing.num_shards:,} shards"] if missing.num_shards else []
-    todo += [f"{missing.num_latent_files:,} files of latents"] if missing.num_latent_files else []
+    counts = {"shard": missing.num_shards, "file of latents": missing.num_latent_files}
+    todo = [_counted(count, what) for what, count in counts.items() if count]
     return f"{text}; {' and '.join(todo)} missing, {size_text(missing.num_bytes)}"
+
+
+def _counted(count: int, what: str) -> str:
+    noun, *rest = what.split(" ")
+    return " ".join([f"{count:,}", noun + "s" * (count != 1), *rest])
