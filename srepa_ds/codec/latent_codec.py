@@ -23,7 +23,7 @@ class Encodable(Protocol):
 
     @property
     def latent_values(self) -> LatentValues:
-        """What `moments` hold."""
+        """Whether `moments` are posteriors or draws from them."""
 
     @property
     def positions(self) -> Tensor:
@@ -65,11 +65,11 @@ class LatentCodec(Protocol):
     def moments(self, images: UInt8[Tensor, "batch 3 H W"]) -> Float[Tensor, "batch moments h w"]:
         """Returns mean and standard deviation of the posterior of images, concatenated, fp32.
 
-        Raises DataError if there is no encoder.
+        Raises DataError for a codec without an encoder.
         """
 
     def encode(self, batch: Encodable, *, seed: int) -> Float[Tensor, "batch c h w"]:
         """Returns clean latents, fp32; `seed` and positions key the draw from a posterior."""
 
     def decode(self, latents: Float[Tensor, "batch c h w"]) -> UInt8[Tensor, "batch H W 3"]:
-        """Returns the images of `latents`; raises DataError if there is no decoder."""
+        """Returns the images of `latents`; raises DataError without a decoder."""

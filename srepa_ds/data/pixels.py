@@ -36,7 +36,7 @@ PIXEL_ENCODERS: dict[str, Callable[[Pixels], bytes]] = {"png": _png, "webp": _we
 """For each storage but `raw`: the bytes of an image."""
 
 BYTES_PER_VALUE = {"raw": 1.0, "png": 0.57, "webp": 0.45}
-"""What photographs take on disk, per value of 8 bits; measured, for estimates."""
+"""Bytes on disk per pixel and channel, measured on photographs; for estimates."""
 
 
 def decode_into(

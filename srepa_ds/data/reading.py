@@ -1,4 +1,4 @@
-"""How files are read: reads at once, and attempts after an error that may pass."""
+"""Settings for reading files: the number of parallel reads, and of attempts after an error."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ TRANSIENT = frozenset((errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN))
 
 
 class Reading(NamedTuple):
-    """How one process reads the files of a data set."""
+    """The way one process reads the files of a data set."""
 
     threads: int = 1
     """Reads under way at once."""
@@ -42,7 +42,7 @@ def is_network(file_system: str) -> bool:
 
 
 def file_system_of(folder: Path, mounts: Path = _MOUNTS) -> str:
-    """Returns the type of the file system of `folder`, "" where there is no table of mounts."""
+    """Returns the type of the file system of `folder`, "" if the system does not tell."""
     try:
         lines = mounts.read_text(errors="surrogateescape").splitlines()
     except OSError:

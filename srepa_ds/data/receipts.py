@@ -1,8 +1,15 @@
 """Receipts: the notes beside the finished pieces of a data set that is being prepared."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from srepa_ds.data.shard_index import LatentDescription, LatentFileEntry, ShardEntry
+from srepa_ds.data.shard_file import number_of
+from srepa_ds.data.shard_index import (
+    LatentDescription,
+    LatentFileEntry,
+    ShardEntry,
+    ShardIndex,
+)
 from srepa_ds.schema import Section
 
 
@@ -33,3 +40,12 @@ class LatentReceipt(Section):
     """What decides the latents."""
     settings: dict[str, Any] = {}
     """The settings of the encoding that decide the last bits: precision, tiles, size of batches."""
+
+
+def shards_of(
+    index: ShardIndex | None, receipts: Mapping[int, ShardReceipt]
+) -> dict[int, ShardEntry]:
+    """Returns the entries of the shards by number, from the index if there is one."""
+    if index is not None:
+        return {number_of(entry.file): entry for entry in index.shards}
+    return {n: receipt.shard for n, receipt in receipts.items() if receipt.shard is not None}

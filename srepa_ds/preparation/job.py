@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.data.latent_file import latent_name
 from srepa_ds.data.prepared_folder import PreparedFolder, prepared_index
-from srepa_ds.data.receipts import ShardReceipt
-from srepa_ds.data.shard_file import number_of, shard_name
+from srepa_ds.data.receipts import ShardReceipt, shards_of
+from srepa_ds.data.shard_file import shard_name
 from srepa_ds.data.shard_index import (
     LatentDescription,
     LatentFileEntry,
@@ -158,7 +158,7 @@ class Job:
 
     def shards(self) -> dict[int, ShardEntry]:
         """Returns the entries of the shards that are there, by number; not collective."""
-        return _shards_of(self.index(), self._receipts())
+        return shards_of(self.index(), self._receipts())
 
     def _receipts(self) -> dict[int, ShardReceipt]:
         """Returns the receipts of all pieces that need not be written again."""
@@ -257,7 +257,7 @@ class Job:
         if self.is_finished(index) or (index is None and len(receipts) < self.num_pieces):
             return
         # Of what was read above: another share may be removing the receipts by now.
-        shards = _shards_of(index, receipts)
+        shards = shards_of(index, receipts)
         if index is None:
             self._check_not_empty(shards, receipts)
         latents = self._latent_index(shards)
@@ -319,11 +319,3 @@ class Job:
 
     def _of_rank(self, numbers: Sequence[int]) -> Sequence[int]:
         return numbers[self.rank.number :: self.rank.world_size]
-
-
-def _shards_of(
-    index: ShardIndex | None, receipts: Mapping[int, ShardReceipt]
-) -> dict[int, ShardEntry]:
-    if index is not None:
-        return {number_of(entry.file): entry for entry in index.shards}
-    return {n: receipt.shard for n, receipt in receipts.items() if receipt.shard is not None}
