@@ -9,7 +9,7 @@ CONSTRAINTS ?= $(TESTED)
 # Of what is installed and from where: another checkout on the same environment installs itself there.
 KEY := $(shell (cat setup.cfg pyproject.toml $(CONSTRAINTS) /dev/null; pwd) | sha256sum | cut -c1-12)
 INSTALLED := $(VENV)/.installed-$(KEY)
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,parquet,vae,dev]"
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,parquet,vae,eval,dev]"
 # Processes that share the tests, file by file; many tests start ranks of their own besides.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile

@@ -1,6 +1,7 @@
 """Reads weight files from elsewhere without running code that they contain."""
 
 import argparse
+import hashlib
 import pickle
 import re
 import stat
@@ -248,3 +249,12 @@ def _under(state: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor] |
     """Returns `state` under `names`, or None if two are the same."""
     result = dict(zip(names, state.values(), strict=True))
     return result if len(result) == len(state) else None
+
+
+def hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Returns a hash of names and fp32 values, whatever file they came from: 16 digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from srepa_ds.codec.latent_codec import Encodable
+from srepa_ds.codec.latent_codec import Encodable, Rounding
+from srepa_ds.codec.quantised import quantised
 from srepa_ds.errors import DataError
 
 
@@ -50,7 +51,8 @@ class IdentityCodec:
             )
         return batch.images.to(torch.float32) / 127.5 - 1.0
 
-    def decode(self, latents: Float[Tensor, "batch 3 h w"]) -> UInt8[Tensor, "batch h w 3"]:
-        """Returns 255 (x + 1) / 2 clamped to 0..255 and truncated, as REPA's generate does."""
-        pixels = 255.0 * ((latents.to(torch.float32) + 1.0) / 2.0)
-        return pixels.clamp(0.0, 255.0).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    def decode(
+        self, latents: Float[Tensor, "batch 3 h w"], *, rounding: Rounding = "truncate"
+    ) -> UInt8[Tensor, "batch h w 3"]:
+        """Returns the latents as pixels."""
+        return quantised(latents, rounding)

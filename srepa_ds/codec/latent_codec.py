@@ -8,6 +8,9 @@ from torch import Tensor
 LatentValues = Literal["moments", "samples"]
 """Mean and standard deviation of a posterior, concatenated over channels, or one draw from it."""
 
+Rounding = Literal["truncate", "round"]
+"""From a decoded value to a pixel: towards zero, as REPA and its family do, or to the nearest."""
+
 
 @runtime_checkable
 class Encodable(Protocol):
@@ -71,5 +74,7 @@ class LatentCodec(Protocol):
     def encode(self, batch: Encodable, *, seed: int) -> Float[Tensor, "batch c h w"]:
         """Returns clean latents, fp32; `seed` and positions key the draw from a posterior."""
 
-    def decode(self, latents: Float[Tensor, "batch c h w"]) -> UInt8[Tensor, "batch H W 3"]:
+    def decode(
+        self, latents: Float[Tensor, "batch c h w"], *, rounding: Rounding = "truncate"
+    ) -> UInt8[Tensor, "batch H W 3"]:
         """Returns the images of `latents`; raises DataError without a decoder."""

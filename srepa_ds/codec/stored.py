@@ -6,7 +6,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from srepa_ds.codec.config import PerChannel
-from srepa_ds.codec.latent_codec import Encodable
+from srepa_ds.codec.latent_codec import Encodable, Rounding
 from srepa_ds.codec.posterior import Affine, drawn
 from srepa_ds.errors import DataError
 
@@ -58,6 +58,8 @@ class StoredCodec:
         z = drawn(batch.moments, batch.latent_values, batch.positions, seed=seed)
         return self._affine.forward(z)
 
-    def decode(self, latents: Float[Tensor, "batch c h w"]) -> UInt8[Tensor, "batch H W 3"]:
+    def decode(
+        self, latents: Float[Tensor, "batch c h w"], *, rounding: Rounding = "truncate"
+    ) -> UInt8[Tensor, "batch H W 3"]:
         """Raises DataError."""
         raise DataError(_NO_WAY)

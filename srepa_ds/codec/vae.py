@@ -1,6 +1,5 @@
 """The codec `vae`: the latents of an `AutoencoderKL` of diffusers."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -11,12 +10,14 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from srepa_ds.codec.config import CodecConfig
-from srepa_ds.codec.latent_codec import Encodable
+from srepa_ds.codec.latent_codec import Encodable, Rounding
 from srepa_ds.codec.posterior import Affine, drawn
+from srepa_ds.codec.quantised import quantised
 from srepa_ds.distributed.devices import tensor_float32
 from srepa_ds.encoders.published import local_folder
 from srepa_ds.errors import DataError
 from srepa_ds.files import reason_of
+from srepa_ds.weight_file import hash_of_tensors
 
 # diffusers' AutoencoderKL; imported late, because that takes seconds.
 Autoencoder = Any
@@ -104,16 +105,17 @@ class VaeCodec:
         return self._affine.forward(drawn(moments, values, batch.positions, seed=seed))
 
     @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "batch c h w"]) -> UInt8[Tensor, "batch H W 3"]:
-        """Returns 255 (x + 1) / 2 clamped to 0..255 and truncated, as REPA's generate does."""
+    def decode(
+        self, latents: Float[Tensor, "batch c h w"], *, rounding: Rounding = "truncate"
+    ) -> UInt8[Tensor, "batch H W 3"]:
+        """Returns the images of `latents`, decoded `batch_size` at a time."""
         parts = []
         for part in latents.split(self._config.batch_size):
             z = self._affine.inverse(part.to(self._device, torch.float32))
             with self._arithmetic():
                 decoded = self._vae.decode(z).sample
-            pixels = 255.0 * ((decoded.to(torch.float32) + 1.0) / 2.0)
-            parts.append(pixels.clamp(0.0, 255.0).to(torch.uint8).permute(0, 2, 3, 1))
-        return torch.cat(parts).contiguous()
+            parts.append(quantised(decoded, rounding))
+        return torch.cat(parts)
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
@@ -163,9 +165,5 @@ def _loaded(config: CodecConfig) -> Autoencoder:
 
 def _hash_of(vae: Autoencoder, prefixes: tuple[str, ...]) -> str:
     """Returns a hash of the weights of a part of the VAE, in fp32."""
-    digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
-        if name.startswith(prefixes):
-            digest.update(name.encode())
-            digest.update(value.to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    state = vae.state_dict()
+    return hash_of_tensors({name: state[name] for name in state if name.startswith(prefixes)})

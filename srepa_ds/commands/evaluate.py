@@ -13,7 +13,8 @@ from torch import Tensor
 from srepa_ds.config.experiment import Config, samples_folder
 from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.distributed import devices
-from srepa_ds.encoders.teacher import Teacher, load_teacher
+from srepa_ds.encoders.extractors import load_extractor
+from srepa_ds.encoders.features import Extractor
 from srepa_ds.errors import ConfigError, DataError, Fault
 from srepa_ds.files import make_folder, sha256_of, write_aside, writing
 from srepa_ds.metrics.manifold import check_count
@@ -24,7 +25,7 @@ from srepa_ds.schema import to_tree
 log = logging.getLogger("srepa_ds")
 
 
-class Features(NamedTuple):
+class Seen(NamedTuple):
     """The features of a set of images, and the share that the extractor recognises."""
 
     pooled: Tensor
@@ -58,7 +59,7 @@ def evaluate(config: Config) -> Scores:
     for name, count in (("sample", len(images)), ("reference", len(reference))):
         # Known before anything is computed.
         check_count(name, count)
-    extractor = load_teacher(settings.extractor, resolution=images.shape[1:3], device=device)
+    extractor = load_extractor(settings.extractor, resolution=images.shape[1:3], device=device)
     drawn = _features(extractor, _sample_batches(images, labels, settings.batch_size), device)
     real = _features(extractor, _reference_batches(reference, settings.batch_size), device)
     scores = score(drawn.pooled, real.pooled, class_accuracy=drawn.recognised)
@@ -100,18 +101,18 @@ def _reference_batches(dataset: ShardDataset, size: int) -> Iterator[tuple[Tenso
 
 
 def _features(
-    extractor: Teacher,
+    extractor: Extractor,
     batches: Iterator[tuple[Tensor, Tensor | None]],
     device: torch.device,
-) -> Features:
+) -> Seen:
     pooled, hits, asked = [], 0, 0
     for images, labels in batches:
-        seen = extractor.classify(images.to(device))
+        seen = extractor.features(images.to(device))
         pooled.append(seen.pooled.float().cpu())
         if seen.logits is not None and labels is not None:
             hits += int((seen.logits.argmax(1).cpu() == labels).sum())
             asked += len(labels)
-    return Features(torch.cat(pooled), hits / asked if asked else None)
+    return Seen(torch.cat(pooled), hits / asked if asked else None)
 
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from srepa_ds.codec.config import CodecConfig
+from srepa_ds.encoders.extractors import ExtractorConfig
 from srepa_ds.encoders.fetched import fetched_folder, read_fetched
 from srepa_ds.encoders.publications import PUBLISHED, HubFiles, Published
 from srepa_ds.encoders.published import find_published
@@ -66,6 +67,8 @@ def named_weights(section: Section, place: str = "") -> Iterator[Named]:
     """
     if isinstance(section, CodecConfig):
         yield from _of_codec(section, place)
+    if isinstance(section, ExtractorConfig) and section.teacher is not None:
+        yield from _of_teacher(section.teacher, place)
     if isinstance(section, TeacherConfig):
         yield from _of_teacher(section, place)
     for name in type(section).model_fields:

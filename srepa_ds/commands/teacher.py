@@ -255,7 +255,7 @@ def _accuracy(teacher: Teacher, dataset: ShardDataset) -> float:
     correct = 0
     for indices in torch.arange(len(dataset)).split(_EVALUATION_BATCH):
         batch = dataset.read(indices)
-        logits = teacher.classify(batch.pixels).logits
+        logits = teacher.features(batch.pixels).logits
         assert logits is not None
         correct += int((logits.argmax(dim=1) == batch.labels).sum())
     return correct / len(dataset)

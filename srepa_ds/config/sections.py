@@ -1,16 +1,16 @@
 """The sections of an experiment that do not belong to one component."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from srepa_ds.encoders.teacher import TeacherConfig
+from srepa_ds.encoders.extractors import ExtractorConfig
 from srepa_ds.model.activation_checkpointing import ActivationCheckpointingConfig
 from srepa_ds.model.precision import Precision
 from srepa_ds.optim.ema import MAIN_EMA, RelativeLength
-from srepa_ds.sampling.solvers import SamplerConfig
-from srepa_ds.schema import MayChange, Section
+from srepa_ds.sampling.config import SamplerConfig
+from srepa_ds.schema import MayChange, OnlyFor, Section
 from srepa_ds.weights.initial import InitialWeightsConfig
 
 
@@ -130,8 +130,28 @@ class ExportConfig(Section):
 class SampleConfig(SamplerConfig):
     """The images that `srepa-ds sample` draws."""
 
-    weights: Path | None = None
-    """The folder of an exported model; without it `<run.folder>/export`."""
+    source: Literal["export", "checkpoint"] = "export"
+    """`export`: draw from an exported model. `checkpoint`: from a checkpoint of the run, with the
+    weights that the section `export` describes, which need not be exported before."""
+
+    weights: Annotated[Path | None, OnlyFor("source", "export")] = None
+    """The folder of an exported model, or a file of weights (`.safetensors`, or `.pt` as REPA
+    writes it) of the model that the section `model` describes; without it `<run.folder>/export`."""
+
+    guide: Path | None = None
+    """Autoguidance: the exported folder of a weaker model, whose velocity for the same class takes
+    the place of the unconditional one."""
+
+    label_file: Path | None = None
+    """A text file with the class of each image, one number per line, instead of `labels`."""
+
+    outputs: tuple[Literal["npz", "png", "shards"], ...] = ("npz",)
+    """What becomes of the images: `samples.npz` as ADM's evaluator reads it, a folder `png`, a data
+    set `shards`."""
+
+    compile: bool = False
+    """Whether to compile the model with torch.compile, about a minute at the start. Compiled models
+    differ in the last bits."""
 
     folder: Path | None = None
     """The folder for the images; without it `<run.folder>/samples/step-0050000`."""
@@ -141,13 +161,28 @@ class EvaluateConfig(Section):
     """The images that `srepa-ds evaluate` compares, and the feature space."""
 
     samples: Path | None = None
-    """The folder of a finished sample set; without it the one that `sample` writes."""
+    """The images to score: a sample set, a folder of PNG or JPEG files, an `.npz` as ADM's script
+    reads it, or shards; without it the set that `sample` writes."""
+
+    draw: bool = False
+    """Whether to draw the images of the section `sample` and score them without writing them."""
 
     reference: Path
-    """Shards of the real images, preferably some that training did not see."""
+    """The real images: shards, a folder of files, or an `.npz` as ADM publishes it, with or without
+    the statistics of a larger set."""
 
-    extractor: TeacherConfig
-    """The encoder in whose feature space the images are compared."""
+    extractor: ExtractorConfig
+    """The encoder in whose feature space the images are compared; `inception` gives the scores of
+    ADM's evaluator."""
+
+    further_extractors: tuple[ExtractorConfig, ...] = ()
+    """Encoders for further Frechet and kernel distances, such as FD-DINOv2."""
+
+    num_manifold_images: int = Field(default=10_000, ge=4)
+    """Reference images for precision and recall; of a larger reference, evenly spread ones."""
+
+    distance_arithmetic: Literal["fp16", "fp32"] = "fp16"
+    """Distances of precision and recall: in half precision as in ADM's evaluator, or not."""
 
     batch_size: int = Field(default=256, ge=1)
-    """Images per pass through the extractor."""
+    """Images per pass through an extractor."""

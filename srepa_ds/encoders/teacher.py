@@ -7,13 +7,14 @@ embeddings are resampled once, when weights are loaded, by timm's antialiased bi
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from srepa_ds.encoders.features import Features
 from srepa_ds.encoders.publications import PUBLISHED
 from srepa_ds.encoders.published import local_weights
 from srepa_ds.encoders.spec import Resolution, both_sides
@@ -30,7 +31,8 @@ from srepa_ds.encoders.timm_models import (
 )
 from srepa_ds.errors import ConfigError, DataError, Fault, nearest
 from srepa_ds.files import looked_for
-from srepa_ds.schema import MayChange, Section, one_of
+from srepa_ds.schema import MayChange, Section, one_of, to_tree
+from srepa_ds.weight_file import hash_of_tensors
 
 
 class TeacherConfig(Section):
@@ -101,13 +103,6 @@ class TeacherTokens:
     cls: Float[Tensor, "batch width"] | None
 
 
-class TeacherFeatures(NamedTuple):
-    """One pooled feature vector per image, and class logits where the teacher has a head."""
-
-    pooled: Float[Tensor, "batch width"]
-    logits: Float[Tensor, "batch classes"] | None
-
-
 class Teacher(nn.Module):
     """A frozen encoder with its preprocessing; always in evaluation mode, without gradients."""
 
@@ -151,6 +146,20 @@ class Teacher(nn.Module):
         """Classes of the teacher's head, 0 if it has none."""
         return self.spec.num_classes
 
+    @property
+    def spatial_width(self) -> None:
+        """None: teachers have no spatial features for sFID."""
+        return None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The spec, the hash of the weights in fp32, and the precision of the products."""
+        return {
+            "spec": to_tree(self.spec),
+            "weights_sha256": hash_of_tensors(self.encoder.state_dict()),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
     def train(self, mode: bool = True) -> "Teacher":
         """Returns itself, in evaluation mode whatever `mode` says."""
         return super().train(False)
@@ -173,13 +182,13 @@ class Teacher(nn.Module):
         return TeacherTokens(patches=patches.float(), cls=cls)
 
     @torch.no_grad()
-    def classify(self, images: UInt8[Tensor, "batch 3 height width"]) -> TeacherFeatures:
+    def features(self, images: UInt8[Tensor, "batch 3 height width"]) -> Features:
         """Returns the encoder's pooled features, and its logits if it has a head (float32)."""
         with self._precision(images.device):
             features = self.encoder.forward_features(self.preprocess(images))
             pooled = self.encoder.forward_head(features, pre_logits=True)
             logits = self.encoder.forward_head(features) if self.num_classes else None
-        return TeacherFeatures(pooled.float(), None if logits is None else logits.float())
+        return Features(pooled.float(), None if logits is None else logits.float())
 
     def preprocess(
         self, images: UInt8[Tensor, "batch 3 height width"]

@@ -213,7 +213,8 @@ def _pairings(experiment: Config, config: Config) -> tuple[_Pairing, ...]:
             "extractor could replace it"
         )
     middle = (experiment.model.shape.depth + 1) // 2
-    return (_Pairing(config.evaluate.extractor, middle, None, 0),)
+    teacher = config.evaluate.extractor.teacher
+    return () if teacher is None else (_Pairing(teacher, middle, None, 0),)
 
 
 def _compared(

@@ -13,8 +13,9 @@ from srepa_ds.distributed.heartbeat import moved
 from srepa_ds.errors import TopologyError
 from srepa_ds.interpolant import Interpolant
 from srepa_ds.noise import NoiseStream
+from srepa_ds.sampling.config import SamplerConfig
 from srepa_ds.sampling.guidance import GuidedModel
-from srepa_ds.sampling.solvers import Dynamics, SamplerConfig, integrate
+from srepa_ds.sampling.solvers import Dynamics, integrate
 from srepa_ds.sampling.state import SamplingModel, StateLayout, state_velocity
 
 # Of the latents, and of the class token if the model has one.
@@ -153,5 +154,5 @@ def _generate_chunk(
     state = integrate(dynamics, start, solver=config.solver, num_steps=config.num_steps)
     # The class token only steered the image; it is not decoded.
     latents, _ = layout.unpack(state)
-    images = codec.decode(latents.float())
+    images = codec.decode(latents.float(), rounding=config.rounding)
     return ImageBatch(images.cpu(), labels.cpu(), sample_ids.cpu(), chunk)

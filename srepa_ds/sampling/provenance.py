@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from srepa_ds import trees
-from srepa_ds.sampling.solvers import SamplerConfig
+from srepa_ds.sampling.config import SamplerConfig
 from srepa_ds.schema import to_tree
 
 
@@ -45,9 +45,10 @@ def describe(
     sampler = to_tree(config)
     if not class_token:
         del sampler["cls_cfg_scale"]
-    if config.labels is None:
-        # Sets of earlier releases, which had no choice, remain what they were.
-        del sampler["labels"]
+    # Sets of earlier releases, which had no choice, remain what they were.
+    for name in ("labels", "preset", "guided_channels", "rounding"):
+        if sampler[name] == SamplerConfig.model_fields[name].default:
+            del sampler[name]
     facts = {
         "checkpoint_sha256": checkpoint_sha256,
         "ema": ema,

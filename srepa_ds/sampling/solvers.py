@@ -1,18 +1,12 @@
 """Solvers of the sampling ODE and SDE, from noise (t = 1) to data (t = 0), in float64."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from torch import Tensor
-
-from srepa_ds.sampling.guidance import Guidance
-from srepa_ds.schema import Section, one_of
 
 Velocity = Callable[[Tensor, float, float], Tensor]
 """(x_t, t, the time that decides about guidance) -> float64 velocity."""
@@ -129,125 +123,3 @@ def integrate(
         step = Step(index, t, next_t, is_last=index == len(spans) - 1)
         x_t = row.step(dynamics, x_t, step)
     return x_t
-
-
-def _class_number(key: Any) -> Any:
-    """Returns the number that a key is; raises ValueError for text that is none, or is `03`."""
-    if isinstance(key, str) and not re.fullmatch(r"0|[1-9][0-9]{0,9}", key):
-        raise ValueError(f"{key!r} is no class; write its number, such as 3")
-    return int(key) if isinstance(key, str) else key
-
-
-_Label = Annotated[int, Field(ge=0, lt=1 << 31)]
-_Counted = Annotated[_Label, BeforeValidator(_class_number)]
-_InTurn = Annotated[tuple[_Label, ...], Tag("in turn")]
-_Counts = Annotated[dict[_Counted, Annotated[int, Field(ge=1, lt=1 << 40)]], Tag("counts")]
-
-
-def _form_of_labels(labels: Any) -> str:
-    return "counts" if isinstance(labels, dict) else "in turn"
-
-
-class SamplerConfig(Section):
-    """The sampler: solver, guidance, labels and the size of the set."""
-
-    solver: Annotated[str, one_of("solver", SOLVERS)] = "euler_maruyama"
-    """Name in the table of solvers: euler and heun solve the ODE, euler_maruyama the SDE."""
-
-    num_steps: Annotated[int, Field(ge=1, lt=1 << 24)] = 250
-    """Steps from noise to data; heun evaluates the model twice in all but the last."""
-
-    cfg_scale: Annotated[float, Field(ge=1)] = 1.0
-    """Scale of classifier-free guidance; 1 turns it off."""
-
-    cls_cfg_scale: Annotated[float, Field(ge=0)] = 0.0
-    """REG: scale of the class token's guidance, wherever the image is guided; 0 turns it off. Above
-    0 it needs a `cfg_scale` above 1, without which nothing is guided."""
-
-    guidance_low: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """First time (t = 1 is noise) that is guided, itself included."""
-
-    guidance_high: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Last time (t = 1 is noise) that is guided, itself included."""
-
-    label_mode: Literal["random", "balanced"] = "random"
-    """random draws each label; balanced cycles through the classes. `labels` overrides both."""
-
-    labels: Annotated[_InTurn | _Counts, Discriminator(_form_of_labels)] | None = None
-    """Classes to draw, instead of all: a list, which is repeated in turn ([3, 7]), or the number of
-    images of each ({"3": 100, "7": 50}), drawn in the order of the classes; `num_samples` is then
-    their sum. Pictures and distances during training always show all classes."""
-
-    num_samples: Annotated[int, Field(ge=1)] = 50_000
-    """Number of images in the set."""
-
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    """Images per chunk: one rank draws them at once, and one part file holds them."""
-
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    """Seed of start noise, labels and SDE noise; image i of a seed is always the same image."""
-
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the model: plain fp32 or bf16 autocast; the solver's state is float64."""
-
-    @property
-    def guidance(self) -> Guidance:
-        """Returns scale and interval of the guidance."""
-        return Guidance(self.cfg_scale, self.guidance_low, self.guidance_high, self.cls_cfg_scale)
-
-    @model_validator(mode="after")
-    def _interval_is_ordered(self) -> "SamplerConfig":
-        if self.guidance_low > self.guidance_high:
-            raise ValueError(
-                f"guidance_low ({self.guidance_low}) is above guidance_high "
-                f"({self.guidance_high}); the interval is empty"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _labels_are_of_the_set(self) -> "SamplerConfig":
-        if self.labels is not None and not self.labels:
-            raise ValueError("labels names no class; name one, or leave it out to draw all")
-        if isinstance(self.labels, dict):
-            total = sum(self.labels.values())
-            if "num_samples" not in self.model_fields_set:
-                # The section is frozen for everybody else.
-                object.__setattr__(self, "num_samples", total)
-            elif self.num_samples != total:
-                raise ValueError(
-                    f"labels asks for {total} images in all, num_samples for {self.num_samples}; "
-                    f"set num_samples to {total}, or leave it out"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _class_token_is_guided_with_the_image(self) -> "SamplerConfig":
-        if self.cls_cfg_scale > 0 and self.cfg_scale <= 1:
-            raise ValueError(
-                f"cls_cfg_scale ({self.cls_cfg_scale}) guides the class token only where the image "
-                f"is guided, which cfg_scale ({self.cfg_scale}) never does; set cfg_scale above 1, "
-                "or cls_cfg_scale to 0"
-            )
-        return self
-
-
-@dataclass(frozen=True)
-class Evaluations:
-    """Model calls per batch: in all, and with the batch doubled for guidance."""
-
-    total: int
-    guided: int
-
-
-def count_evaluations(config: SamplerConfig) -> Evaluations:
-    """Returns the number of model calls per image, counted by solving for an empty batch."""
-    guided = []
-
-    def velocity(x_t: Tensor, t: float, guidance_t: float) -> Tensor:
-        guided.append(config.guidance.active(guidance_t))
-        return x_t
-
-    nothing = torch.zeros(0, 1, dtype=torch.float64)
-    dynamics = Dynamics(velocity, lambda velocity, x_t, t: x_t, lambda index: nothing)
-    integrate(dynamics, nothing, solver=config.solver, num_steps=config.num_steps)
-    return Evaluations(len(guided), sum(guided))

@@ -17,7 +17,7 @@ from srepa_ds.data.contents import IndexedFile
 from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
-from srepa_ds.encoders.teacher import load_teacher
+from srepa_ds.encoders.extractors import load_extractor
 from srepa_ds.engine import Engine
 from srepa_ds.errors import DataError
 from srepa_ds.interpolant import Interpolant
@@ -27,9 +27,9 @@ from srepa_ds.metrics.statistics import FeatureStatistics
 from srepa_ds.model.sit import SiTOutput
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.objective import SamplingInputs
+from srepa_ds.sampling.config import SamplerConfig
 from srepa_ds.sampling.generate import ImageBatch, draw_labels, even_chunks, generate
 from srepa_ds.sampling.sheet import SheetBuilder
-from srepa_ds.sampling.solvers import SamplerConfig
 from srepa_ds.schema import replaced
 from srepa_ds.training.heldout import HeldoutLoss
 
@@ -85,7 +85,7 @@ class Monitor:
             self._real = _reference(evaluate, model, codec)
             self._real_batch_size = evaluate.batch_size
             # Loaded now, so that a fault in it does not surface at the first evaluation.
-            self._extractor = load_teacher(
+            self._extractor = load_extractor(
                 evaluate.extractor, resolution=self._real.image_shape[1:], device="cpu"
             )
             real = min(len(self._real), _MOST_REAL_IMAGES)
@@ -153,7 +153,7 @@ class Monitor:
         extractor = self._extractor.to(device)
 
         def seen(images: Tensor) -> Tensor:
-            return extractor.classify(images.to(device)).pooled.cpu()
+            return extractor.features(images.to(device)).pooled.cpu()
 
         if self._real_statistics is None:
             # A rank that cannot read its share must not leave the others waiting.
@@ -166,7 +166,7 @@ class Monitor:
         )
         drawn_statistics = _over_ranks(drawn, device)
         # Between evaluations the student needs its memory.
-        self._extractor = extractor.cpu()
+        self._extractor = extractor.to("cpu")
         return ranks.on_main(frechet_distance, drawn_statistics, self._real_statistics)
 
     def _drawn(self, engine: Engine, count: int) -> Iterator[ImageBatch]:

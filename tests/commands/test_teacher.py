@@ -79,7 +79,7 @@ def test_it_learns_and_loads_as_any_teacher(trained):
         device="cpu",
     )
     heldout = ShardDataset(config.heldout).read(torch.arange(30))
-    found = teacher.classify(heldout.images).logits.argmax(dim=1)
+    found = teacher.features(heldout.images).logits.argmax(dim=1)
     assert (found == heldout.labels).float().mean().item() == pytest.approx(accuracy)
     tokens = teacher.tokens(heldout.images)
     assert tokens.patches.shape == (30, 64, 64)

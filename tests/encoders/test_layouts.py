@@ -395,9 +395,9 @@ def test_a_head_is_left_out_unless_asked_for(tmp_path):
     path = saved(scrambled(build_encoder(PLAIN, resolution=16)), tmp_path)
     headless = PLAIN.model_copy(update={"num_classes": 0})
     teacher = loaded(headless, path)
-    features = teacher.classify(images(16))
+    features = teacher.features(images(16))
     assert features.logits is None
-    assert torch.equal(features.pooled, loaded(PLAIN, path).classify(images(16)).pooled)
+    assert torch.equal(features.pooled, loaded(PLAIN, path).features(images(16)).pooled)
     path = saved(teacher.encoder, tmp_path, "headless.safetensors")
     with pytest.raises(DataError, match=r"2 missing: head\.weight, head\.bias"):
         loaded(PLAIN, path)

@@ -187,7 +187,7 @@ def test_a_teacher_trained_here_loads_as_it_was_saved(name, tmp_path):
     inputs = teacher.preprocess(images(16))
     with torch.no_grad():
         logits, features = encoder(inputs), encoder.forward_features(inputs)
-    pooled, found = teacher.classify(images(16))
+    pooled, found, _ = teacher.features(images(16))
     assert torch.allclose(found, logits, atol=1e-6)
     assert torch.allclose(pooled, features[:, 0], atol=1e-6)
     assert torch.allclose(teacher.tokens(images(16)).patches, features[:, 1:], atol=1e-6)
@@ -213,7 +213,7 @@ def test_an_encoder_without_class_token_gives_none(tmp_path):
     tokens = teacher.tokens(images(16))
     assert tokens.cls is None
     assert tokens.patches.shape == (2, 16, 24)
-    assert torch.allclose(tokens.patches.mean(1), teacher.classify(images(16)).pooled, atol=1e-5)
+    assert torch.allclose(tokens.patches.mean(1), teacher.features(images(16)).pooled, atol=1e-5)
 
 
 @pytest.mark.parametrize("resize", ["bicubic", "bilinear"])
@@ -277,7 +277,7 @@ def test_precision_is_the_teachers_own(final_norm, tmp_path):
     error = (rounded.patches - expected).norm() / expected.norm()
     assert 1e-4 < error < 5e-2
     assert torch.equal(fast.tokens(images(16)).patches, rounded.patches)
-    assert fast.classify(images(16)).logits.dtype == torch.float32
+    assert fast.features(images(16)).logits.dtype == torch.float32
     assert next(fast.parameters()).dtype == torch.float32
 
 

@@ -5,14 +5,9 @@ from safetensors.torch import load_file
 
 from srepa_ds.errors import ConfigError
 from srepa_ds.interpolant import INTERPOLANTS
+from srepa_ds.sampling.config import SamplerConfig, count_evaluations
 from srepa_ds.sampling.guidance import Guidance, GuidedModel
-from srepa_ds.sampling.solvers import (
-    SOLVERS,
-    Dynamics,
-    SamplerConfig,
-    count_evaluations,
-    integrate,
-)
+from srepa_ds.sampling.solvers import SOLVERS, Dynamics, integrate
 from srepa_ds.schema import validated
 
 

@@ -15,8 +15,9 @@ from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.noise import NoiseStream
+from srepa_ds.sampling.config import SamplerConfig
 from srepa_ds.sampling.guidance import Guidance, GuidedModel
-from srepa_ds.sampling.solvers import SOLVERS, Dynamics, SamplerConfig, integrate
+from srepa_ds.sampling.solvers import SOLVERS, Dynamics, integrate
 from srepa_ds.sampling.state import StateLayout, state_velocity
 from srepa_ds.schema import validated
 

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from srepa_ds.errors import OutputError
+from srepa_ds.sampling.config import SamplerConfig
 from srepa_ds.sampling.generate import ImageBatch, plan_chunks
 from srepa_ds.sampling.provenance import describe
-from srepa_ds.sampling.solvers import SamplerConfig
 from srepa_ds.sampling.writer import ChunkWriter
 
 CONFIG = SamplerConfig(num_samples=23, batch_size=5)

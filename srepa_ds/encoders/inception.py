@@ -1,0 +1,93 @@
+"""Inception-2015, as ADM's evaluator uses it: torch-fidelity's network with checked weights."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from srepa_ds.encoders.features import Features
+from srepa_ds.errors import DataError
+from srepa_ds.weight_file import plain_tensors, read_weight_file
+
+POOLED_WIDTH = 2048
+SPATIAL_CHANNELS = 7
+SPATIAL_WIDTH = 17 * 17 * SPATIAL_CHANNELS
+NUM_CLASSES = 1008
+
+
+class Inception(nn.Module):
+    """Maps images of 0..255 to the features of ADM's evaluator; frozen, in float32."""
+
+    width = POOLED_WIDTH
+    spatial_width = SPATIAL_WIDTH
+    num_classes = NUM_CLASSES
+
+    def __init__(self, network: nn.Module, *, sha256: str):
+        """Takes torch-fidelity's network; `sha256` is the hash of its weights' file."""
+        super().__init__()
+        self.network = network
+        self._sha256 = sha256
+        self._spatial: Tensor | None = None
+        # The first channels of the block's output are those of its first branch.
+        network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Names the network, and the hash of its weights."""
+        return {"name": "inception", "weights_sha256": self._sha256}
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS]
+
+    @torch.no_grad()
+    def features(self, images: UInt8[Tensor, "batch 3 height width"]) -> Features:
+        """Returns pool_3, its product with the class weights, and 7 channels of Mixed_6d.
+
+        Images of any size are resized as TensorFlow 1 does. Logits have no bias, and spatial
+        features are flattened channels-last, as the graph of ADM's evaluator has them.
+        """
+        pooled, logits = self.network(images)
+        assert self._spatial is not None
+        spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)
+        self._spatial = None
+        return Features(pooled, logits, spatial)
+
+
+def build_network() -> nn.Module:
+    """Returns torch-fidelity's network, whose weights mean nothing yet.
+
+    It gives pool_3 and the logits without bias. Raises DataError without torch-fidelity.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise DataError(
+            "Inception needs torch-fidelity; install the extra: pip install 'srepa_ds[eval]'"
+        ) from error
+
+    class Unfilled(FeatureExtractorInceptionV3):
+        """The network with an own loader that does nothing: it would run what a pickle holds."""
+
+        def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return None
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    return Unfilled(
+        "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing
+    )
+
+
+def load_inception(weights: Path, *, sha256: str, device: torch.device | str) -> Inception:
+    """Returns the frozen network with the weights of a file; raises DataError."""
+    found = read_weight_file(
+        weights, named=str(weights), setting="extractor.weights", fault=DataError
+    )
+    network = build_network()
+    tensors = plain_tensors(found, weights, named=str(weights), fault=DataError)
+    nn.Module.load_state_dict(network, tensors)
+    return Inception(network, sha256=sha256).to(device)
