@@ -188,8 +188,9 @@ class EvaluateConfig(Section):
     """Reference images for precision, recall and the kernel distance; of more, evenly spread
     ones."""
 
-    distance_arithmetic: Literal["fp16", "fp32"] = "fp16"
-    """Distances of precision and recall: in half precision as in ADM's evaluator, or not."""
+    distance_arithmetic: Literal["fp16", "fp32"] | None = None
+    """Distances of precision and recall; null: in half precision for Inception, as in ADM's
+    evaluator, in fp32 for all others."""
 
     batch_size: int = Field(default=256, ge=1)
     """Images per pass through an extractor."""

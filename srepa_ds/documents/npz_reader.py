@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -149,7 +149,7 @@ def _opened(path: Path) -> zipfile.ZipFile:
         raise ValueError(f"it is not a readable archive ({error})") from error
 
 
-def _read_header(file: IO[bytes]) -> tuple[NpzArray, bool]:
+def _read_header(file: Any) -> tuple[NpzArray, bool]:
     """Returns shape, dtype and whether the order is Fortran's; raises ValueError."""
     version = np.lib.format.read_magic(file)
     if version not in _READERS:

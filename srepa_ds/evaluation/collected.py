@@ -94,8 +94,18 @@ def _pieces(waiting: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tens
 class Collector:
     """Takes the features of images, batch by batch."""
 
-    def __init__(self, kept: Kept, *, width: int, spatial: int | None, classes: int, rank: Rank):
-        """Takes the widths of the three kinds of features."""
+    def __init__(
+        self,
+        kept: Kept,
+        *,
+        width: int,
+        spatial: int | None,
+        classes: int,
+        compares_labels: bool,
+        rank: Rank,
+    ):
+        """Takes the widths of the three kinds of features, and whether classes are the labels."""
+        self._compares_labels = compares_labels
         self._rank = rank
         self._statistics = FeatureStatistics.empty(width)
         self._spatial = FeatureStatistics.empty(spatial) if kept.spatial and spatial else None
@@ -119,7 +129,7 @@ class Collector:
             return
         if self._logits is not None:
             self._logits.add(sample_ids, features.logits.cpu())
-        if labels is not None:
+        if labels is not None and self._compares_labels:
             self._hits += int((features.logits.argmax(1).cpu() == labels).sum())
             self._asked += len(labels)
 

@@ -15,12 +15,10 @@ from srepa_ds.console import steps_shown
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.heartbeat import moved
 from srepa_ds.distributed.ranks import Rank
-from srepa_ds.encoders.extractors import ExtractorConfig, load_extractor
 from srepa_ds.encoders.features import Extractor
-from srepa_ds.errors import DataError
 from srepa_ds.evaluation.collected import Collector, Kept, Seen
 from srepa_ds.evaluation.images import ImageBlock, ImageSet, Stripe
-from srepa_ds.evaluation.reference import ReferenceImages, evenly_spread, open_reference
+from srepa_ds.evaluation.reference import ReferenceImages, evenly_spread
 from srepa_ds.metrics.manifold import precision_by_class
 from srepa_ds.metrics.scores import (
     METRICS,
@@ -29,12 +27,9 @@ from srepa_ds.metrics.scores import (
     FeatureSet,
     Measured,
     Scores,
-    check_counts,
     measure,
     notes_on,
 )
-
-_OF_FURTHER = ("frechet", "kernel_distance")
 
 
 @dataclass(frozen=True)
@@ -78,16 +73,15 @@ class Evaluator:
         reference: ReferenceImages,
         *,
         rank: Rank,
-        notes: Sequence[str] = (),
+        left_out: Sequence[str] = (),
     ):
         """Takes what `open_evaluator` has opened and checked."""
         self.judges = tuple(judges)
         self.reference = reference
-        self.notes = tuple(notes)
+        self.left_out = tuple(left_out)
         self._settings = settings
         self._rank = rank
         self._device: torch.device | str = rank.device
-        self._conventions = Conventions(arithmetic=settings.distance_arithmetic)
         self._seen_reference: list[Seen] | None = None
 
     def to(self, device: torch.device | str) -> None:
@@ -124,6 +118,16 @@ class Evaluator:
         """Returns the reference as each extractor has seen it, all its images for the sums."""
         return self._reference_features()
 
+    def notes(self, count: int) -> list[str]:
+        """Returns why distances over `count` images mean little, if they do."""
+        found: list[str] = []
+        for judge in self.judges:
+            width, images = judge.extractor.width, self.reference.images
+            is_stored = self._stored(judge) is not None
+            real = width + 1 if is_stored or images is None else len(images)
+            found += notes_on(samples=count, reference=real, width=width)
+        return list(dict.fromkeys(found))
+
     def _scored(
         self, seen: list[Seen], reference: list[Seen], labels: Tensor | None, count: int
     ) -> Result:
@@ -132,9 +136,6 @@ class Evaluator:
             for judge, drawn, real in zip(self.judges, seen, reference, strict=True)
         ]
         inside = measured[0].in_reference
-        notes = list(self.notes)
-        for judge in self.judges:
-            notes += self._notes(judge, count)
         return Result(
             scores=measured[0].scores,
             further={
@@ -143,7 +144,7 @@ class Evaluator:
             },
             reference_recognised=reference[0].recognised,
             class_precision=_by_class(inside, labels),
-            notes=list(dict.fromkeys(notes)),
+            notes=self.notes(count),
         )
 
     def _measured(self, judge: Judge, drawn: Seen, real: Seen) -> Measured:
@@ -152,15 +153,11 @@ class Evaluator:
             real.features,
             metrics=judge.metrics,
             class_accuracy=drawn.recognised,
-            conventions=self._conventions,
+            conventions=Conventions(
+                arithmetic=self._settings.distance_arithmetic
+                or ("fp16" if judge.label == "inception" else "fp32")
+            ),
         )
-
-    def _notes(self, judge: Judge, count: int) -> list[str]:
-        """Returns why distances over so few images mean little."""
-        width, images = judge.extractor.width, self.reference.images
-        is_stored = self._stored(judge) is not None
-        real = width + 1 if is_stored or images is None else len(images)
-        return notes_on(samples=count, reference=real, width=width)
 
     def _stored(self, judge: Judge) -> FeatureSet | None:
         """Returns stored statistics, which are of Inception's features."""
@@ -192,7 +189,8 @@ class Evaluator:
         if pooled is None:
             return seen
         rows = seen.features["pooled"].rows if "pooled" in seen.features else None
-        features = {**seen.features, "pooled": FeatureSet(pooled.statistics, rows)}
+        features: dict[FeatureKind, FeatureSet] = dict(seen.features)
+        features["pooled"] = FeatureSet(pooled.statistics, rows)
         if self.reference.stored.spatial is not None:
             features["spatial"] = FeatureSet(self.reference.stored.spatial)
         return Seen(features, seen.recognised)
@@ -244,115 +242,9 @@ class Evaluator:
         return labels
 
 
-def open_evaluator(
-    settings: EvaluateConfig,
-    *,
-    image_shape: tuple[int, int, int],
-    count: int,
-    rank: Rank,
-    metrics: Sequence[str] | None = None,
-    most_reference: int | None = None,
-) -> Evaluator:
-    """Returns an evaluator for `count` images of `image_shape`. Collective.
-
-    `metrics` replace those of the settings; of a reference of shards, at most `most_reference`
-    images are taken. All that can be checked is checked before an image is looked at. Raises
-    DataError on all ranks for a reference or extractor that cannot be used, or too few images.
-    """
-    return ranks.together(_open, settings, image_shape, count, rank, metrics, most_reference)
-
-
-def _open(
-    settings: EvaluateConfig,
-    image_shape: tuple[int, int, int],
-    count: int,
-    rank: Rank,
-    metrics: Sequence[str] | None,
-    most_reference: int | None,
-) -> Evaluator:
-    reference = open_reference(
-        settings.reference, setting="evaluate.reference", most=most_reference
-    )
-    if reference.images is not None and reference.images.image_shape != image_shape:
-        raise DataError(
-            f"evaluate.reference: {reference.images.where} holds images of "
-            f"{_size(reference.images.image_shape)} px, and those to score have "
-            f"{_size(image_shape)}; give a reference of the same size"
-        )
-    asked = settings.metrics if metrics is None else tuple(metrics)
-    judges, notes = [], []
-    for number, config in enumerate((settings.extractor, *settings.further_extractors)):
-        chosen, left_out = _metrics_of(config, asked, settings, reference, count, number == 0)
-        notes += left_out
-        resolution = image_shape[1:]
-        extractor = load_extractor(config, resolution=resolution, device=rank.device)
-        judges.append(Judge(config.label, extractor, chosen))
-    return Evaluator(settings, judges, reference, rank=rank, notes=notes)
-
-
-def _metrics_of(
-    config: ExtractorConfig,
-    asked: tuple[str, ...] | None,
-    settings: EvaluateConfig,
-    reference: ReferenceImages,
-    count: int,
-    is_first: bool,
-) -> tuple[tuple[str, ...], list[str]]:
-    """Returns the metrics to compute with an extractor, and why others are left out.
-
-    Raises DataError for metrics that were asked for and cannot be had.
-    """
-    is_inception = config.label == "inception"
-    possible = [name for name in METRICS if _suits(name, is_inception, is_first)]
-    stored = reference.stored if is_inception else None
-    chosen, notes = [], []
-    for name in possible if asked is None else [name for name in asked if name in possible]:
-        try:
-            _check_enough(name, settings, reference, count, stored is not None)
-        except DataError as error:
-            if asked is not None:
-                raise
-            notes.append(f"{name} is left out: {error}")
-        else:
-            chosen.append(name)
-    if is_first and asked is not None and (missing := [n for n in asked if n not in possible]):
-        raise DataError(
-            f"evaluate.metrics: {', '.join(missing)}: the extractor '{config.label}' has no such "
-            "features; use the extractor inception, or leave them out"
-        )
-    if is_first and not chosen:
-        raise DataError("\n  ".join(notes) or "no metric can be computed")
-    return tuple(chosen), notes
-
-
-def _suits(name: str, is_inception: bool, is_first: bool) -> bool:
-    if not is_first:
-        return name in _OF_FURTHER
-    return is_inception or name not in ("spatial_frechet", "inception_score")
-
-
-def _check_enough(
-    name: str, settings: EvaluateConfig, reference: ReferenceImages, count: int, is_stored: bool
-) -> None:
-    """Raises DataError unless both sets have the images that a metric needs."""
-    row = METRICS[name]
-    if row.takes_reference and not row.takes_rows and is_stored:
-        available = reference.stored.spatial if name == "spatial_frechet" else True
-        if available is not None and reference.stored.pooled is not None:
-            check_counts([name], samples=count, reference=count)
-            return
-    images = reference.images
-    real = 0 if images is None else len(images)
-    if row.takes_rows:
-        real = min(real, settings.num_manifold_images)
-    check_counts([name], samples=count, reference=real)
-
-
 def _by_class(inside: Bool[Tensor, " samples"] | None, labels: Tensor | None) -> dict[int, float]:
+    """Returns the precision of each class that has images; empty without labels."""
     if inside is None or labels is None:
         return {}
-    return precision_by_class(inside, labels)
-
-
-def _size(shape: tuple[int, int, int]) -> str:
-    return f"{shape[1]} x {shape[2]}"
+    precision = precision_by_class(inside, labels, num_classes=int(labels.max()) + 1)
+    return {number: value for number, value in enumerate(precision.tolist()) if value == value}

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from srepa_ds.data.contents import IndexedFile
 from srepa_ds.data.decoding import decoded
 from srepa_ds.data.images import as_rgb
 from srepa_ds.data.index_document import INDEX_NAME
@@ -19,7 +20,7 @@ from srepa_ds.documents.npz_reader import NpzArchive
 from srepa_ds.errors import DataError, SourceError
 from srepa_ds.evaluation.images import WHOLE, ImageBlock, ImageSet, Stripe
 from srepa_ds.files import looked_for, reason_of
-from srepa_ds.sampling.sample_set import SAMPLES
+from srepa_ds.sampling.sample_set import PROVENANCE, SAMPLES
 
 _IMAGES, _LABELS = "arr_0", "arr_1"
 
@@ -176,7 +177,6 @@ class ShardImages:
         """Opens the data set; `chosen` are the indices of some of its images. Raises DataError."""
         self.dataset = ShardDataset(folder, parts=Parts(moments=False))
         self.dataset.require_images("the extractor looks at images")
-        self.dataset.compare_if_small()
         self._chosen = torch.arange(len(self.dataset)) if chosen is None else chosen
 
     def __len__(self) -> int:
@@ -191,6 +191,11 @@ class ShardImages:
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of every image."""
         return self.dataset.image_shape
+
+    @property
+    def indexed_files(self) -> tuple[IndexedFile, ...]:
+        """The hash that the index gives for each file."""
+        return self.dataset.indexed_files
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -218,8 +223,16 @@ def open_images(path: Path, *, setting: str) -> ImageSet:
             return ShardImages(path)
         if (path / SAMPLES).is_file():
             return NpzImages(path / SAMPLES)
+        if (path / PROVENANCE).is_file():
+            raise DataError(
+                f"{path}: holds a sample set that is not finished; run `srepa-ds sample CONFIG` "
+                "again"
+            )
         if path.is_dir():
             return FileImages(path)
     except DataError as error:
         raise DataError(f"{setting}: {error}") from error
-    raise DataError(f"{setting}: {path}: no such file or folder{looked_for(path)}")
+    raise DataError(
+        f"{setting}: {path}: no such file or folder{looked_for(path)}; give images, or draw them "
+        "with `srepa-ds sample CONFIG`"
+    )
