@@ -123,7 +123,9 @@ class NpzArchive:
             with self._zip.open(entry) as file:
                 array, fortran_order = _read_header(file)
                 left = entry.file_size - file.tell()
-        # numpy and zipfile trust what they read, and raise whatever follows from it.
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{name} is damaged ({error})") from error
+        # numpy trusts what it reads, and raises whatever follows from it.
         except Exception as error:
             raise ValueError(f"{name} is not an array ({error})") from error
         if array.dtype.hasobject:

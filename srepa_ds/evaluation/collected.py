@@ -31,7 +31,7 @@ class Kept:
     """Sums of the spatial features."""
     pooled_rows: Int64[Tensor, " rows"] | None = None
     """Numbers of the images, ascending, whose pooled features are kept one by one."""
-    logit_rows: Int64[Tensor, " rows"] | None = None
+    logit_rows: Int64[Tensor, " logit_rows"] | None = None
     """The same for the logits."""
 
 

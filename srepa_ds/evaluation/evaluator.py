@@ -152,7 +152,7 @@ class Evaluator:
             drawn.features,
             real.features,
             metrics=judge.metrics,
-            class_accuracy=drawn.recognised,
+            class_accuracy=drawn.recognised if judge is self.judges[0] else None,
             conventions=Conventions(
                 arithmetic=self._settings.distance_arithmetic
                 or ("fp16" if judge.label == "inception" else "fp32")
