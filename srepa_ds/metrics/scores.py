@@ -10,6 +10,7 @@ from torch import Tensor
 
 from srepa_ds.documents.json_reader import parse_json
 from srepa_ds.errors import DataError
+from srepa_ds.metrics.distances import Arithmetic
 from srepa_ds.metrics.frechet import frechet_distance
 from srepa_ds.metrics.inception_score import SPLIT_SIZE, inception_score
 from srepa_ds.metrics.kernel_distance import (
@@ -18,12 +19,7 @@ from srepa_ds.metrics.kernel_distance import (
     check_subset_size,
     kernel_distance,
 )
-from srepa_ds.metrics.manifold import (
-    NUM_NEIGHBOURS,
-    Arithmetic,
-    check_count,
-    precision_recall,
-)
+from srepa_ds.metrics.manifold import NUM_NEIGHBOURS, check_count, precision_recall
 from srepa_ds.metrics.statistics import FeatureStatistics
 
 FeatureKind = Literal["pooled", "spatial", "logits"]

@@ -4,7 +4,8 @@ from places import GOLDEN
 from safetensors.torch import load_file
 
 from srepa_ds.errors import DataError
-from srepa_ds.metrics.manifold import neighbour_radii, precision_recall, squared_distances
+from srepa_ds.metrics.distances import squared_distances
+from srepa_ds.metrics.manifold import neighbour_radii, precision_recall
 
 
 @pytest.fixture(scope="module")
