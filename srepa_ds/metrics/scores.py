@@ -22,6 +22,9 @@ from srepa_ds.metrics.kernel_distance import (
 from srepa_ds.metrics.manifold import NUM_NEIGHBOURS, check_count, precision_recall
 from srepa_ds.metrics.statistics import FeatureStatistics
 
+_BATCH = 1024
+"""Rows that become float64 at once."""
+
 FeatureKind = Literal["pooled", "spatial", "logits"]
 
 
@@ -107,7 +110,10 @@ class FeatureSet:
         if self.statistics is not None:
             return self.statistics
         rows = self.need_rows()
-        return FeatureStatistics.empty(rows.shape[1], device=rows.device).updated(rows)
+        statistics = FeatureStatistics.empty(rows.shape[1], device=rows.device)
+        for batch in rows.split(_BATCH):
+            statistics = statistics.updated(batch)
+        return statistics
 
     def need_rows(self) -> Tensor:
         """Returns the rows, which must have been collected."""
