@@ -259,6 +259,16 @@ def report(path: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def structure(path: ConfigPath, overrides: Overrides = None) -> None:
+    """Measure the spatial structure of a teacher's and a student's tokens: LDS, CDS, SRSS, RMSC."""
+    from srepa_ds.commands.structure import structure as run
+    from srepa_ds.config.experiment import load_config
+
+    _in_one_process("structure")
+    run(load_config(path, overrides or ()))
+
+
+@app.command()
 def demo(
     mode: Annotated[
         str, typer.Option(help="sit, repa, srepa-mse, srepa-kl, irepa, reg, ...")

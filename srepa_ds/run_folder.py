@@ -72,6 +72,16 @@ class RunFolder:
         return self.path / "results.json"
 
     @property
+    def structure(self) -> Path:
+        """The measures of the tokens' spatial structure."""
+        return self.path / "structure.json"
+
+    @property
+    def structure_page(self) -> Path:
+        """The page about the tokens' spatial structure."""
+        return self.path / "structure.html"
+
+    @property
     def timings(self) -> Path:
         """The seconds that each command of the demo took."""
         return self.path / "timings.json"

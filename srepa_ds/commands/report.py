@@ -1,6 +1,5 @@
 """`srepa-ds report`: one self-contained page about a run."""
 
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -8,15 +7,15 @@ from typing import Any
 
 from srepa_ds.config.experiment import Config, samples_folder
 from srepa_ds.distributed import devices
-from srepa_ds.errors import SRepaError
 from srepa_ds.files import write_aside, writing
 from srepa_ds.report import tables
 from srepa_ds.report.markup import Markup, element, joined, note, or_note, section
-from srepa_ds.report.page import page
+from srepa_ds.report.page import page, require_matplotlib
 from srepa_ds.report.pictures import samples_section
+from srepa_ds.report.probe import probe
 from srepa_ds.report.record import mode_of, objective_of, read_document
 from srepa_ds.report.run import Run, doubts, read_run
-from srepa_ds.report.student_vs_teacher import compare, probe
+from srepa_ds.report.student_vs_teacher import compare
 
 log = logging.getLogger("srepa_ds")
 
@@ -30,7 +29,7 @@ def report(config: Config) -> Path:
     A note replaces each part the run does not have yet. Raises DataError without metrics of a
     training, SRepaError without matplotlib, and OutputError if the page cannot be written.
     """
-    _require_matplotlib()
+    require_matplotlib()
     run = read_run(config)
     title = f"{run.folder.name}: {mode_of(run.trained)}"
     text = page(title, header=_header(run), sections=_sections(run))
@@ -41,14 +40,6 @@ def report(config: Config) -> Path:
         write_aside(path, lambda aside: aside.write_bytes(content), concurrent=True)
     log.info("wrote %s", path)
     return path
-
-
-def _require_matplotlib() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise SRepaError(
-            "the report draws with matplotlib, which is not installed; install the extra: "
-            "pip install 'srepa_ds[demo]'"
-        )
 
 
 def _header(run: Run) -> Markup:

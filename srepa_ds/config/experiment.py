@@ -15,6 +15,7 @@ from srepa_ds.config.sections import (
     MonitorConfig,
     RunConfig,
     SampleConfig,
+    StructureConfig,
     TrainConfig,
 )
 from srepa_ds.data.loader import DataConfig
@@ -78,6 +79,9 @@ class Config(Section):
 
     evaluate: Annotated[EvaluateConfig | None, MayChange] = None
     """The images that `srepa-ds evaluate` compares, and the feature space."""
+
+    structure: Annotated[StructureConfig, MayChange] = StructureConfig()
+    """The tokens whose spatial structure `srepa-ds structure` measures."""
 
     @property
     def run_folder(self) -> RunFolder:

@@ -194,3 +194,23 @@ class EvaluateConfig(Section):
 
     batch_size: int = Field(default=256, ge=1)
     """Images per pass through an extractor."""
+
+
+class StructureConfig(Section):
+    """The tokens whose spatial structure `srepa-ds structure` measures."""
+
+    images: Path | None = None
+    """The shards of the images; without it `data.folder`."""
+
+    num_images: int = Field(default=256, ge=1)
+    """Images to measure, evenly spread over the classes."""
+
+    masks: Path | None = None
+    """A folder with a PNG mask per image, above 0 in the foreground, for SRSS: named as the image's
+    file in its source (`n01440764/a.png` for `n01440764/a.JPEG`), or by its index (`17.png`)."""
+
+    time: float = Field(default=0.3, ge=0, le=1)
+    """The time to which the student's images are noised; 0 is the clean image."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Images per pass."""

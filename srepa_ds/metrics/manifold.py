@@ -1,15 +1,13 @@
 """Precision and recall of generated samples by k-nearest-neighbour balls, in bounded memory."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from srepa_ds.errors import DataError
-
-Arithmetic = Literal["fp32", "fp16"]
+from srepa_ds.metrics.distances import Arithmetic, Block, are_finite, dtypes_of
 
 NUM_NEIGHBOURS = 3
 """The neighbour whose distance is a ball's radius, as in ADM's evaluator."""
@@ -55,80 +53,150 @@ def precision_recall(
     reference: Float[Tensor, "reference width"],
     *,
     num_neighbours: int = NUM_NEIGHBOURS,
-    block_size: int = 4096,
+    block_size: int = ADM_BLOCK_SIZE,
     arithmetic: Arithmetic = "fp32",
 ) -> PrecisionRecall:
-    """Returns the fractions of samples in the reference's balls, and of the reference in theirs.
+    """Returns which samples are in the reference's balls, and which of the reference in theirs.
 
-    A ball's radius is the distance to its `num_neighbours`-th neighbour in its own set. Memory
-    grows with `block_size` squared. "fp16" rounds distances as ADM's evaluator does (use
-    `ADM_BLOCK_SIZE` for parity); "fp32" is reproducible. Source: Kynkaanniemi et al. (2019), as ADM
-    computes it. Raises DataError for sets too small or features that are not finite.
+    A ball's radius is the distance to its `num_neighbours`-th neighbour in its own set. "fp16"
+    rounds distances as ADM's evaluator does, and falls back to fp32 in each block of `block_size`
+    rows and columns that overflows; "fp32" is reproducible. Memory does not grow with
+    `block_size`. Source: Kynkaanniemi et al. (2019), as ADM computes it. Raises DataError for sets
+    too small or features that are not finite.
     """
     for name, features in (("sample", samples), ("reference", reference)):
         _check(name, features, num_neighbours)
     samples, reference = samples.float(), reference.float()
-    options = {"block_size": block_size, "arithmetic": arithmetic}
-    sample_radii = neighbour_radii(samples, num_neighbours=num_neighbours, **options)
-    reference_radii = neighbour_radii(reference, num_neighbours=num_neighbours, **options)
+    reference_radii, sample_radii = (
+        neighbour_radii(
+            features, num_neighbours=num_neighbours, block_size=block_size, arithmetic=arithmetic
+        )
+        for features in (reference, samples)
+    )
     in_reference = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     in_samples = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
     # Reference rows and sample columns, as in ADM: fp16 rounds the two norms in turn.
-    for row in range(0, len(reference), block_size):
-        rows = slice(row, row + block_size)
+    for start in range(0, len(reference), block_size):
+        rows = slice(start, start + block_size)
         for column in range(0, len(samples), block_size):
             columns = slice(column, column + block_size)
-            distances = squared_distances(reference[rows], samples[columns], arithmetic=arithmetic)
-            in_reference[columns] |= (distances <= reference_radii[rows, None]).any(dim=0)
-            in_samples[rows] |= (distances <= sample_radii[columns]).any(dim=1)
+            balls = (
+                _Balls(reference[rows], reference_radii[rows]),
+                _Balls(samples[columns], sample_radii[columns]),
+            )
+            rows_inside, columns_inside = _inside(*balls, arithmetic)
+            in_samples[rows] |= rows_inside
+            in_reference[columns] |= columns_inside
     return PrecisionRecall(in_reference, in_samples)
+
+
+@dataclass(frozen=True)
+class _Balls:
+    centres: Tensor
+    radii: Tensor
+
+
+def _inside(rows: _Balls, columns: _Balls, arithmetic: Arithmetic) -> tuple[Tensor, Tensor]:
+    """Returns which rows are in any column's ball, and which columns in any row's."""
+    for dtype in dtypes_of(arithmetic):
+        rows_inside = torch.zeros_like(rows.radii, dtype=torch.bool)
+        columns_inside = torch.zeros_like(columns.radii, dtype=torch.bool)
+        for part in Block(rows.centres, columns.centres, dtype).slices():
+            distances = part.distances()
+            if not are_finite(distances):
+                break
+            # Radii may be those of fp32 blocks, which half precision would round.
+            distances = distances.float()
+            rows_inside[part.rows] = (distances <= columns.radii).any(dim=1)
+            columns_inside |= (distances <= rows.radii[part.rows, None]).any(dim=0)
+        else:
+            return rows_inside, columns_inside
+    raise DataError("distances between the features overflow; check the images and the network")
 
 
 def neighbour_radii(
     features: Float[Tensor, "points width"],
     *,
     num_neighbours: int,
-    block_size: int = 4096,
+    block_size: int = ADM_BLOCK_SIZE,
     arithmetic: Arithmetic = "fp32",
 ) -> Float32[Tensor, " points"]:
     """Returns each point's squared distance to its `num_neighbours`-th neighbour in its own set.
 
-    The point itself counts as neighbour 0, by its computed distance, as in ADM's evaluator.
+    The point itself counts as neighbour 0, by its computed distance, as in ADM's evaluator. Raises
+    DataError for features so large that their squares overflow.
     """
-    radii = []
-    for rows in features.split(block_size):
-        smallest = rows.new_empty(len(rows), 0, dtype=torch.float32)
-        for columns in features.split(block_size):
-            distances = squared_distances(rows, columns, arithmetic=arithmetic)
-            candidates = torch.cat((smallest, distances), dim=1)
-            count = min(num_neighbours + 1, candidates.shape[1])
-            smallest = candidates.topk(count, dim=1, largest=False).values
-        radii.append(smallest.amax(dim=1))
-    return torch.cat(radii)
+    blocks = features.split(block_size)
+    nearest = [_Nearest.none(block, num_neighbours + 1) for block in blocks]
+    for number, rows in enumerate(blocks):
+        for other in range(number, len(blocks)):
+            # The products of two blocks serve both ways.
+            forward, backward = _nearest_both_ways(
+                rows, blocks[other], num_neighbours + 1, arithmetic
+            )
+            nearest[number] = nearest[number].and_those(forward)
+            if other > number:
+                nearest[other] = nearest[other].and_those(backward)
+    return torch.cat([found.distances.amax(dim=1) for found in nearest])
 
 
-def squared_distances(
-    rows: Float[Tensor, "rows width"],
-    columns: Float[Tensor, "columns width"],
-    *,
-    arithmetic: Arithmetic = "fp32",
-) -> Float32[Tensor, "rows columns"]:
-    """Returns |u|^2 - 2 u'v + |v|^2, clamped at 0, for every pair of a row u and a column v.
+@dataclass(frozen=True)
+class _Nearest:
+    """The `count` smallest distances of each point, so far; without order."""
 
-    "fp16" computes norms, products and sums in half precision, and falls back to fp32 for the whole
-    block if any of its distances overflows. Source: ADM's evaluator.
+    distances: Float32[Tensor, "points found"]
+    count: int
+
+    @classmethod
+    def none(cls, points: Tensor, count: int) -> "_Nearest":
+        return cls(points.new_empty(len(points), 0, dtype=torch.float32), count)
+
+    def among(self, distances: Tensor) -> "_Nearest":
+        """Adds distances of any dtype, (points, others)."""
+        count = min(self.count, distances.shape[1])
+        smallest = distances.topk(count, dim=1, largest=False, sorted=False).values.float()
+        candidates = torch.cat((self.distances, smallest), dim=1)
+        count = min(self.count, candidates.shape[1])
+        return _Nearest(candidates.topk(count, dim=1, largest=False).values, self.count)
+
+    def and_those(self, other: "_Nearest") -> "_Nearest":
+        return self.among(other.distances)
+
+
+def _nearest_both_ways(
+    rows: Tensor, columns: Tensor, count: int, arithmetic: Arithmetic
+) -> tuple[_Nearest, _Nearest]:
+    """Returns the rows' nearest columns and the columns' nearest rows.
+
+    As two blocks, of which each falls back to fp32 for itself.
     """
-    if arithmetic == "fp16":
-        distances = _expanded(rows.half(), columns.half())
-        if distances.isfinite().all():
-            return distances.float()
-    return _expanded(rows.float(), columns.float())
+    forward: _Nearest | None = None
+    backward: _Nearest | None = None
+    for dtype in dtypes_of(arithmetic):
+        found = _nearest_in(Block(rows, columns, dtype), count)
+        forward, backward = forward or found[0], backward or found[1]
+        if forward and backward:
+            return forward, backward
+    raise DataError("distances between the features overflow; check the images and the network")
 
 
-def _expanded(rows: Tensor, columns: Tensor) -> Tensor:
-    row_norms = rows.square().sum(dim=1)[:, None]
-    column_norms = columns.square().sum(dim=1)[None, :]
-    return (row_norms - 2 * (rows @ columns.T) + column_norms).clamp(min=0)
+def _nearest_in(block: Block, count: int) -> tuple[_Nearest | None, _Nearest | None]:
+    """Returns the nearest both ways, None where a distance overflows."""
+    parts: list[Tensor] | None = []
+    backward: _Nearest | None = _Nearest.none(block.columns, count)
+    for part in block.slices():
+        if parts is not None:
+            distances = part.distances()
+            none = _Nearest.none(distances, count)
+            is_finite = are_finite(distances)
+            parts = [*parts, none.among(distances).distances] if is_finite else None
+        if backward is not None:
+            distances = part.distances_from_columns()
+            is_finite = are_finite(distances)
+            backward = backward.among(distances.T.contiguous()) if is_finite else None
+        if parts is None and backward is None:
+            break
+    return None if parts is None else _Nearest(torch.cat(parts), count), backward
 
 
 def check_count(name: str, count: int, *, num_neighbours: int = NUM_NEIGHBOURS) -> None:

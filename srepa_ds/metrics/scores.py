@@ -10,6 +10,7 @@ from torch import Tensor
 
 from srepa_ds.documents.json_reader import parse_json
 from srepa_ds.errors import DataError
+from srepa_ds.metrics.distances import Arithmetic
 from srepa_ds.metrics.frechet import frechet_distance
 from srepa_ds.metrics.inception_score import SPLIT_SIZE, inception_score
 from srepa_ds.metrics.kernel_distance import (
@@ -18,13 +19,11 @@ from srepa_ds.metrics.kernel_distance import (
     check_subset_size,
     kernel_distance,
 )
-from srepa_ds.metrics.manifold import (
-    NUM_NEIGHBOURS,
-    Arithmetic,
-    check_count,
-    precision_recall,
-)
+from srepa_ds.metrics.manifold import NUM_NEIGHBOURS, check_count, precision_recall
 from srepa_ds.metrics.statistics import FeatureStatistics
+
+_BATCH = 1024
+"""Rows that become float64 at once."""
 
 FeatureKind = Literal["pooled", "spatial", "logits"]
 
@@ -111,7 +110,10 @@ class FeatureSet:
         if self.statistics is not None:
             return self.statistics
         rows = self.need_rows()
-        return FeatureStatistics.empty(rows.shape[1], device=rows.device).updated(rows)
+        statistics = FeatureStatistics.empty(rows.shape[1], device=rows.device)
+        for batch in rows.split(_BATCH):
+            statistics = statistics.updated(batch)
+        return statistics
 
     def need_rows(self) -> Tensor:
         """Returns the rows, which must have been collected."""

@@ -9,20 +9,27 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from srepa_ds.report.markup import Markup, element, image, joined, png_of, section, table
-from srepa_ds.report.student_vs_teacher import Comparison, Probe, Space
+from srepa_ds.report.probe import Pictures, Probe
+from srepa_ds.report.student_vs_teacher import Comparison, Space
 
 _COLORMAP = "viridis"
 _QUERY_COLOUR = (255, 64, 64)
 _SIDE = 144
 
 
-def similarity_section(comparisons: tuple[Comparison, ...], seen: Probe, *, weights: str) -> Markup:
+def similarity_section(
+    comparisons: tuple[Comparison, ...], seen: Probe | Pictures, *, weights: str = ""
+) -> Markup:
     """Returns the maps of all comparisons; `weights` names the student's weights."""
     count = len(seen.batch)
+    student = ""
+    if isinstance(seen, Probe):
+        student = (
+            f", and in the student ({weights} weights), which sees it noised at t = {seen.t:g}"
+        )
     intro = (
         "Each map shows the cosine similarity of one token, outlined in red, to all tokens of "
-        "the image: in the teacher, which sees the real image, and in the student "
-        f"({weights} weights), which sees it noised at t = {seen.t:g}. The first query is the "
+        f"the image: in the teacher, which sees the real image{student}. The first query is the "
         "token in the middle; each further one is the token that, for the teacher, resembles "
         "the earlier ones least."
     )
@@ -33,7 +40,7 @@ def similarity_section(comparisons: tuple[Comparison, ...], seen: Probe, *, weig
     return section("similarity", "Token similarities", element("p", intro), legend, *blocks)
 
 
-def _block(comparison: Comparison, seen: Probe, count: int) -> Markup:
+def _block(comparison: Comparison, seen: Probe | Pictures, count: int) -> Markup:
     title = f"Teacher: {comparison.teacher}"
     if not comparison.is_aligned:
         title += " (the student was not aligned with it)"
@@ -43,10 +50,13 @@ def _block(comparison: Comparison, seen: Probe, count: int) -> Markup:
         for space in comparison.spaces
         if space.correlations is not None
     ]
+    text = "Each image and space has its own colour scale, given above its maps."
+    if not measured:
+        heading = element("h3", title)
+        return joined(heading, element("div", *cards, class_="cards"), element("p", text))
     text = (
         "Correlation of the off-diagonal similarities with the teacher's, mean and standard "
-        f"deviation over {count} images. Each image and space has its own colour scale, given "
-        "above its maps."
+        f"deviation over {count} images. {text}"
     )
     if any(name == "projected" for name, _ in measured):
         text += " The alignment losses see the projected tokens."
@@ -58,20 +68,19 @@ def _block(comparison: Comparison, seen: Probe, count: int) -> Markup:
     )
 
 
-def _card(comparison: Comparison, seen: Probe, row: int) -> Markup:
+def _card(comparison: Comparison, seen: Probe | Pictures, row: int) -> Markup:
     images = seen.batch.images
     assert images is not None
     number = int(seen.shown[row])
     real = _resized(images[number].permute(1, 2, 0).cpu().numpy())
-    noised = _resized(seen.noised[number].cpu().numpy())
     label, sample = int(seen.batch.labels[number]), int(seen.batch.sample_ids[number])
-    before = element(
-        "div",
-        image(png_of(real), alt=f"real image {sample}"),
-        image(png_of(noised), alt=f"the same, noised at t = {seen.t:g}"),
-        element("figcaption", f"Image {sample}, class {label}, and as the student sees it"),
-        class_="before",
-    )
+    pictures = [image(png_of(real), alt=f"real image {sample}")]
+    caption = f"Image {sample}, class {label}"
+    if isinstance(seen, Probe):
+        noised = _resized(seen.noised[number].cpu().numpy())
+        pictures.append(image(png_of(noised), alt=f"the same, noised at t = {seen.t:g}"))
+        caption += ", and as the student sees it"
+    before = element("div", *pictures, element("figcaption", caption), class_="before")
     return element("figure", before, _maps(comparison, row, real), class_="card")
 
 

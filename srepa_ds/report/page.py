@@ -1,7 +1,9 @@
 """The page around the sections: one file, no script, nothing fetched, light and dark."""
 
+import importlib.util
 from collections.abc import Iterable
 
+from srepa_ds.errors import SRepaError
 from srepa_ds.report.markup import Markup, element, joined
 
 # The page fetches nothing, whatever text of a run ends up in it.
@@ -103,3 +105,12 @@ def page(title: str, *, header: Markup, sections: Iterable[Markup]) -> str:
     )
     body = element("body", element("header", header), element("main", *sections))
     return joined(Markup("<!DOCTYPE html>\n"), element("html", head, body, lang="en")) + "\n"
+
+
+def require_matplotlib() -> None:
+    """Checks that matplotlib is installed; raises SRepaError."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SRepaError(
+            "the report draws with matplotlib, which is not installed; install the extra: "
+            "pip install 'srepa_ds[demo]'"
+        )

@@ -22,6 +22,8 @@ READ: tuple[tuple[Callable[[Place], object], str, str], ...] = (
     (nothing, "evaluate CONFIG", "evaluate.samples"),
     (sampled, "evaluate CONFIG", "evaluate.reference"),
     (sampled, "evaluate CONFIG", "evaluate.extractor.weights"),
+    (nothing, "structure CONFIG", "structure.images"),
+    (nothing, "structure CONFIG", "structure.masks"),
     (nothing, f"{_PREPARE} source.kind=image_folder", "source.path"),
     (nothing, f"{_PREPARE} source.kind=archive", "source.path"),
     (nothing, f"{_PREPARE} source.kind=web_dataset", "source.path"),
@@ -37,6 +39,7 @@ WRITTEN: tuple[tuple[Callable[[Place], object], str, str], ...] = (
     (trained, "export CONFIG", "export.folder"),
     (exported, "sample CONFIG", "sample.folder"),
     (sampled, "evaluate CONFIG evaluate.samples={folder}/run/samples", "run.folder"),
+    (nothing, "structure CONFIG structure.num_images=1", "run.folder"),
     (nothing, _PREPARE, "output"),
     (nothing, f"teacher {_TEACHER_CONFIG} steps=1 required_accuracy=0", "output"),
 )

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from places import GOLDEN
 from safetensors.torch import load_file
@@ -55,6 +56,66 @@ def test_agrees_with_the_textbook_formula(count, width):
     found = frechet_distance(statistics(a), statistics(b))
     assert found == pytest.approx(reference_distance(a, b), rel=1e-6)
     assert frechet_distance(statistics(b), statistics(a)) == pytest.approx(found, rel=1e-10)
+
+
+def root_distance(a, b):
+    """Returns the textbook formula by scipy's matrix square root."""
+    a, b = a.double().numpy(), b.double().numpy()
+    sigma_a, sigma_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    cross = scipy.linalg.sqrtm(sigma_a @ sigma_b)
+    shift = ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum()
+    return shift + np.trace(sigma_a) + np.trace(sigma_b) - 2 * np.trace(cross).real
+
+
+def pair_of_sets(counts, width):
+    """Returns sets of clipped features with correlated channels, as a network's are."""
+    mixing = random_rows(width, width, 2) / width**0.5
+    a = (random_rows(counts[0], width, 0) @ mixing + 0.3).clamp(min=0)
+    b = (random_rows(counts[1], width, 1) @ mixing * 1.2 + 0.2).clamp(min=0)
+    return a, b
+
+
+# scipy's root of a product of singular matrices holds noise of the order of the square root of the
+# rounding error, per lost dimension.
+@pytest.mark.parametrize(
+    ("counts", "width", "tolerance"),
+    [((400, 300), 40, 1e-8), ((5000, 900), 128, 1e-8), ((30, 25), 64, 1e-5), ((200, 40), 64, 1e-5)],
+)
+@pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning")
+def test_agrees_with_the_matrix_root_of_scipy(counts, width, tolerance):
+    a, b = pair_of_sets(counts, width)
+    found = frechet_distance(statistics(a), statistics(b))
+    assert found == pytest.approx(root_distance(a, b), rel=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore::scipy.linalg.LinAlgWarning")
+def test_equal_sets_are_at_no_distance_where_the_matrix_root_finds_noise():
+    a, _ = pair_of_sets((20, 20), 64)
+    found = frechet_distance(statistics(a), statistics(a.clone()))
+    assert 0 <= found < 1e-9
+    assert found == pytest.approx(root_distance(a, a), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_agrees_with_the_matrix_root_of_scipy_at_the_width_of_inception():
+    a, b = pair_of_sets((2500, 2300), 2048)
+    found = frechet_distance(statistics(a.float()), statistics(b.float()))
+    assert found == pytest.approx(root_distance(a.float(), b.float()), rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("pool3", "fid"), ("spatial", "sfid")])
+def test_agrees_with_the_port_of_adm_where_images_are_fewer_than_channels(kind, name):
+    golden = load_file(GOLDEN / "inception.safetensors")
+    a, b = (statistics(golden[f"s64.{of}.{kind}"]) for of in ("sample", "ref"))
+    assert frechet_distance(a, b) == pytest.approx(golden[f"s64.{name}"].item(), rel=1e-4)
+
+
+def test_takes_the_mean_and_covariance_of_a_file_of_adm():
+    a, b = pair_of_sets((90, 80), 12)
+    stored = b.float().mean(dim=0), torch.from_numpy(np.cov(b.numpy(), rowvar=False))
+    ours = statistics(a)
+    found = gaussian_frechet_distance(ours.mean, ours.covariance(), *stored)
+    assert found.item() == pytest.approx(root_distance(a, b), rel=1e-5)
 
 
 def test_rank_deficient_sets_lose_no_digits():

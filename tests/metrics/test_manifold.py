@@ -4,7 +4,9 @@ from places import GOLDEN
 from safetensors.torch import load_file
 
 from srepa_ds.errors import DataError
-from srepa_ds.metrics.manifold import neighbour_radii, precision_recall, squared_distances
+from srepa_ds.metrics import distances
+from srepa_ds.metrics.distances import Block, squared_distances
+from srepa_ds.metrics.manifold import neighbour_radii, precision_by_class, precision_recall
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,112 @@ def test_half_precision_rounds_and_falls_back_where_it_overflows():
     far = 300 * columns
     assert torch.equal(
         squared_distances(rows, far, arithmetic="fp16"), squared_distances(rows, far)
+    )
+
+
+def plain_half(rows, columns):
+    """Returns distances by torch's own half arithmetic, and in fp32 if any of them overflows."""
+
+    def expanded(u, v):
+        norms = u.square().sum(dim=1)[:, None], v.square().sum(dim=1)[None]
+        return (norms[0] - 2 * (u @ v.T) + norms[1]).clamp(min=0)
+
+    found = expanded(rows.half(), columns.half())
+    return found.float() if found.isfinite().all() else expanded(rows, columns)
+
+
+def plain_precision_recall(samples, reference, block_size):
+    """Returns what ADM's evaluator does with whole matrices of distances."""
+
+    def matrix(rows, columns):
+        return torch.cat(
+            [
+                torch.cat([plain_half(u, v) for v in columns.split(block_size)], dim=1)
+                for u in rows.split(block_size)
+            ]
+        )
+
+    radii = [matrix(rows, rows).sort(dim=1).values[:, 3] for rows in (samples, reference)]
+    across = matrix(reference, samples)
+    in_reference = (across <= radii[1][:, None]).any(dim=0)
+    return in_reference, (across <= radii[0]).any(dim=1)
+
+
+@pytest.mark.parametrize("width", [3, 64, 2048])
+def test_half_distances_are_those_of_half_products(width):
+    generator = torch.Generator().manual_seed(width)
+    rows, columns = (torch.rand(70, width, generator=generator) * 2 for _ in range(2))
+    found = squared_distances(rows, columns, arithmetic="fp16")
+    plain = plain_half(rows, columns)
+    # The sums of a product may be added in another order, which moves it to the next half number.
+    spacing = 2.0 ** (torch.tensor(width * 4.0).log2().floor().item() - 10)
+    assert (found - plain).abs().max() <= 2 * spacing
+    assert (found == plain).double().mean() > 0.98
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_half_sums_round_the_rows_norm_first(exchanged):
+    # Whole numbers whose products are exact in half precision: only the sums round.
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randint(0, 30, (40, 9), generator=generator).float() for _ in range(2))
+    rows, columns = 0.25 * rows, 0.5 * columns
+    block = Block(rows, columns, torch.float16)
+    if exchanged:
+        found = torch.cat([part.distances_from_columns() for part in block.slices()]).T
+        expected = plain_half(columns, rows)
+    else:
+        found, expected = (
+            squared_distances(rows, columns, arithmetic="fp16"),
+            plain_half(rows, columns),
+        )
+    assert torch.equal(found.float(), expected)
+
+
+@pytest.mark.parametrize("held", [1, 77, 4_000_000])
+@pytest.mark.parametrize("block_size", [20, 33, 200])
+def test_each_block_that_overflows_falls_back_whole(monkeypatch, held, block_size):
+    monkeypatch.setattr(distances, "_SLICE_ELEMENTS", held)
+    generator = torch.Generator().manual_seed(1)
+    # Multiples of 1/4 whose products are exact, a few of them so large that half squares overflow.
+    samples, reference = (
+        torch.randint(0, 9, (count, 6), generator=generator) / 4 + shift
+        for count, shift in ((90, 0.25), (70, 0.0))
+    )
+    samples[[3, 47, 48]] += 150
+    reference[[5, 66]] += 150
+    found = precision_recall(samples, reference, arithmetic="fp16", block_size=block_size)
+    in_reference, in_samples = plain_precision_recall(samples, reference, block_size)
+    assert torch.equal(found.in_reference, in_reference)
+    assert torch.equal(found.in_samples, in_samples)
+    assert 0 < found.precision < 1
+
+
+@pytest.mark.parametrize("arithmetic", ["fp16", "fp32"])
+def test_agrees_with_whole_matrices(arithmetic):
+    generator = torch.Generator().manual_seed(2)
+    samples = torch.rand(500, 96, generator=generator) * 1.1
+    reference = torch.rand(300, 96, generator=generator)
+    found = precision_recall(samples, reference, arithmetic=arithmetic, block_size=120)
+    in_reference, in_samples = plain_precision_recall(samples, reference, 120)
+    # Half distances of equal rank change places; fp32 does not have them.
+    share = 2 if arithmetic == "fp16" else 40
+    assert (found.in_reference != in_reference).sum() <= share
+    assert (found.in_samples != in_samples).sum() <= share
+    assert 0 < found.precision < 1
+
+
+def test_features_whose_squares_overflow_are_refused():
+    huge = torch.full((9, 4), 1e30)
+    with pytest.raises(DataError, match="overflow"):
+        precision_recall(huge, huge)
+
+
+def test_precision_by_class_is_the_share_of_each_class():
+    inside = torch.tensor([True, False, True, True, False])
+    labels = torch.tensor([0, 0, 3, 3, 1])
+    found = precision_by_class(inside, labels, num_classes=5)
+    torch.testing.assert_close(
+        found, torch.tensor([0.5, 0, torch.nan, 1, torch.nan]).double(), equal_nan=True
     )
 
 

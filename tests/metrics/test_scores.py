@@ -123,6 +123,29 @@ def test_inception_score_of_the_adm_evaluator(case):
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_inception_score_of_the_port_of_adm():
+    golden = load_file(GOLDEN / "inception.safetensors")
+    found = inception_score(golden["s64.sample.logits_without_bias"], split_size=10)
+    assert found.item() == pytest.approx(golden["s64.inception_score_split10"].item(), rel=1e-5)
+
+
+def test_a_shorter_last_split_counts_like_the_others():
+    logits = torch.randn(25, 4, generator=torch.Generator().manual_seed(0)) * 3
+    parts = [inception_score(part, split_size=10) for part in logits.split(10)]
+    assert [len(part) for part in logits.split(10)] == [10, 10, 5]
+    found = inception_score(logits, split_size=10)
+    torch.testing.assert_close(found, torch.stack(parts).mean())
+    # The order of the images decides who is in a split with whom.
+    assert abs(found - inception_score(logits.flip(0), split_size=10)) > 1e-4
+
+
+def test_no_logits_or_broken_ones_are_refused():
+    with pytest.raises(DataError, match="at least 1"):
+        inception_score(torch.empty(0, 4))
+    with pytest.raises(DataError, match="NaN"):
+        inception_score(torch.tensor([[0.0, float("nan")]]))
+
+
 def test_inception_score_ends_are_one_and_the_number_of_classes():
     assert inception_score(torch.zeros(20, 7)).item() == pytest.approx(1)
     # Certain to the point where probabilities underflow, and one class never predicted.

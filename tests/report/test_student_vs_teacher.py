@@ -6,7 +6,8 @@ from srepa_ds.data.shards import ShardDataset
 from srepa_ds.encoders.teacher import load_teacher
 from srepa_ds.errors import DataError
 from srepa_ds.noise import NoiseStream, normal
-from srepa_ds.report.student_vs_teacher import compare, probe
+from srepa_ds.report.probe import probe
+from srepa_ds.report.student_vs_teacher import compare
 from srepa_ds.weights.exported import read_model
 
 T = 0.3
