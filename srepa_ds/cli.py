@@ -220,13 +220,32 @@ def sample(path: ConfigPath, overrides: Overrides = None, ranks: RankCount = 1) 
 
 
 @app.command()
-def evaluate(path: ConfigPath, overrides: Overrides = None) -> None:
-    """Score a sample set: Frechet distance, precision, recall, class accuracy."""
-    from srepa_ds.commands.evaluate import evaluate as run
-    from srepa_ds.config.experiment import load_config
+def evaluate(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    save_reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="NPZ", help="Write the reference and its statistics as ADM does, and no scores."
+        ),
+    ] = None,
+    ranks: RankCount = 1,
+) -> None:
+    """Score images: FID, sFID, IS, precision, recall, KID, or distances by another encoder."""
 
-    _in_one_process("evaluate")
-    run(load_config(path, overrides or ()))
+    def action() -> int:
+        from srepa_ds.commands.evaluate import evaluate as run_evaluation
+        from srepa_ds.commands.evaluate import write_reference
+
+        config = _config_of_all_ranks(path, overrides)
+        if save_reference is not None:
+            write_reference(config, save_reference)
+        else:
+            run_evaluation(config)
+        return 0
+
+    option = [] if save_reference is None else [f"--save-reference={save_reference}"]
+    _on_ranks(action, ranks, command=["evaluate", str(path), *(overrides or ()), *option])
 
 
 @app.command()

@@ -1,118 +1,133 @@
-"""`srepa-ds evaluate`: scores a sample set against real images by an encoder's features."""
+"""`srepa-ds evaluate`: scores images against real ones, in the feature space of an encoder."""
 
 import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import Any
 
 from srepa_ds.config.experiment import Config, samples_folder
-from srepa_ds.data.shards import Parts, ShardDataset
-from srepa_ds.distributed import devices
-from srepa_ds.encoders.extractors import load_extractor
-from srepa_ds.encoders.features import Extractor
-from srepa_ds.errors import ConfigError, DataError, Fault
+from srepa_ds.config.sections import EvaluateConfig
+from srepa_ds.distributed import devices, ranks
+from srepa_ds.distributed.ranks import Rank
+from srepa_ds.drawing.drawing import Drawing, open_drawing
+from srepa_ds.errors import ConfigError, Fault
+from srepa_ds.evaluation.evaluator import Evaluator, Result
+from srepa_ds.evaluation.image_sets import ShardImages, open_images
+from srepa_ds.evaluation.images import ImageBlock, ImageSet, Stripe
+from srepa_ds.evaluation.opening import open_evaluator
+from srepa_ds.evaluation.saving import save_reference
 from srepa_ds.files import make_folder, sha256_of, write_aside, writing
-from srepa_ds.metrics.manifold import check_count
-from srepa_ds.metrics.scores import Scores, notes_on, score
-from srepa_ds.sampling.sample_set import read_provenance, read_samples
+from srepa_ds.metrics.scores import Scores, printed_names
+from srepa_ds.sampling.sample_set import read_provenance
 from srepa_ds.schema import to_tree
 
 log = logging.getLogger("srepa_ds")
 
 
-class Seen(NamedTuple):
-    """The features of a set of images, and the share that the extractor recognises."""
-
-    pooled: Tensor
-    """(images, width), float32, on the CPU."""
-
-    recognised: float | None
-    """Share of the images whose label it predicts; None without labels or without a classifier."""
-
-
 def evaluate(config: Config) -> Scores:
     """Returns the scores and writes them, with their provenance, to `<run.folder>/results.json`.
 
-    Raises DataError without a finished sample set, ConfigError without an `evaluate` section.
+    Runs on every rank. Raises DataError without images to score, ConfigError without an `evaluate`
+    section.
     """
+    settings = _section(config)
+    devices.use_exact_float32()
+    rank = ranks.initialize()
+    if settings.draw:
+        result, evaluator, provenance = _scores_of_drawn(config, settings, rank)
+    else:
+        result, evaluator, provenance = _scores_of_set(config, settings, rank)
+    document = _document(settings, result, evaluator, provenance)
+    ranks.on_main(_write, config.run_folder.results, document)
+    _say(result, settings)
+    return result.scores
+
+
+def write_reference(config: Config, path: Path) -> Path:
+    """Writes the reference's images and Inception's statistics of it, as ADM publishes them.
+
+    Runs on every rank, returns `path`. Raises DataError for a reference that cannot be read.
+    """
+    settings = _section(config)
+    devices.use_exact_float32()
+    return save_reference(settings, path, rank=ranks.initialize())
+
+
+def _section(config: Config) -> EvaluateConfig:
     if config.evaluate is None:
         raise ConfigError("configuration", [Fault("evaluate", "is required to evaluate")])
-    settings = config.evaluate
-    devices.use_exact_float32()
-    device = devices.take_device()
-    folder = settings.samples or samples_folder(config)
-    images, labels = read_samples(folder)
-    provenance = read_provenance(folder)
-    reference = ShardDataset(settings.reference, parts=Parts(moments=False))
-    reference.require_images("the extractor looks at images")
-    reference.compare_if_small()
-    if images.shape[1:3] != reference.image_shape[1:]:
-        raise DataError(
-            f"{folder} holds images of {images.shape[1:3]} px, but {settings.reference} of "
-            f"{reference.image_shape[1:]}; set evaluate.reference to images of the same size"
-        )
-    for name, count in (("sample", len(images)), ("reference", len(reference))):
-        # Known before anything is computed.
-        check_count(name, count)
-    extractor = load_extractor(settings.extractor, resolution=images.shape[1:3], device=device)
-    drawn = _features(extractor, _sample_batches(images, labels, settings.batch_size), device)
-    real = _features(extractor, _reference_batches(reference, settings.batch_size), device)
-    scores = score(drawn.pooled, real.pooled, class_accuracy=drawn.recognised)
-    measured = json.loads(scores.to_json())
-    notes = notes_on(samples=len(images), reference=len(reference), width=drawn.pooled.shape[1])
-    weights = settings.extractor.weights
-    document = {
-        "scores": measured,
-        **({"notes": notes} if notes else {}),
-        "reference_class_accuracy": real.recognised,
+    return config.evaluate
+
+
+def _scores_of_set(
+    config: Config, settings: EvaluateConfig, rank: Rank
+) -> tuple[Result, Evaluator, Mapping[str, Any]]:
+    folder = settings.samples or ranks.together(samples_folder, config)
+    images = ranks.together(open_images, folder, setting="evaluate.samples")
+    # An archive may lie beside its provenance, or a folder hold it.
+    beside = folder if folder.is_dir() else folder.parent
+    provenance = ranks.together(read_provenance, beside)
+    evaluator = open_evaluator(
+        settings, image_shape=images.image_shape, count=len(images), rank=rank
+    )
+    _prepare(evaluator, images)
+    return evaluator.measure_set(images), evaluator, provenance
+
+
+def _scores_of_drawn(
+    config: Config, settings: EvaluateConfig, rank: Rank
+) -> tuple[Result, Evaluator, Mapping[str, Any]]:
+    drawing = open_drawing(config, rank)
+    count = drawing.sampler.num_samples
+    shape = ranks.together(lambda: drawing.image_shape)
+    evaluator = open_evaluator(settings, image_shape=shape, count=count, rank=rank)
+    _prepare(evaluator)
+    result = evaluator.measure(drawn_blocks(drawing, rank), count)
+    return result, evaluator, drawing.provenance.facts
+
+
+def _prepare(evaluator: Evaluator, *images: ImageSet) -> None:
+    """Compares small data sets with their indices; raises DataError on all ranks."""
+    for one in (evaluator.reference.images, *images):
+        if isinstance(one, ShardImages):
+            ranks.on_main(one.dataset.compare_if_small)
+    for sentence in evaluator.left_out:
+        log.info("%s", sentence)
+
+
+def drawn_blocks(drawing: Drawing, rank: Rank) -> Iterator[ImageBlock]:
+    """Yields this rank's images of a drawing, as they are drawn."""
+    stripe = Stripe(rank.number, rank.world_size)
+    own = [chunk for chunk in drawing.chunks if stripe.has(chunk.index)]
+    for batch in drawing.batches(own):
+        images = batch.images.permute(0, 3, 1, 2).contiguous()
+        yield ImageBlock(images, batch.labels, batch.sample_ids)
+
+
+def _document(
+    settings: EvaluateConfig,
+    result: Result,
+    evaluator: Evaluator,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns the contents of results.json."""
+    weights, identity = settings.extractor.weights, evaluator.reference.identity
+    further = {name: json.loads(scores.to_json()) for name, scores in result.further.items()}
+    return {
+        "scores": json.loads(result.scores.to_json()),
+        **({"further_scores": further} if further else {}),
+        **({"notes": result.notes} if result.notes else {}),
+        "reference_class_accuracy": result.reference_recognised,
+        **({"class_precision": result.class_precision} if result.class_precision else {}),
         "settings": to_tree(settings),
         # Scores are comparable only within one feature space and against one reference.
+        "extractors": {judge.label: judge.extractor.identity for judge in evaluator.judges},
         "extractor_sha256": sha256_of(weights) if weights else None,
-        "reference_id": reference.index.dataset_id,
+        "reference": identity,
+        "reference_id": identity.get("dataset_id"),
         "samples": provenance,
     }
-    _write(config.run_folder.results, document)
-    for name, value in measured.items():
-        log.info("%-18s %.4f", name, value)
-    for sentence in notes:
-        log.warning("%s", sentence)
-    return scores
-
-
-def _sample_batches(
-    images: np.ndarray, labels: np.ndarray | None, size: int
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for start in range(0, len(images), size):
-        batch = torch.from_numpy(images[start : start + size]).permute(0, 3, 1, 2).contiguous()
-        chosen = None if labels is None else torch.from_numpy(labels[start : start + size])
-        yield batch, chosen
-
-
-def _reference_batches(dataset: ShardDataset, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for start in range(0, len(dataset), size):
-        indices = torch.arange(start, min(start + size, len(dataset)))
-        batch = dataset.read(indices)
-        yield batch.pixels, batch.labels
-
-
-def _features(
-    extractor: Extractor,
-    batches: Iterator[tuple[Tensor, Tensor | None]],
-    device: torch.device,
-) -> Seen:
-    pooled, hits, asked = [], 0, 0
-    for images, labels in batches:
-        seen = extractor.features(images.to(device))
-        pooled.append(seen.pooled.float().cpu())
-        if seen.logits is not None and labels is not None:
-            hits += int((seen.logits.argmax(1).cpu() == labels).sum())
-            asked += len(labels)
-    return Seen(torch.cat(pooled), hits / asked if asked else None)
 
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:
@@ -121,3 +136,12 @@ def _write(path: Path, document: Mapping[str, Any]) -> None:
         make_folder(path.parent)
         # Two evaluations may end at once: the later one's scores stay, and neither fails.
         write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"), concurrent=True)
+
+
+def _say(result: Result, settings: EvaluateConfig) -> None:
+    for label, scores in ((settings.extractor.label, result.scores), *result.further.items()):
+        names = printed_names(label)
+        values = json.loads(scores.to_json())
+        log.info("  ".join(f"{names[name]} {value:.4f}" for name, value in values.items()))
+    for sentence in result.notes:
+        log.warning("%s", sentence)

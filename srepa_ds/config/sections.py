@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from srepa_ds.encoders.extractors import ExtractorConfig
+from srepa_ds.metrics.scores import METRICS
 from srepa_ds.model.activation_checkpointing import ActivationCheckpointingConfig
 from srepa_ds.model.precision import Precision
 from srepa_ds.optim.ema import MAIN_EMA, RelativeLength
 from srepa_ds.sampling.config import SamplerConfig
-from srepa_ds.schema import MayChange, OnlyFor, Section
+from srepa_ds.schema import MayChange, OnlyFor, Section, one_of
 from srepa_ds.weights.initial import InitialWeightsConfig
 
 
@@ -178,11 +179,18 @@ class EvaluateConfig(Section):
     further_extractors: tuple[ExtractorConfig, ...] = ()
     """Encoders for further Frechet and kernel distances, such as FD-DINOv2."""
 
-    num_manifold_images: int = Field(default=10_000, ge=4)
-    """Reference images for precision and recall; of a larger reference, evenly spread ones."""
+    metrics: tuple[Annotated[str, one_of("metric", METRICS)], ...] | None = None
+    """Rows of the table of metrics: frechet, spatial_frechet, inception_score, precision_recall,
+    kernel_distance. Without it, all that the extractor has features for and that the images are
+    enough for."""
 
-    distance_arithmetic: Literal["fp16", "fp32"] = "fp16"
-    """Distances of precision and recall: in half precision as in ADM's evaluator, or not."""
+    num_manifold_images: int = Field(default=10_000, ge=4)
+    """Reference images for precision, recall and the kernel distance; of more, evenly spread
+    ones."""
+
+    distance_arithmetic: Literal["fp16", "fp32"] | None = None
+    """Distances of precision and recall; null: in half precision for Inception, as in ADM's
+    evaluator, in fp32 for all others."""
 
     batch_size: int = Field(default=256, ge=1)
     """Images per pass through an extractor."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from srepa_ds.errors import DataError
@@ -18,12 +18,36 @@ ADM_BLOCK_SIZE = 10_000
 """Rows of a distance block in ADM's evaluator; they decide where fp16 falls back to fp32."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PrecisionRecall:
-    """Fractions in [0, 1]."""
+    """Which points lie inside the other set's manifold, and their fractions."""
 
-    precision: float
-    recall: float
+    in_reference: Bool[Tensor, " samples"]
+    in_samples: Bool[Tensor, " reference"]
+
+    @property
+    def precision(self) -> float:
+        """Returns the fraction of the samples inside the reference's manifold."""
+        return self.in_reference.double().mean().item()
+
+    @property
+    def recall(self) -> float:
+        """Returns the fraction of the reference inside the samples' manifold."""
+        return self.in_samples.double().mean().item()
+
+
+def precision_by_class(
+    in_reference: Bool[Tensor, " samples"],
+    labels: Int64[Tensor, " samples"],
+    *,
+    num_classes: int,
+) -> Float64[Tensor, " num_classes"]:
+    """Returns each class's fraction of samples inside the reference's manifold.
+
+    NaN for classes without samples.
+    """
+    inside = torch.bincount(labels[in_reference], minlength=num_classes)
+    return inside.double() / torch.bincount(labels, minlength=num_classes)
 
 
 def precision_recall(
@@ -57,9 +81,7 @@ def precision_recall(
             distances = squared_distances(reference[rows], samples[columns], arithmetic=arithmetic)
             in_reference[columns] |= (distances <= reference_radii[rows, None]).any(dim=0)
             in_samples[rows] |= (distances <= sample_radii[columns]).any(dim=1)
-    return PrecisionRecall(
-        precision=in_reference.double().mean().item(), recall=in_samples.double().mean().item()
-    )
+    return PrecisionRecall(in_reference, in_samples)
 
 
 def neighbour_radii(

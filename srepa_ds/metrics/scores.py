@@ -1,22 +1,32 @@
 """Scores of a sample set: the table of metrics over features, and the result."""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from typing import Literal, NamedTuple
 
-import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from srepa_ds.documents.json_reader import parse_json
 from srepa_ds.errors import DataError
 from srepa_ds.metrics.frechet import frechet_distance
-from srepa_ds.metrics.manifold import precision_recall
+from srepa_ds.metrics.inception_score import SPLIT_SIZE, inception_score
+from srepa_ds.metrics.kernel_distance import (
+    NUM_SUBSETS,
+    SUBSET_SIZE,
+    check_subset_size,
+    kernel_distance,
+)
+from srepa_ds.metrics.manifold import (
+    NUM_NEIGHBOURS,
+    Arithmetic,
+    check_count,
+    precision_recall,
+)
 from srepa_ds.metrics.statistics import FeatureStatistics
 
-Metric = Callable[[Tensor, Tensor], Mapping[str, float]]
-"""(features of the samples (n, width), of the reference (m, width)) -> fields of `Scores`."""
+FeatureKind = Literal["pooled", "spatial", "logits"]
 
 
 @dataclass(frozen=True)
@@ -25,10 +35,16 @@ class Scores:
 
     frechet_distance: float | None = None
     """Distance between Gaussians fitted to the features; smaller is better."""
+    spatial_frechet_distance: float | None = None
+    """The same over features of every position; smaller is better."""
+    inception_score: float | None = None
+    """How certain and how varied the classifier's predictions are; larger is better."""
     precision: float | None = None
     """Fraction of the samples inside the reference's manifold."""
     recall: float | None = None
     """Fraction of the reference inside the samples' manifold."""
+    kernel_distance: float | None = None
+    """Squared maximum mean discrepancy of the features; smaller is better, may fall below 0."""
     class_accuracy: float | None = None
     """Fraction of the samples that a classifier assigns to the class asked for."""
 
@@ -51,36 +67,212 @@ class Scores:
         return cls(**{name: float(value) for name, value in values.items()})
 
 
-def _frechet(samples: Tensor, reference: Tensor) -> Mapping[str, float]:
-    sets = [
-        FeatureStatistics.empty(features.shape[1], device=features.device).updated(features)
-        for features in (samples, reference)
-    ]
-    return {"frechet_distance": frechet_distance(*sets)}
+def printed_names(extractor: str) -> dict[str, str]:
+    """Returns the name of each field of `Scores` in tables, for an extractor's label.
+
+    Only Inception's features give the FID, sFID, IS and KID; other encoders give "FD-dinov2-b".
+    """
+    own = extractor == "inception"
+    return {
+        "frechet_distance": "FID" if own else f"FD-{extractor}",
+        "spatial_frechet_distance": "sFID" if own else f"sFD-{extractor}",
+        "inception_score": "IS" if own else f"IS-{extractor}",
+        "precision": "precision",
+        "recall": "recall",
+        "kernel_distance": "KID" if own else f"KD-{extractor}",
+        "class_accuracy": "class accuracy",
+    }
 
 
-def _precision_recall(samples: Tensor, reference: Tensor) -> Mapping[str, float]:
-    return asdict(precision_recall(samples, reference))
+@dataclass(frozen=True)
+class Conventions:
+    """What two evaluations must share for their scores to be comparable."""
+
+    arithmetic: Arithmetic = "fp32"
+    """Of the distances for precision and recall; "fp16" is ADM's."""
+    split_size: int = SPLIT_SIZE
+    """Images per split of the inception score."""
+    num_subsets: int = NUM_SUBSETS
+    """Of the kernel distance."""
+    subset_size: int = SUBSET_SIZE
+    """Images of each set in a subset of the kernel distance."""
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """One kind of features of a set of images, as far as it was collected."""
+
+    statistics: FeatureStatistics | None = None
+    rows: Float[Tensor, "images width"] | None = None
+    """In the order of the images' indices."""
+
+    def need_statistics(self) -> FeatureStatistics:
+        """Returns the statistics, from the rows if only these were collected."""
+        if self.statistics is not None:
+            return self.statistics
+        rows = self.need_rows()
+        return FeatureStatistics.empty(rows.shape[1], device=rows.device).updated(rows)
+
+    def need_rows(self) -> Tensor:
+        """Returns the rows, which must have been collected."""
+        assert self.rows is not None, "this metric takes every image's features"
+        return self.rows
+
+
+Collected = Mapping[FeatureKind, FeatureSet]
+"""The features of a set of images, by kind."""
+
+
+class Measured(NamedTuple):
+    """Scores, and which samples lie inside the reference's manifold."""
+
+    scores: Scores
+    in_reference: Bool[Tensor, " samples"] | None
+    """None if precision was not measured; see `manifold.precision_by_class`."""
+
+
+class _Outcome(NamedTuple):
+    values: Mapping[str, float]
+    in_reference: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of `METRICS`."""
+
+    fields: tuple[str, ...]
+    """The fields of `Scores` that it fills."""
+    features: FeatureKind
+    """The features that it takes."""
+    takes_rows: bool
+    """Whether it takes every image's features, in the order of the index; else statistics do."""
+    takes_reference: bool
+    """Whether it compares with real images."""
+    compute: Callable[[FeatureSet, FeatureSet, Conventions], _Outcome] = field(repr=False)
+    """(the samples' features, the reference's, conventions) -> values of its fields."""
+    check: Callable[[str, int, Conventions], None] = field(repr=False)
+    """(name of a set, its number of images, conventions): raises DataError for too few."""
+
+
+def _frechet(name: str, kind: FeatureKind) -> Metric:
+    def compute(samples: FeatureSet, reference: FeatureSet, _: Conventions) -> _Outcome:
+        sets = samples.need_statistics(), reference.need_statistics()
+        return _Outcome({name: frechet_distance(*sets)})
+
+    def check(set_name: str, count: int, _: Conventions) -> None:
+        if count < 2:
+            raise DataError(f"a Frechet distance needs at least 2 {set_name} images, got {count}")
+
+    return Metric((name,), kind, False, True, compute, check)
+
+
+def _precision_recall(
+    samples: FeatureSet, reference: FeatureSet, conventions: Conventions
+) -> _Outcome:
+    found = precision_recall(
+        samples.need_rows(), reference.need_rows(), arithmetic=conventions.arithmetic
+    )
+    values = {"precision": found.precision, "recall": found.recall}
+    return _Outcome(values, found.in_reference)
+
+
+def _inception_score(samples: FeatureSet, _: FeatureSet, conventions: Conventions) -> _Outcome:
+    value = inception_score(samples.need_rows(), split_size=conventions.split_size)
+    return _Outcome({"inception_score": value.item()})
+
+
+def _check_inception_score(name: str, count: int, _: Conventions) -> None:
+    if count < 1:
+        raise DataError(f"the inception score needs at least 1 {name} image, got {count}")
+
+
+def _kernel_distance(
+    samples: FeatureSet, reference: FeatureSet, conventions: Conventions
+) -> _Outcome:
+    value = kernel_distance(
+        samples.need_rows(),
+        reference.need_rows(),
+        num_subsets=conventions.num_subsets,
+        subset_size=conventions.subset_size,
+    )
+    return _Outcome({"kernel_distance": value})
+
+
+def _check_kernel_distance(name: str, count: int, conventions: Conventions) -> None:
+    check_subset_size(name, count, subset_size=conventions.subset_size)
+
+
+def _check_precision_recall(name: str, count: int, _: Conventions) -> None:
+    check_count(name, count, num_neighbours=NUM_NEIGHBOURS)
 
 
 METRICS: dict[str, Metric] = {
-    "frechet": _frechet,
-    "precision_recall": _precision_recall,
+    "frechet": _frechet("frechet_distance", "pooled"),
+    "spatial_frechet": _frechet("spatial_frechet_distance", "spatial"),
+    "inception_score": Metric(
+        ("inception_score",), "logits", True, False, _inception_score, _check_inception_score
+    ),
+    "precision_recall": Metric(
+        ("precision", "recall"), "pooled", True, True, _precision_recall, _check_precision_recall
+    ),
+    "kernel_distance": Metric(
+        ("kernel_distance",), "pooled", True, True, _kernel_distance, _check_kernel_distance
+    ),
 }
+
+
+def check_counts(
+    metrics: Iterable[str],
+    *,
+    samples: int,
+    reference: int,
+    conventions: Conventions | None = None,
+) -> None:
+    """Checks that both sets have the images that the named metrics need; raises DataError."""
+    for name in metrics:
+        row = METRICS[name]
+        sets = [("sample", samples)] + [("reference", reference)] * row.takes_reference
+        for set_name, count in sets:
+            row.check(set_name, count, conventions or Conventions())
+
+
+def measure(
+    samples: Collected,
+    reference: Collected,
+    *,
+    metrics: Iterable[str],
+    class_accuracy: float | None = None,
+    conventions: Conventions | None = None,
+) -> Measured:
+    """Returns the scores of `samples` against `reference` by the named rows of `METRICS`.
+
+    Raises DataError for too few images or features that are not finite.
+    """
+    values: dict[str, float] = {}
+    in_reference = None
+    for name in metrics:
+        row = METRICS[name]
+        other = reference[row.features] if row.takes_reference else FeatureSet()
+        outcome = row.compute(samples[row.features], other, conventions or Conventions())
+        values.update(outcome.values)
+        in_reference = in_reference if outcome.in_reference is None else outcome.in_reference
+    return Measured(Scores(class_accuracy=class_accuracy, **values), in_reference)
 
 
 def score(
     samples: Float[Tensor, "samples width"],
     reference: Float[Tensor, "reference width"],
     *,
-    metrics: Iterable[str] = tuple(METRICS),
+    metrics: Iterable[str] = ("frechet", "precision_recall"),
     class_accuracy: float | None = None,
 ) -> Scores:
-    """Returns the scores of `samples` against `reference` by the named rows of `METRICS`."""
-    values: dict[str, float] = {}
-    for name in metrics:
-        values.update(METRICS[name](samples, reference))
-    return Scores(class_accuracy=class_accuracy, **values)
+    """Returns the scores of pooled features against a reference's by rows of `METRICS`."""
+    return measure(
+        {"pooled": FeatureSet(rows=samples)},
+        {"pooled": FeatureSet(rows=reference)},
+        metrics=metrics,
+        class_accuracy=class_accuracy,
+    ).scores
 
 
 def notes_on(*, samples: int, reference: int, width: int) -> list[str]:
@@ -94,21 +286,3 @@ def notes_on(*, samples: int, reference: int, width: int) -> list[str]:
         for name, count in (("drawn images", samples), ("real images", reference))
         if count <= width
     ]
-
-
-def inception_score(
-    logits: Float[Tensor, "samples classes"], *, split_size: int = 5000
-) -> Float[Tensor, ""]:
-    """Returns the mean over consecutive splits of exp(mean KL(p(y|x) || p(y))), float32.
-
-    Without shuffling; a shorter last split counts like the others. Source: Salimans et al. (2016),
-    as ADM computes it.
-    """
-    scores = []
-    for split in logits.float().split(split_size):
-        log_probabilities = split.log_softmax(dim=1)
-        probabilities = log_probabilities.exp()
-        log_marginal = log_probabilities.logsumexp(dim=0) - math.log(len(split))
-        divergence = (probabilities * (log_probabilities - log_marginal)).sum(dim=1)
-        scores.append(divergence.mean().exp())
-    return torch.stack(scores).mean()

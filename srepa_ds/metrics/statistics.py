@@ -26,6 +26,13 @@ class FeatureStatistics:
         mean = torch.zeros(width, dtype=torch.float64, device=device)
         return cls(0, mean, mean.new_zeros(width, width))
 
+    @classmethod
+    def of_gaussian(
+        cls, mean: Float[Tensor, " width"], covariance: Float[Tensor, "width width"]
+    ) -> "FeatureStatistics":
+        """Returns statistics of that mean and covariance, of a number of images not known."""
+        return cls(2, mean.double(), covariance.double())
+
     def updated(self, features: Float[Tensor, "batch width"]) -> "FeatureStatistics":
         """Returns the statistics with a batch of features (any float dtype) added.
 

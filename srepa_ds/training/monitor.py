@@ -14,16 +14,16 @@ from torch import Tensor
 from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.config.sections import EvaluateConfig, MonitorConfig
 from srepa_ds.data.contents import IndexedFile
-from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
-from srepa_ds.encoders.extractors import load_extractor
 from srepa_ds.engine import Engine
 from srepa_ds.errors import DataError
+from srepa_ds.evaluation.evaluator import Evaluator
+from srepa_ds.evaluation.image_sets import ShardImages
+from srepa_ds.evaluation.images import ImageBlock
+from srepa_ds.evaluation.opening import open_evaluator
+from srepa_ds.evaluation.reference import open_reference
 from srepa_ds.interpolant import Interpolant
-from srepa_ds.metrics.frechet import frechet_distance
-from srepa_ds.metrics.scores import notes_on
-from srepa_ds.metrics.statistics import FeatureStatistics
 from srepa_ds.model.sit import SiTOutput
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.objective import SamplingInputs
@@ -78,26 +78,20 @@ class Monitor:
         # The reference has all classes, and runs are compared by these pictures.
         self._sampler = replaced(sampler, num_steps=steps, labels=None)
         self._rank = rank
-        self._real = self._extractor = None
-        self._real_statistics: FeatureStatistics | None = None
+        self._evaluator: Evaluator | None = None
         if config.evaluate_every_steps:
             assert evaluate is not None
-            self._real = _reference(evaluate, model, codec)
-            self._real_batch_size = evaluate.batch_size
             # Loaded now, so that a fault in it does not surface at the first evaluation.
-            self._extractor = load_extractor(
-                evaluate.extractor, resolution=self._real.image_shape[1:], device="cpu"
-            )
-            real = min(len(self._real), _MOST_REAL_IMAGES)
-            counts = {"samples": config.num_evaluated, "reference": real}
-            for sentence in notes_on(**counts, width=self._extractor.width) if rank.is_main else ():
+            self._evaluator = _evaluator(config, evaluate, model, codec, rank)
+            for sentence in self._evaluator.notes(config.num_evaluated) if rank.is_main else ():
                 log.warning("distances during training: %s", sentence)
 
     @property
     def indexed_files(self) -> tuple[IndexedFile, ...]:
         """The hashes that the indices give for the reference and the held-out data."""
-        sources = (self._real, self._heldout)
-        return tuple(file for one in sources if one is not None for file in one.indexed_files)
+        reference = self._evaluator.reference.images if self._evaluator else None
+        of_reference = reference.indexed_files if isinstance(reference, ShardImages) else ()
+        return (*of_reference, *(self._heldout.indexed_files if self._heldout else ()))
 
     def is_due(self, step: int, *, since: int) -> bool:
         """Returns whether images or a distance are due after optimizer step `step`.
@@ -147,27 +141,19 @@ class Monitor:
         return builder.image()
 
     def _distance(self, engine: Engine) -> float:
-        count, device = self._config.num_evaluated, self._rank.device
-        assert self._real is not None
-        assert self._extractor is not None
-        extractor = self._extractor.to(device)
-
-        def seen(images: Tensor) -> Tensor:
-            return extractor.features(images.to(device)).pooled.cpu()
-
-        if self._real_statistics is None:
-            # A rank that cannot read its share must not leave the others waiting.
-            real = ranks.together(list, map(seen, self._real_images(self._real)))
-            self._real_statistics = _over_ranks(iter(real), device)
-        drawn = (
-            seen(batch.images[batch.sample_ids < count].permute(0, 3, 1, 2).contiguous())
+        count = self._config.num_evaluated
+        assert self._evaluator is not None
+        self._evaluator.to(self._rank.device)
+        blocks = (
+            _wanted(batch, count)
             for batch in self._drawn(engine, count)
             if int(batch.sample_ids[0]) < count
         )
-        drawn_statistics = _over_ranks(drawn, device)
+        distance = self._evaluator.measure(blocks, count).scores.frechet_distance
         # Between evaluations the student needs its memory.
-        self._extractor = extractor.to("cpu")
-        return ranks.on_main(frechet_distance, drawn_statistics, self._real_statistics)
+        self._evaluator.to("cpu")
+        assert distance is not None
+        return distance
 
     def _drawn(self, engine: Engine, count: int) -> Iterator[ImageBatch]:
         sampler = self._sampler_for(count)
@@ -190,39 +176,45 @@ class Monitor:
     def _sampler_for(self, count: int) -> SamplerConfig:
         return replaced(self._sampler, num_samples=count)
 
-    def _real_images(self, dataset: ShardDataset) -> Iterator[Tensor]:
-        """Yields this rank's share of the real images, evenly spread over the data set."""
-        count = min(len(dataset), _MOST_REAL_IMAGES)
-        chosen = torch.arange(count) * len(dataset) // count
-        own = chosen[self._rank.number :: self._rank.world_size]
-        for indices in own.split(self._real_batch_size):
-            yield dataset.read(indices).pixels
-
 
 def _is_due(every: int, step: int, since: int) -> bool:
     return every > 0 and step // every > since // every
 
 
-def _reference(config: EvaluateConfig, model: SiTConfig, codec: LatentCodec) -> ShardDataset:
-    dataset = ShardDataset(config.reference, parts=Parts(moments=False))
-    dataset.require_images("the extractor of distances looks at images")
-    found = codec.latent_shape(dataset.image_shape)
+def _wanted(batch: ImageBatch, count: int) -> ImageBlock:
+    """Returns the images of a batch whose number is below `count`."""
+    wanted = batch.sample_ids < count
+    images = batch.images[wanted].permute(0, 3, 1, 2).contiguous()
+    return ImageBlock(images, batch.labels[wanted], batch.sample_ids[wanted])
+
+
+def _evaluator(
+    config: MonitorConfig,
+    evaluate: EvaluateConfig,
+    model: SiTConfig,
+    codec: LatentCodec,
+    rank: Rank,
+) -> Evaluator:
+    """Returns what measures distances; raises DataError for a reference of another size."""
+    images = open_reference(evaluate.reference, setting="evaluate.reference").images
+    if images is None:
+        raise DataError(
+            f"evaluate.reference: {evaluate.reference} holds statistics without images, and "
+            "images tell whether the model draws the same size; give real images"
+        )
+    found = codec.latent_shape(images.image_shape)
     if found != model.latent_shape:
         raise DataError(
-            f"{config.reference} gives latents of shape {found}, but the model draws "
+            f"{evaluate.reference} gives latents of shape {found}, but the model draws "
             f"{model.latent_shape}; set evaluate.reference to images of the same size"
         )
-    return dataset
-
-
-def _over_ranks(features: Iterator[Tensor], device: torch.device) -> FeatureStatistics:
-    """Returns the statistics of all ranks' features, on the CPU of every rank. Collective."""
-    own: FeatureStatistics | None = None
-    for batch in features:
-        own = (own or FeatureStatistics.empty(batch.shape[1])).updated(batch)
-    # The main rank always has features; others may have none if there are few images.
-    origin = ranks.broadcast(None if own is None else own.mean)
-    assert origin is not None
-    own = own or FeatureStatistics.empty(len(origin))
-    sums = [ranks.summed(part.to(device)).cpu() for part in own.tensors(origin)]
-    return FeatureStatistics.from_tensors(*sums, origin=origin)
+    evaluator = open_evaluator(
+        replaced(evaluate, further_extractors=()),
+        image_shape=images.image_shape,
+        count=config.num_evaluated,
+        rank=rank,
+        metrics=("frechet",),
+        most_reference=_MOST_REAL_IMAGES,
+    )
+    evaluator.to("cpu")
+    return evaluator

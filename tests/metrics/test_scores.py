@@ -6,7 +6,18 @@ from places import GOLDEN
 from safetensors.torch import load_file
 
 from srepa_ds.errors import DataError
-from srepa_ds.metrics.scores import METRICS, Scores, inception_score, notes_on, score
+from srepa_ds.metrics.scores import (
+    METRICS,
+    Conventions,
+    FeatureSet,
+    Scores,
+    check_counts,
+    inception_score,
+    measure,
+    notes_on,
+    printed_names,
+    score,
+)
 
 
 @pytest.fixture(scope="module")
@@ -15,21 +26,74 @@ def two_sets():
     return tuple(torch.randn(60, 5, generator=generator) + shift for shift in (0.0, 0.5))
 
 
+SMALL = Conventions(subset_size=20, num_subsets=5, split_size=25)
+
+
+def collected(rows):
+    sizes = {"pooled": rows, "spatial": rows.square(), "logits": rows}
+    return {kind: FeatureSet(rows=features) for kind, features in sizes.items()}
+
+
 @pytest.mark.parametrize("name", METRICS)
-def test_every_metric_yields_fields_of_scores(two_sets, name):
-    values = METRICS[name](*two_sets)
-    assert values
-    measured = asdict(Scores(**values))
-    assert {k: v for k, v in measured.items() if v is not None} == values
-    # Every metric tells a set from its copy.
-    assert METRICS[name](two_sets[0], two_sets[0]) != values
+def test_every_metric_yields_the_fields_it_promises(two_sets, name):
+    samples, reference = (collected(rows) for rows in two_sets)
+    found = measure(samples, reference, metrics=[name], conventions=SMALL).scores
+    measured = {k for k, v in asdict(found).items() if v is not None}
+    assert measured == set(METRICS[name].fields)
+    # Every metric that compares tells a set from its copy.
+    copy = measure(reference, reference, metrics=[name], conventions=SMALL).scores
+    assert copy != found
 
 
-def test_scores_survive_json(two_sets):
-    scores = score(*two_sets, class_accuracy=0.9)
-    assert scores.frechet_distance > 0
-    assert None not in asdict(scores).values()
-    assert Scores.from_json(scores.to_json()) == scores
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_takes_what_its_row_says(two_sets, name):
+    row = METRICS[name]
+    samples, reference = (collected(rows) for rows in two_sets)
+    expected = measure(samples, reference, metrics=[name], conventions=SMALL)
+    kept = [
+        {
+            row.features: features[row.features]
+            if row.takes_rows
+            else FeatureSet(statistics=features[row.features].need_statistics())
+        }
+        for features in (samples, reference)
+    ]
+    if not row.takes_reference:
+        kept[1] = {}
+    found = measure(*kept, metrics=[name], conventions=SMALL)
+    assert found.scores == expected.scores
+
+
+def test_all_scores_at_once_survive_json(two_sets):
+    samples, reference = (collected(rows) for rows in two_sets)
+    found = measure(samples, reference, metrics=METRICS, class_accuracy=0.9, conventions=SMALL)
+    assert None not in asdict(found.scores).values()
+    assert Scores.from_json(found.scores.to_json()) == found.scores
+    assert found.in_reference.double().mean() == found.scores.precision
+    assert score(*two_sets).precision == found.scores.precision
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        ("frechet", (1, 9), "at least 2 sample images, got 1"),
+        ("spatial_frechet", (2, 1), "at least 2 reference images, got 1"),
+        ("inception_score", (0, 0), "at least 1 sample image, got 0"),
+        ("precision_recall", (9, 3), "more than 3 reference images, got 3"),
+        ("kernel_distance", (1000, 999), "there are 999 reference images"),
+    ],
+)
+def test_each_metric_says_that_images_are_too_few(name, sizes, message):
+    with pytest.raises(DataError, match=message):
+        check_counts([name], samples=sizes[0], reference=sizes[1])
+    check_counts([name], samples=1000, reference=1000)
+
+
+def test_every_score_has_a_name_per_extractor():
+    names = set(asdict(Scores()))
+    assert set(printed_names("inception")) == set(printed_names("dinov2-b")) == names
+    assert printed_names("inception")["frechet_distance"] == "FID"
+    assert printed_names("dinov2-b")["frechet_distance"] == "FD-dinov2-b"
 
 
 def test_what_was_not_measured_is_not_written(two_sets):

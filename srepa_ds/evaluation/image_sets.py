@@ -1,0 +1,238 @@
+"""The forms of image sets: ADM's archive, a folder of image files, shards."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from srepa_ds.data.contents import IndexedFile
+from srepa_ds.data.decoding import decoded
+from srepa_ds.data.images import as_rgb
+from srepa_ds.data.index_document import INDEX_NAME
+from srepa_ds.data.shards import Parts, ShardDataset
+from srepa_ds.data.sources.image_file import image_file
+from srepa_ds.data.sources.listing import is_image, is_litter
+from srepa_ds.documents.npz_reader import NpzArchive
+from srepa_ds.errors import DataError, SourceError
+from srepa_ds.evaluation.images import WHOLE, ImageBlock, ImageSet, Stripe
+from srepa_ds.files import looked_for, reason_of
+from srepa_ds.sampling.sample_set import PROVENANCE, SAMPLES
+
+_IMAGES, _LABELS = "arr_0", "arr_1"
+
+
+class NpzImages:
+    """The images of an archive as ADM's evaluator reads it: `arr_0` (n, height, width, 3)."""
+
+    def __init__(self, path: Path):
+        """Reads the headers, and the labels (`arr_1`) if there are any; raises DataError."""
+        self._path = path
+        try:
+            with NpzArchive(path) as archive:
+                self._check(archive)
+                self.shape = archive.arrays[_IMAGES].shape
+                self._labels = self._read_labels(archive)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(error) from error
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def where(self) -> str:
+        """The path of the archive."""
+        return str(self._path)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        return 3, self.shape[1], self.shape[2]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Name and size of the file; its contents are read as they are scored."""
+        return {"file": self._path.name, "bytes": self._path.stat().st_size}
+
+    def blocks(self, size: int, stripe: Stripe = WHOLE) -> Iterator[ImageBlock]:
+        """Yields the blocks that belong to `stripe`; all others are read past.
+
+        Raises DataError if the archive is damaged.
+        """
+        try:
+            with NpzArchive(self._path) as archive:
+                start = 0
+                for number, rows in enumerate(archive.blocks(_IMAGES, size)):
+                    ids = torch.arange(start, start + len(rows))
+                    start += len(rows)
+                    if stripe.has(number):
+                        images = torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous()
+                        labels = None if self._labels is None else self._labels[ids]
+                        yield ImageBlock(images, labels, ids)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(error) from error
+
+    def _check(self, archive: NpzArchive) -> None:
+        array = archive.arrays.get(_IMAGES)
+        if array is None:
+            names = ", ".join(sorted(archive.arrays)) or "nothing"
+            raise ValueError(f"it holds {names}, and images should be in {_IMAGES}")
+        if array.dtype != np.uint8 or len(array.shape) != 4 or array.shape[3] != 3:
+            raise ValueError(
+                f"{_IMAGES} is {array.dtype} of shape {array.shape}, and images are uint8 of shape "
+                "(n, height, width, 3)"
+            )
+        if not array.shape[0]:
+            raise ValueError("it holds no images")
+
+    def _read_labels(self, archive: NpzArchive) -> Tensor | None:
+        if _LABELS not in archive.arrays:
+            return None
+        labels = archive.read(_LABELS)
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise ValueError(f"{_LABELS} is not a list of whole numbers")
+        if len(labels) != self.shape[0]:
+            raise ValueError(f"it holds {len(labels)} labels for {self.shape[0]} images")
+        return torch.from_numpy(labels.astype(np.int64))
+
+    def _unreadable(self, error: Exception) -> DataError:
+        return DataError(
+            f"{self._path}: cannot be read as images ({reason_of(error)})"
+            f"{looked_for(self._path)}; give an .npz with {_IMAGES} as ADM's evaluator reads it"
+        )
+
+
+class FileImages:
+    """The image files of a folder, in the order of their names, and of folders in it."""
+
+    def __init__(self, folder: Path):
+        """Lists the files and reads the first; raises DataError if there is none."""
+        self._folder = folder
+        try:
+            names = [path for path in folder.rglob("*") if is_image(path.name) and path.is_file()]
+        except OSError as error:
+            raise DataError(f"{folder}: {reason_of(error)}") from error
+        inside = (path.relative_to(folder) for path in names)
+        self._names = sorted(name for name in inside if not any(map(is_litter, name.parts)))
+        if not self._names:
+            raise DataError(
+                f"{folder}: holds no images{looked_for(folder)}; give a folder of PNG or JPEG "
+                "files, an .npz, or shards"
+            )
+        height, width = self._read(self._names[0]).shape[1:]
+        self.image_shape = (3, height, width)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @property
+    def where(self) -> str:
+        """The path of the folder."""
+        return str(self._folder)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """A hash of the files' names."""
+        names = "\n".join(str(name) for name in self._names)
+        return {"files": len(self), "names_sha256": hashlib.sha256(names.encode()).hexdigest()[:16]}
+
+    def blocks(self, size: int, stripe: Stripe = WHOLE) -> Iterator[ImageBlock]:
+        """Yields the blocks that belong to `stripe`.
+
+        Raises DataError for a broken file, or one of another size than the first.
+        """
+        for number, start in enumerate(range(0, len(self), size)):
+            if stripe.has(number):
+                ids = torch.arange(start, min(start + size, len(self)))
+                images = [self._checked(self._names[index]) for index in ids.tolist()]
+                yield ImageBlock(torch.stack(images), None, ids)
+
+    def _checked(self, name: Path) -> Tensor:
+        image = self._read(name)
+        if image.shape != self.image_shape:
+            _, height, width = self.image_shape
+            raise DataError(
+                f"{self._folder / name}: has {image.shape[1]} x {image.shape[2]} pixels, and "
+                f"{self._names[0]} has {height} x {width}; scores need images of one size"
+            )
+        return image
+
+    def _read(self, name: Path) -> Tensor:
+        try:
+            image = decoded(image_file(self._folder / name, root=self._folder))
+        except SourceError:
+            raise
+        except DataError as error:
+            raise DataError(f"{self._folder / name}: {error}; remove or replace it") from error
+        return torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1).contiguous()
+
+
+class ShardImages:
+    """The images of a data set that `srepa-ds prepare`, or `sample`, has written."""
+
+    def __init__(self, folder: Path, *, chosen: Tensor | None = None):
+        """Opens the data set; `chosen` are the indices of some of its images. Raises DataError."""
+        self.dataset = ShardDataset(folder, parts=Parts(moments=False))
+        self.dataset.require_images("the extractor looks at images")
+        self._chosen = torch.arange(len(self.dataset)) if chosen is None else chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @property
+    def where(self) -> str:
+        """The path of the folder."""
+        return str(self.dataset.folder)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        return self.dataset.image_shape
+
+    @property
+    def indexed_files(self) -> tuple[IndexedFile, ...]:
+        """The hash that the index gives for each file."""
+        return self.dataset.indexed_files
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The identity of the data set."""
+        return {"dataset_id": self.dataset.index.dataset_id}
+
+    def blocks(self, size: int, stripe: Stripe = WHOLE) -> Iterator[ImageBlock]:
+        """Yields the blocks that belong to `stripe`; raises DataError."""
+        for number, indices in enumerate(self._chosen.split(size)):
+            if stripe.has(number):
+                batch = self.dataset.read(indices)
+                ids = torch.arange(number * size, number * size + len(indices))
+                yield ImageBlock(batch.pixels, batch.labels, ids)
+
+
+def open_images(path: Path, *, setting: str) -> ImageSet:
+    """Returns the images at `path`: an archive, a sample set, shards, or a folder of files.
+
+    Raises DataError, which names the `setting`, if there are none.
+    """
+    try:
+        if path.is_file():
+            return NpzImages(path)
+        if (path / INDEX_NAME).is_file():
+            return ShardImages(path)
+        if (path / SAMPLES).is_file():
+            return NpzImages(path / SAMPLES)
+        if (path / PROVENANCE).is_file():
+            raise DataError(
+                f"{path}: holds a sample set that is not finished; run `srepa-ds sample CONFIG` "
+                "again"
+            )
+        if path.is_dir():
+            return FileImages(path)
+    except DataError as error:
+        raise DataError(f"{setting}: {error}") from error
+    raise DataError(
+        f"{setting}: {path}: no such file or folder{looked_for(path)}; give images, or draw them "
+        "with `srepa-ds sample CONFIG`"
+    )
