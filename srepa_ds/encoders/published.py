@@ -5,6 +5,7 @@ Nothing here downloads; `srepa-ds fetch` does, before.
 
 import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from srepa_ds.encoders.fetched import FETCH_AGAIN, fetched_folder, find_fetched, sha256_once
@@ -64,21 +65,19 @@ def web_file_named(path: Path) -> str | None:
 
 
 def local_file(path: Path, *, setting: str) -> Path:
-    """Returns `path` if it exists, or the file that was fetched of a name in `WEB_FILES`.
+    """Returns the file that was fetched of a name in `WEB_FILES`, and any other path as it is.
 
-    Raises DataError, which names the `setting`, if there is neither, or if the fetched file has
-    changed.
+    Raises DataError, which names the `setting`, if the file was not fetched or has changed since,
+    or for a path that does not exist and nearly is such a name.
     """
-    if os.path.exists(path):
-        return path
-    name = web_file_named(path)
-    if name is None:
-        known = ", ".join(sorted(WEB_FILES))
+    if name := web_file_named(path):
+        return fetched_file(name, setting=setting)
+    if not os.path.exists(path) and (near := get_close_matches(str(path), WEB_FILES, n=1)):
         raise DataError(
-            f"{setting}: {path}: no such file or folder{looked_for(path)}; correct it, or give one "
-            f"of the names that `srepa-ds fetch` knows: {known}"
+            f"{setting}: {path}: no such file or folder{looked_for(path)}, and not the name of a "
+            f"published file; did you mean '{near[0]}'?"
         )
-    return fetched_file(name, setting=setting)
+    return path
 
 
 def fetched_file(name: str, *, setting: str) -> Path:
