@@ -91,7 +91,7 @@ def fetch(
         bool, typer.Option("--dry-run", help="Only list what is there and what is missing.")
     ] = False,
 ) -> None:
-    """Download the weights that CONFIG names, once: no other command downloads anything."""
+    """Download the published files that CONFIG names: no other command downloads anything."""
     from srepa_ds.commands.fetch import fetch as run
 
     _in_one_process("fetch")
@@ -246,6 +246,23 @@ def evaluate(
 
     option = [] if save_reference is None else [f"--save-reference={save_reference}"]
     _on_ranks(action, ranks, command=["evaluate", str(path), *(overrides or ()), *option])
+
+
+@app.command()
+def parity(path: ConfigPath, overrides: Overrides = None) -> None:
+    """Measure scores that others have published; exit code 1 if they differ."""
+
+    def action() -> int:
+        from srepa_ds.commands.parity import ParityConfig
+        from srepa_ds.commands.parity import parity as run
+        from srepa_ds.schema import load_section
+
+        found = run(load_section(ParityConfig, path, overrides or ()))
+        typer.echo(str(found))
+        return 0 if found.agrees else 1
+
+    _in_one_process("parity")
+    _on_ranks(action, 1, command=["parity", str(path)])
 
 
 @app.command()
@@ -491,6 +508,7 @@ def _log() -> None:
 
 def _any_config(path: Path, overrides: list[str] | None) -> "Section":
     """Returns the configuration of the kind that the file's `kind` names."""
+    from srepa_ds.commands.parity import ParityConfig
     from srepa_ds.commands.teacher import TeacherTrainingConfig
     from srepa_ds.config.experiment import config_of
     from srepa_ds.errors import ConfigError, Fault, nearest
@@ -501,7 +519,11 @@ def _any_config(path: Path, overrides: list[str] | None) -> "Section":
     # Read once: the file may be a pipe.
     files, overrides = load_files(path), overrides or []
     kind = kind_of(apply_overrides(merged_files(files), overrides))
-    kinds = {"prepare": PrepareConfig, "teacher": TeacherTrainingConfig}
+    kinds: dict[str, type[Section]] = {
+        "prepare": PrepareConfig,
+        "teacher": TeacherTrainingConfig,
+        "parity": ParityConfig,
+    }
     if kind == "experiment":
         return config_of(files, overrides, source=str(path))
     if not isinstance(kind, str) or kind not in kinds:

@@ -178,6 +178,7 @@ COMMANDS_OF_KIND: Mapping[str, str] = {
     "experiment": "train (or export, sample, evaluate, report)",
     "prepare": "prepare",
     "teacher": "teacher",
+    "parity": "parity",
 }
 """The commands that take a file of a kind."""
 

@@ -3,10 +3,12 @@
 import json
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jaxtyping
 import pytest
 from builders import SmallWorld, write_world
+from inception_weights import write_weights
 from small_run import SmallRun, run_of
 
 from srepa_ds.config.experiment import load_config
@@ -43,6 +45,12 @@ def unchecked_shapes() -> Iterator[None]:
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> SmallWorld:
     """Returns the folder of a small experiment; tests that change it copy it first."""
     return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the random weights of Inception of which the golden features are; 95 MB."""
+    return write_weights(tmp_path_factory.mktemp("inception") / "weights.pth")
 
 
 @pytest.fixture(scope="session")

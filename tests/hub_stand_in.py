@@ -51,6 +51,8 @@ class HubStandIn:
     """Bytes after which the next answers break off."""
     breaks: int = 0
     """How many answers do."""
+    states_size: bool = True
+    """Whether answers say how long they are; if not, they have no ranges either."""
     address: str = ""
 
     def gets(self, ending: str) -> list[str]:
@@ -151,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
         if name.rpartition("/")[2] in self.served.damaged:
             content = bytes([content[0] ^ 1]) + content[1:]
         status, span = 200, self.headers.get("Range")
-        if span:
+        if span and self.served.states_size:
             begin, _, end = span.removeprefix("bytes=").partition("-")
             first, last = int(begin), min(int(end or len(content)), len(content) - 1)
             status = 206
@@ -165,16 +167,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         hub, sent = self.served, content
+        # Before the head is sent, on which a test may go on.
+        if self.command != "HEAD" and hub.breaks and hub.break_after is not None:
+            if "Accept-Ranges" in headers:
+                hub.breaks -= 1
+                sent = content[: hub.break_after]
+                self.close_connection = True
+        if hub.states_size:
+            headers = headers | {"Content-Length": str(len(content))}
+        else:
+            self.close_connection = True
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        if hub.breaks and hub.break_after is not None and "Accept-Ranges" in headers:
-            hub.breaks -= 1
-            sent = content[: hub.break_after]
-            self.close_connection = True
         self.wfile.write(sent)
 
 

@@ -71,9 +71,7 @@ def test_deepspeed_s_launcher_may_pass_a_local_rank(capsys):
         assert capsys.readouterr().err.startswith("error: nowhere.yaml")
 
 
-@pytest.mark.parametrize(
-    "command", ["fetch", "teacher", "export", "evaluate", "structure", "report"]
-)
+@pytest.mark.parametrize("command", ["fetch", "teacher", "export", "structure", "report", "parity"])
 def test_commands_of_one_process_refuse_several(command, monkeypatch, capsys):
     place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in place.items():

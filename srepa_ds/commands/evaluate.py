@@ -11,6 +11,7 @@ from srepa_ds.config.sections import EvaluateConfig
 from srepa_ds.distributed import devices, ranks
 from srepa_ds.distributed.ranks import Rank
 from srepa_ds.drawing.drawing import Drawing, open_drawing
+from srepa_ds.encoders.published import local_file
 from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.evaluation.evaluator import Evaluator, Result
 from srepa_ds.evaluation.image_sets import ShardImages, open_images
@@ -63,7 +64,8 @@ def _section(config: Config) -> EvaluateConfig:
 def _scores_of_set(
     config: Config, settings: EvaluateConfig, rank: Rank
 ) -> tuple[Result, Evaluator, Mapping[str, Any]]:
-    folder = settings.samples or ranks.together(samples_folder, config)
+    named = settings.samples or ranks.together(samples_folder, config)
+    folder = ranks.together(local_file, named, setting="evaluate.samples")
     images = ranks.together(open_images, folder, setting="evaluate.samples")
     # An archive may lie beside its provenance, or a folder hold it.
     beside = folder if folder.is_dir() else folder.parent

@@ -1,30 +1,33 @@
-"""`srepa-ds fetch CONFIG`: downloads the published weights that a configuration names, once.
+"""`srepa-ds fetch CONFIG`: downloads the published files that a configuration names, once.
 
 Training, sampling and all other commands read what lies here and never download.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from srepa_ds.codec.config import CodecConfig
+from srepa_ds.config.sections import EvaluateConfig
 from srepa_ds.encoders.extractors import ExtractorConfig
 from srepa_ds.encoders.fetched import fetched_folder, read_fetched
-from srepa_ds.encoders.publications import PUBLISHED, HubFiles, Published
-from srepa_ds.encoders.published import find_published
+from srepa_ds.encoders.publications import PUBLISHED, WEB_FILES, HubFiles, Published
+from srepa_ds.encoders.published import find_published, web_file_named
 from srepa_ds.encoders.teacher import TeacherConfig
 from srepa_ds.errors import ConfigError, DataError, Fault
 from srepa_ds.fetching.hub import plan_of
 from srepa_ds.fetching.store import Plan, bring, check_space
-from srepa_ds.fetching.web import WebPlan
+from srepa_ds.fetching.web import web_plan_of
 from srepa_ds.schema import Section
 
 log = logging.getLogger("srepa_ds")
 
+E = TypeVar("E", ExtractorConfig, TeacherConfig)
+
 
 class Named(NamedTuple):
-    """Weights that a setting names."""
+    """Weights, or another published file, that a setting names."""
 
     setting: str
     published: Published | Path
@@ -41,10 +44,10 @@ class Row(NamedTuple):
 
 
 def fetch(config: Section, *, dry_run: bool = False) -> str:
-    """Returns the list of the weights that `config` names, after fetching those that are missing.
+    """Returns the list of the files that `config` names, after fetching those that are missing.
 
-    With `dry_run`, only lists them. Raises ConfigError for a teacher without weights, DataError for
-    weights that cannot be had, OutputError for a folder that cannot be written.
+    With `dry_run`, only lists them. Raises ConfigError for an encoder without weights, DataError
+    for files that cannot be had, OutputError for a folder that cannot be written.
     """
     names = list(named_weights(config))
     # A document that cannot be read is a fault before anything is downloaded.
@@ -57,20 +60,23 @@ def fetch(config: Section, *, dry_run: bool = False) -> str:
     if not dry_run:
         _bring_all(list(plans.values()))
     rows = [_row(named, places[named], plans, dry_run=dry_run) for named in names]
-    return _table(rows) if rows else "it names no weights: there is nothing to fetch"
+    return _table(rows) if rows else "it names no published files: there is nothing to fetch"
 
 
 def named_weights(section: Section, place: str = "") -> Iterator[Named]:
-    """Yields the weights of every codec and teacher in `section`, at its place in the file.
+    """Yields the weights of every codec and encoder in `section`, at its place in the file.
 
-    Raises ConfigError for a teacher without weights, DataError for weights that cannot be fetched.
+    And the published files that settings of an evaluation name. Raises ConfigError for an encoder
+    without weights, DataError for weights that cannot be fetched.
     """
     if isinstance(section, CodecConfig):
         yield from _of_codec(section, place)
-    if isinstance(section, ExtractorConfig) and section.teacher is not None:
-        yield from _of_teacher(section.teacher, place)
+    if isinstance(section, ExtractorConfig):
+        yield from _of_encoder(section, section.row.published, place)
     if isinstance(section, TeacherConfig):
-        yield from _of_teacher(section, place)
+        yield from _of_encoder(section, _published_of_teacher, place)
+    if isinstance(section, EvaluateConfig):
+        yield from _of_evaluation(section, place)
     for name in type(section).model_fields:
         value = getattr(section, name)
         items = enumerate(value) if isinstance(value, tuple) else [("", value)]
@@ -93,13 +99,24 @@ def _of_codec(codec: CodecConfig, place: str) -> Iterator[Named]:
         raise DataError(f"{setting}: {error}") from error
 
 
-def _of_teacher(teacher: TeacherConfig, place: str) -> Iterator[Named]:
-    if fault := teacher.weights_fault():
+def _of_encoder(encoder: E, published: Callable[[E], Published], place: str) -> Iterator[Named]:
+    if fault := encoder.weights_fault():
         raise ConfigError("configuration", [Fault(f"{place}.{fault.path}", fault.message)])
-    if teacher.weights is not None:
-        yield Named(f"{place}.weights", teacher.weights)
+    if encoder.weights is not None:
+        yield Named(f"{place}.weights", encoder.weights)
     else:
-        yield Named(place, PUBLISHED["timm"](teacher.resolved.architecture))
+        yield Named(place, published(encoder))
+
+
+def _published_of_teacher(teacher: TeacherConfig) -> Published:
+    return PUBLISHED["timm"](teacher.resolved.architecture)
+
+
+def _of_evaluation(evaluate: EvaluateConfig, place: str) -> Iterator[Named]:
+    for setting in ("samples", "reference"):
+        path = getattr(evaluate, setting)
+        if path is not None and (name := web_file_named(path)):
+            yield Named(f"{place}.{setting}", WEB_FILES[name])
 
 
 def _is_published(published: Published | Path) -> bool:
@@ -119,7 +136,7 @@ def _place(named: Named) -> Path | None:
 
 def _plan(published: Published | Path) -> Plan:
     assert not isinstance(published, Path)
-    return plan_of(published) if isinstance(published, HubFiles) else WebPlan(published)
+    return plan_of(published) if isinstance(published, HubFiles) else web_plan_of(published)
 
 
 def _bring_all(plans: Sequence[Plan]) -> None:
@@ -133,12 +150,20 @@ def _row(named: Named, place: Path | None, plans: dict[Any, Plan], *, dry_run: b
         state = "your own" if place else "your own, and missing"
         return Row(named.setting, str(named.published), "", state)
     name = named.published.name
+    note = _note(named.published)
     if place is not None:
-        return Row(named.setting, name, "", f"in {place}")
+        return Row(named.setting, name, "", f"in {place}{note}")
     plan = plans[named.published]
     folder = fetched_folder() / named.published.folder_name
     state = f"to be fetched from {plan.source}" if dry_run else f"in {folder}"
-    return Row(named.setting, name, _size(plan), state)
+    return Row(named.setting, name, _size(plan), state + note)
+
+
+def _note(published: Published) -> str:
+    """Returns what the list says of contents that nobody vouches for, else nothing."""
+    if isinstance(published, HubFiles) or published.sha256 is not None:
+        return ""
+    return "; its publisher states no hash: that of the first download is kept and compared"
 
 
 def _size(plan: Plan) -> str:

@@ -105,10 +105,14 @@ def _mirrored_pixels_reach_the_teachers(
             )
 
 
-def _extractor_is_available(evaluate: EvaluateConfig | None) -> Iterator[Fault]:
-    fault = evaluate.extractor.weights_fault() if evaluate else None
-    if fault is not None:
-        yield Fault(f"evaluate.extractor.{fault.path}", fault.message)
+def _extractors_are_available(evaluate: EvaluateConfig | None) -> Iterator[Fault]:
+    if evaluate is None:
+        return
+    further = enumerate(evaluate.further_extractors)
+    places = {f"further_extractors.{number}": extractor for number, extractor in further}
+    for place, extractor in {"extractor": evaluate.extractor, **places}.items():
+        if fault := extractor.weights_fault():
+            yield Fault(f"evaluate.{place}.{fault.path}", fault.message)
 
 
 def _monitor_has_a_reference(
@@ -176,7 +180,7 @@ CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {
     ("model", "engine"): (_checkpointing_finds_a_block,),
     ("data", "alignments"): (_mirrored_pixels_reach_the_teachers,),
     ("alignments",): (_weights_are_available,),
-    ("evaluate",): (_extractor_is_available,),
+    ("evaluate",): (_extractors_are_available,),
     ("monitor", "evaluate"): (_monitor_has_a_reference,),
     ("codec", "monitor"): (_codec_decodes,),
     ("monitor",): (_monitor_has_heldout_data,),

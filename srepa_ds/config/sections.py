@@ -163,14 +163,16 @@ class EvaluateConfig(Section):
 
     samples: Path | None = None
     """The images to score: a sample set, a folder of PNG or JPEG files, an `.npz` as ADM's script
-    reads it, or shards; without it the set that `sample` writes."""
+    reads it, shards, or `adm-imagenet256-samples`, which `srepa-ds fetch` downloads; without it the
+    set that `sample` writes."""
 
     draw: bool = False
     """Whether to draw the images of the section `sample` and score them without writing them."""
 
     reference: Path
     """The real images: shards, a folder of files, or an `.npz` as ADM publishes it, with or without
-    the statistics of a larger set."""
+    the statistics of a larger set; `adm-imagenet256` and `adm-imagenet512` are ADM's own, which
+    `srepa-ds fetch` downloads."""
 
     extractor: ExtractorConfig
     """The encoder in whose feature space the images are compared; `inception` gives the scores of

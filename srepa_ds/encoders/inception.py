@@ -8,14 +8,17 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
+from srepa_ds.distributed.devices import tensor_float32
 from srepa_ds.encoders.features import Features
-from srepa_ds.errors import DataError
+from srepa_ds.errors import DataError, listed
 from srepa_ds.weight_file import plain_tensors, read_weight_file
 
 POOLED_WIDTH = 2048
 SPATIAL_CHANNELS = 7
 SPATIAL_WIDTH = 17 * 17 * SPATIAL_CHANNELS
 NUM_CLASSES = 1008
+
+_OUTPUTS = ["2048", "logits_unbiased"]
 
 
 class Inception(nn.Module):
@@ -36,8 +39,8 @@ class Inception(nn.Module):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Names the network, and the hash of its weights."""
-        return {"name": "inception", "weights_sha256": self._sha256}
+        """Names the network, the hash of its weights' file and the precision."""
+        return {"name": "inception", "weights_sha256": self._sha256, "dtype": "float32"}
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS]
@@ -46,10 +49,13 @@ class Inception(nn.Module):
     def features(self, images: UInt8[Tensor, "batch 3 height width"]) -> Features:
         """Returns pool_3, its product with the class weights, and 7 channels of Mixed_6d.
 
-        Images of any size are resized as TensorFlow 1 does. Logits have no bias, and spatial
-        features are flattened channels-last, as the graph of ADM's evaluator has them.
+        Images of any size are resized to 299 x 299 as TensorFlow 1 does: bilinear, no half-pixel
+        centres, no antialiasing. Logits have no bias, and spatial features are flattened
+        channels-last, as the graph of ADM's evaluator has them. Products are exact float32, also
+        inside autocast and where TF32 is allowed.
         """
-        pooled, logits = self.network(images)
+        with tensor_float32(False), torch.autocast(images.device.type, enabled=False):
+            pooled, logits = self.network(images)
         assert self._spatial is not None
         spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)
         self._spatial = None
@@ -57,7 +63,7 @@ class Inception(nn.Module):
 
 
 def build_network() -> nn.Module:
-    """Returns torch-fidelity's network, whose weights mean nothing yet.
+    """Returns torch-fidelity's network on the CPU, whose weights mean nothing yet.
 
     It gives pool_3 and the logits without bias. Raises DataError without torch-fidelity.
     """
@@ -77,17 +83,43 @@ def build_network() -> nn.Module:
     nothing = io.BytesIO()
     torch.save({}, nothing)
     nothing.seek(0)
-    return Unfilled(
-        "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing
-    )
+    # Without memory: random initial weights would take a second and numbers of torch's generator.
+    with torch.device("meta"):
+        network = Unfilled("inception", _OUTPUTS, feature_extractor_weights_path=nothing)
+    return network.to_empty(device="cpu")
 
 
 def load_inception(weights: Path, *, sha256: str, device: torch.device | str) -> Inception:
-    """Returns the frozen network with the weights of a file; raises DataError."""
-    found = read_weight_file(
-        weights, named=str(weights), setting="extractor.weights", fault=DataError
-    )
+    """Returns the frozen network with the weights of a file whose hash is `sha256`.
+
+    The file is read without running what a pickle may hold. Raises DataError for a file that is
+    missing, damaged or of another network, naming the weights that do not fit.
+    """
+    named = f"weights of Inception {weights}"
+    found = read_weight_file(weights, named=named, setting="extractor.weights", fault=DataError)
+    if strange := sorted(name for name, value in found.items() if not isinstance(value, Tensor)):
+        raise DataError(f"{named}: holds no state_dict, but {listed(strange)}")
     network = build_network()
-    tensors = plain_tensors(found, weights, named=str(weights), fault=DataError)
+    tensors = plain_tensors(found, weights, named=named, fault=DataError)
+    _check_fit(network, tensors, named)
     nn.Module.load_state_dict(network, tensors)
     return Inception(network, sha256=sha256).to(device)
+
+
+def _check_fit(network: nn.Module, found: dict[str, Tensor], named: str) -> None:
+    """Raises DataError unless `found` has the network's names and shapes."""
+    own = network.state_dict()
+    # Counters of training batches have no effect, and older versions of torch wrote none.
+    needed = {name for name in own if not name.endswith("num_batches_tracked")}
+    groups = {
+        "missing": sorted(needed - found.keys()),
+        "unexpected": sorted(found.keys() - own.keys()),
+        "of another shape": sorted(
+            f"{name} {tuple(found[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own.keys() & found.keys()
+            if found[name].shape != own[name].shape
+        ),
+    }
+    faults = [f"  {len(names)} {kind}: {listed(names)}" for kind, names in groups.items() if names]
+    if faults:
+        raise DataError("\n".join([f"{named} do not fit the network", *faults]))

@@ -40,12 +40,13 @@ class HubFiles:
 
 @dataclass(frozen=True)
 class WebFile:
-    """A file at an address, whose contents are known beforehand."""
+    """A file at an address."""
 
     url: str
-    sha256: str
-    """In hexadecimal."""
-    num_bytes: int
+    sha256: str | None = None
+    """In hexadecimal; None if none is published: that of the first download is kept then."""
+    num_bytes: int | None = None
+    """The size, None if none is published: the server's answer states it then."""
 
     @property
     def name(self) -> str:
@@ -60,7 +61,22 @@ class WebFile:
 
 Published = HubFiles | WebFile
 
-WEB_FILES: dict[str, WebFile] = {}
+_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
+_ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+
+WEB_FILES: dict[str, WebFile] = {
+    "inception": WebFile(
+        f"{_FIDELITY}/weights-inception-2015-12-05-6726825d.pth",
+        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        num_bytes=95_628_359,
+    ),
+    # Statistics of the training images of ImageNet, and 10,000 of the images.
+    "adm-imagenet256": WebFile(f"{_ADM}/256/VIRTUAL_imagenet256_labeled.npz"),
+    # It has 1,000 images, too few for ADM's precision and recall (guided-diffusion issues 19, 66).
+    "adm-imagenet512": WebFile(f"{_ADM}/512/VIRTUAL_imagenet512.npz"),
+    # 50,000 samples of ADM, guided and upsampled, whose scores are published.
+    "adm-imagenet256-samples": WebFile(f"{_ADM}/256/admnet_guided_upsampled_imagenet256.npz"),
+}
 """Files at fixed addresses by the names that settings give them."""
 
 

@@ -1,13 +1,15 @@
-"""Finds published weights on this machine: a folder, what was fetched, or the Hub's own cache.
+"""Finds published files on this machine: a folder, what was fetched, or the Hub's own cache.
 
 Nothing here downloads; `srepa-ds fetch` does, before.
 """
 
+import os
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from srepa_ds.encoders.fetched import FETCH_AGAIN, fetched_folder, find_fetched, sha256_once
-from srepa_ds.encoders.publications import PUBLISHED, HubFiles, Published
+from srepa_ds.encoders.publications import PUBLISHED, WEB_FILES, HubFiles, Published
 from srepa_ds.errors import DataError
 from srepa_ds.files import looked_for
 
@@ -34,23 +36,62 @@ def local_folder(weights: Path, *, setting: str, kind: str = "vae") -> Path:
     )
 
 
-def local_weights(architecture: str) -> Path:
+def local_weights(architecture: str, *, setting: str = "teacher.weights") -> Path:
     """Returns the file of weights that timm publishes for `architecture`.
 
-    Raises DataError if it was not fetched, or has changed since.
+    Raises DataError, which names the `setting`, if it was not fetched, or has changed since.
     """
     published = PUBLISHED["timm"](architecture)
     folder = find_published(published)
     if folder is None:
         raise DataError(
             f"the pretrained weights of '{architecture}' ({published.name}) were not fetched "
-            f"(looked for in {fetched_folder()}); {FETCH_AGAIN}, or give teacher.weights: a local "
+            f"(looked for in {fetched_folder()}); {FETCH_AGAIN}, or give {setting}: a local "
             ".safetensors, .pt, .pth or .pth.tar file"
         )
     assert isinstance(published, HubFiles)
     names = published.chosen({path.name for path in folder.iterdir()})
     assert names is not None
     return folder / names[0]
+
+
+def web_file_named(path: Path) -> str | None:
+    """Returns the name in `WEB_FILES` that a setting gives in place of a path, else None.
+
+    A file or folder of this name comes first.
+    """
+    name = str(path)
+    return name if name in WEB_FILES and not os.path.exists(path) else None
+
+
+def local_file(path: Path, *, setting: str) -> Path:
+    """Returns the file that was fetched of a name in `WEB_FILES`, and any other path as it is.
+
+    Raises DataError, which names the `setting`, if the file was not fetched or has changed since,
+    or for a path that does not exist and nearly is such a name.
+    """
+    if name := web_file_named(path):
+        return fetched_file(name, setting=setting)
+    if not os.path.exists(path) and (near := get_close_matches(str(path), WEB_FILES, n=1)):
+        raise DataError(
+            f"{setting}: {path}: no such file or folder{looked_for(path)}, and not the name of a "
+            f"published file; did you mean '{near[0]}'?"
+        )
+    return path
+
+
+def fetched_file(name: str, *, setting: str) -> Path:
+    """Returns the file that was fetched of a name in `WEB_FILES`.
+
+    Raises DataError, which names the `setting`, if it was not fetched or has changed since.
+    """
+    published = WEB_FILES[name]
+    if folder := find_published(published):
+        return folder / published.name
+    raise DataError(
+        f"{setting}: '{name}' ({published.url}) was not fetched (looked for in "
+        f"{fetched_folder()}); {FETCH_AGAIN}, or give the path of the file"
+    )
 
 
 def find_published(published: Published) -> Path | None:

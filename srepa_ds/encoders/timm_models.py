@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,17 @@ _MISFITS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError
 
 # timm's vision transformers share methods and attributes, but no type that declares them.
 Encoder = Any
+
+
+@dataclass(frozen=True)
+class _WeightsOf:
+    """A file of weights, and what messages call the model that needs them."""
+
+    role: str
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{self.role} weights {self.path}"
 
 
 def known_architecture(name: str) -> str:
@@ -89,32 +101,37 @@ def check_published_classes(encoder: Encoder, num_classes: int) -> None:
 
 
 def fill_from_file(
-    encoder: Encoder, path: Path, *, layout: str = "timm", ignored_prefixes: tuple[str, ...] = ()
+    encoder: Encoder,
+    path: Path,
+    *,
+    layout: str = "timm",
+    ignored_prefixes: tuple[str, ...] = (),
+    role: str = "teacher",
 ) -> None:
     """Fills a timm model from a local checkpoint, resampling its position embedding to the grid.
 
     Published layouts are read by their row of `LAYOUTS`, then by timm's own filter for the model.
-    Keys with one of `ignored_prefixes` are dropped. Raises DataError if the file is missing or
-    damaged, or naming the keys that are missing, unexpected or of another shape.
+    Keys with one of `ignored_prefixes` are dropped. `role` is what messages call the model. Raises
+    DataError if the file is missing or damaged, or naming the keys that are missing, unexpected or
+    of another shape.
     """
-    checkpoint = read_weight_file(
-        path, named=f"teacher weights {path}", setting="teacher.weights", fault=DataError
-    )
+    file = _WeightsOf(role, path)
+    checkpoint = read_weight_file(path, named=str(file), setting=f"{role}.weights", fault=DataError)
     try:
-        kept = _converted(encoder, checkpoint, path, layout, ignored_prefixes)
+        kept = _converted(encoder, checkpoint, file, layout, ignored_prefixes)
     # Layouts and timm's filters trust the shapes of what a file holds under a name.
     except _MISFITS as error:
         raise DataError(
-            f"teacher weights {path}: not a state_dict of a {type(encoder).__name__}: {error}"
+            f"{file}: not a state_dict of a {type(encoder).__name__}: {error}"
         ) from error
-    _check_fit(encoder, kept, path)
+    _check_fit(encoder, kept, file)
     encoder.load_state_dict(kept)
 
 
 def _converted(
     encoder: Encoder,
     checkpoint: Mapping[str, Any],
-    path: Path,
+    file: _WeightsOf,
     layout: str,
     ignored_prefixes: tuple[str, ...],
 ) -> dict[str, Tensor]:
@@ -125,18 +142,18 @@ def _converted(
     state = LAYOUTS[layout](checkpoint)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise DataError(
-            f"teacher weights {path}: holds no state_dict where the layout '{layout}' has it, "
+            f"{file}: holds no state_dict where the layout '{layout}' has it, "
             f"but {listed(sorted(map(str, checkpoint)))}"
         )
-    state = plain_tensors(state, path, named=f"teacher weights {path}", fault=DataError)
+    state = plain_tensors(state, file.path, named=str(file), fault=DataError)
     if unwrapped := _unwrapped(encoder, state):
         state = LAYOUTS[layout](unwrapped)
     # Otherwise the positions of half-precision files would be resampled in half precision.
     state = {
         key: value.float() if value.is_floating_point() else value for key, value in state.items()
     }
-    _check_patch_size(encoder, state, path)
-    converted = _named_as_timm(encoder, state, path)
+    _check_patch_size(encoder, state, file)
+    converted = _named_as_timm(encoder, state, file)
     kept = {key: value for key, value in converted.items() if not key.startswith(ignored_prefixes)}
     if "pos_embed" in kept and getattr(encoder, "pos_embed", None) is not None:
         kept["pos_embed"] = _on_grid(encoder, kept["pos_embed"], state)
@@ -149,13 +166,15 @@ def _unwrapped(encoder: Encoder, state: dict[str, Tensor]) -> dict[str, Tensor] 
     return None if found.keys() == state.keys() else found
 
 
-def _named_as_timm(encoder: Encoder, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _named_as_timm(
+    encoder: Encoder, state: dict[str, Tensor], file: _WeightsOf
+) -> dict[str, Tensor]:
     convert = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
     try:
         return convert(dict(state), encoder) if convert else state
     except _MISFITS:
         # The keys of a foreign file say more than the filter's error.
-        _check_fit(encoder, state, path)
+        _check_fit(encoder, state, file)
         raise
 
 
@@ -180,7 +199,7 @@ def _on_grid(encoder: Encoder, table: Tensor, state: Mapping[str, Tensor]) -> Te
     )
 
 
-def _check_patch_size(encoder: Encoder, state: Mapping[str, Any], path: Path) -> None:
+def _check_patch_size(encoder: Encoder, state: Mapping[str, Any], file: _WeightsOf) -> None:
     # timm would resample the patch embedding to another patch size: a different teacher.
     own = encoder.state_dict().get("patch_embed.proj.weight")
     patches = ("patch_embed.proj.weight", "visual.conv1.weight")
@@ -188,12 +207,12 @@ def _check_patch_size(encoder: Encoder, state: Mapping[str, Any], path: Path) ->
         if key.endswith(patches) and own is not None and value.ndim == own.ndim:
             if value.shape[2:] != own.shape[2:]:
                 raise DataError(
-                    f"teacher weights {path}: patches of {tuple(value.shape[2:])} px, "
-                    f"but the teacher's are {tuple(own.shape[2:])}"
+                    f"{file}: patches of {tuple(value.shape[2:])} px, "
+                    f"but the {file.role}'s are {tuple(own.shape[2:])}"
                 )
 
 
-def _check_fit(encoder: Encoder, state: Mapping[str, Any], path: Path) -> None:
+def _check_fit(encoder: Encoder, state: Mapping[str, Any], file: _WeightsOf) -> None:
     own = encoder.state_dict()
     shared = own.keys() & state.keys()
     reshaped = [
@@ -208,4 +227,4 @@ def _check_fit(encoder: Encoder, state: Mapping[str, Any], path: Path) -> None:
     }
     faults = [f"  {len(keys)} {kind}: {listed(keys)}" for kind, keys in groups.items() if keys]
     if faults:
-        raise DataError("\n".join([f"teacher weights {path} do not fit the teacher", *faults]))
+        raise DataError("\n".join([f"{file} do not fit the {file.role}", *faults]))

@@ -17,6 +17,7 @@ from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.data.sources.image_file import image_file
 from srepa_ds.data.sources.listing import is_image, is_litter
 from srepa_ds.documents.npz_reader import NpzArchive
+from srepa_ds.encoders.published import local_file
 from srepa_ds.errors import DataError, SourceError
 from srepa_ds.evaluation.images import WHOLE, ImageBlock, ImageSet, Stripe
 from srepa_ds.files import looked_for, reason_of
@@ -214,8 +215,10 @@ class ShardImages:
 def open_images(path: Path, *, setting: str) -> ImageSet:
     """Returns the images at `path`: an archive, a sample set, shards, or a folder of files.
 
-    Raises DataError, which names the `setting`, if there are none.
+    A name of `WEB_FILES` stands for what was fetched. Raises DataError, which names the `setting`,
+    if there are none.
     """
+    path = local_file(path, setting=setting)
     try:
         if path.is_file():
             return NpzImages(path)

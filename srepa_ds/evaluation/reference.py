@@ -10,6 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from srepa_ds.documents.npz_reader import NpzArchive
+from srepa_ds.encoders.published import local_file
 from srepa_ds.errors import DataError
 from srepa_ds.evaluation.image_sets import ShardImages, open_images
 from srepa_ds.evaluation.images import ImageSet
@@ -46,8 +47,10 @@ class ReferenceImages:
 def open_reference(path: Path, *, setting: str, most: int | None = None) -> ReferenceImages:
     """Returns the reference at `path`; raises DataError, which names the `setting`.
 
-    Of shards with more images than `most`, so many are taken, evenly spread.
+    A name of `WEB_FILES` stands for what was fetched. Of shards with more images than `most`, so
+    many are taken, evenly spread.
     """
+    path = local_file(path, setting=setting)
     if path.is_file():
         stored, has_images = _read_stored(path, setting=setting)
         if stored.pooled is not None and not has_images:

@@ -10,12 +10,16 @@ from srepa_ds.files import sha256_of
 
 
 def received_files(
-    folder: Path, expected: Mapping[str, str | None], *, sizes: Sequence[int]
+    folder: Path,
+    expected: Mapping[str, str | None],
+    *,
+    sizes: Sequence[int],
+    advice: str = "run the same command again",
 ) -> dict[str, FetchedFile]:
     """Returns size and hash of each downloaded file.
 
     `expected` has the hash that the other side states, or None; `sizes` are the bytes. Deletes a
-    file that differs and raises DataError.
+    file that differs and raises DataError, which ends with `advice`.
     """
     files = {}
     for (name, sha256), num_bytes in zip(expected.items(), sizes, strict=True):
@@ -25,8 +29,7 @@ def received_files(
             path.unlink()
             raise DataError(
                 f"{name}: damaged on its way ({found.num_bytes:,} bytes with sha256 "
-                f"{found.sha256}, expected {num_bytes:,} with {sha256 or 'any'}); run the same "
-                "command again"
+                f"{found.sha256}, expected {num_bytes:,} with {sha256 or 'any'}); {advice}"
             )
         files[name] = found
     return files

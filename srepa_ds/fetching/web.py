@@ -6,8 +6,15 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from srepa_ds.encoders.fetched import Fetched
+from srepa_ds.encoders.fetched import (
+    DOCUMENT_NAME,
+    Fetched,
+    FetchedFile,
+    fetched_folder,
+    read_fetched,
+)
 from srepa_ds.encoders.publications import WebFile
 from srepa_ds.errors import DataError
 from srepa_ds.fetching.received import received, received_files
@@ -22,14 +29,12 @@ _LOST = (http.client.HTTPException, TimeoutError, ConnectionError)
 
 @dataclass(frozen=True)
 class WebPlan:
-    """A file to fetch from an address."""
+    """A file to fetch from an address, with its size, and its hash if that is known."""
 
     published: WebFile
-
-    @property
-    def num_bytes(self) -> int:
-        """The size of the file."""
-        return self.published.num_bytes
+    num_bytes: int
+    sha256: str | None
+    """That which is published, or that of the first download; None before the first."""
 
     @property
     def source(self) -> str:
@@ -42,48 +47,106 @@ class WebPlan:
         Raises DataError if the address cannot be read or its contents are others than expected,
         OSError if `folder` cannot be written.
         """
-        wanted = self.published
-        path = folder / wanted.name
+        path = folder / self.published.name
         if not path.exists():
-            _complete(wanted, path.with_name(path.name + PARTIAL))
-            path.with_name(path.name + PARTIAL).replace(path)
-        expected = {wanted.name: wanted.sha256}
-        files = received_files(folder, expected, sizes=[wanted.num_bytes])
-        return received(wanted.url, files)
+            partial = path.with_name(path.name + PARTIAL)
+            self._complete(partial)
+            partial.replace(path)
+        expected = {path.name: self.sha256}
+        files = received_files(folder, expected, sizes=[self.num_bytes], advice=self._advice)
+        return received(self.source, files)
 
+    @property
+    def _advice(self) -> str:
+        again = "run the same command again"
+        if self.published.sha256 is not None or self.sha256 is None:
+            return again
+        document = fetched_folder() / DOCUMENT_NAME
+        return (
+            f"{again}, or, if its publisher has replaced the file since it was first fetched, "
+            f"remove '{self.published.folder_name}' from {document}"
+        )
 
-def _complete(wanted: WebFile, partial: Path) -> None:
-    """Fills `partial` up to the size of the file; raises DataError, and OSError of the disk."""
-    for attempt in range(_TRIES):
-        try:
-            _append(wanted, partial)
-        except _LOST as error:
-            if attempt == _TRIES - 1:
-                raise _failed(wanted, str(error) or type(error).__name__) from error
-        if partial.exists() and partial.stat().st_size >= wanted.num_bytes:
-            flush_to_disk(partial)
+    def _complete(self, partial: Path) -> None:
+        """Fills `partial` up to the size of the file; raises DataError, and OSError of the disk."""
+        for attempt in range(_TRIES):
+            try:
+                self._append(partial)
+            except _LOST as error:
+                if attempt == _TRIES - 1:
+                    raise _failed(self.published, str(error) or type(error).__name__) from error
+            if partial.exists() and partial.stat().st_size >= self.num_bytes:
+                flush_to_disk(partial)
+                return
+        raise _failed(self.published, "the answer ends too early")
+
+    def _append(self, partial: Path) -> None:
+        """Appends to `partial` what it lacks, or as much as arrives."""
+        begun = partial.stat().st_size if partial.exists() else 0
+        if begun >= self.num_bytes:
             return
-    raise _failed(wanted, "the answer ends too early")
+        with _answer(self.published, f"bytes={begun}-") as answer:
+            # Known before anything is written: parts of two files would make neither.
+            if _size_of(answer) not in (None, self.num_bytes):
+                raise DataError(
+                    f"{self.source}: the file there has {_size_of(answer):,} bytes, and "
+                    f"{self.num_bytes:,} are expected; {self._advice}"
+                )
+            # A server that ignores the range sends everything again.
+            mode = "ab" if answer.status == http.client.PARTIAL_CONTENT else "wb"
+            with partial.open(mode) as file:
+                shutil.copyfileobj(answer, file, _CHUNK)
 
 
-def _append(wanted: WebFile, partial: Path) -> None:
-    """Appends to `partial` what it lacks, or as much as arrives."""
-    begun = partial.stat().st_size if partial.exists() else 0
-    if begun >= wanted.num_bytes:
-        return
-    request = urllib.request.Request(wanted.url, headers={"Range": f"bytes={begun}-"})
+def web_plan_of(published: WebFile) -> WebPlan:
+    """Returns the plan of a file, whose size the server is asked for if it is not known.
+
+    Raises DataError if the server cannot be reached or does not state the size.
+    """
+    noted = _noted(published)
+    sha256 = published.sha256 or (noted.sha256 if noted else None)
+    num_bytes = published.num_bytes or (noted.num_bytes if noted else None)
+    if num_bytes is None:
+        try:
+            with _answer(published, "bytes=0-0") as answer:
+                num_bytes = _size_of(answer)
+        except _LOST as error:
+            raise _failed(published, str(error) or type(error).__name__) from error
+    if num_bytes is None:
+        raise DataError(
+            f"cannot fetch {published.url}: the server does not state the size, without which an "
+            "answer that breaks off would be taken for the file; download it yourself, and give "
+            "its path"
+        )
+    return WebPlan(published, num_bytes, sha256)
+
+
+def _noted(published: WebFile) -> FetchedFile | None:
+    """Returns what `fetched.json` says of an earlier download; raises DataError."""
+    entry = read_fetched(fetched_folder()).fetched.get(published.folder_name)
+    return entry.files.get(published.name) if entry else None
+
+
+def _answer(wanted: WebFile, span: str) -> Any:
+    """Returns the server's answer for a range of the file; raises DataError and `_LOST`."""
+    request = urllib.request.Request(wanted.url, headers={"Range": span})
     try:
-        answer = urllib.request.urlopen(request, timeout=_SECONDS)
+        return urllib.request.urlopen(request, timeout=_SECONDS)
     except urllib.error.HTTPError as error:
         raise _failed(wanted, f"the server answers with {error.code}") from error
     except urllib.error.URLError as error:
         reason = error.reason
         text = reason_of(reason) if isinstance(reason, Exception) else str(reason)
         raise _failed(wanted, text) from error
-    # A server that ignores the range sends everything again.
-    mode = "ab" if answer.status == http.client.PARTIAL_CONTENT else "wb"
-    with answer, partial.open(mode) as file:
-        shutil.copyfileobj(answer, file, _CHUNK)
+
+
+def _size_of(answer: Any) -> int | None:
+    """Returns the size of the whole file, None if the answer does not state it."""
+    if answer.status == http.client.PARTIAL_CONTENT:
+        stated = answer.headers.get("Content-Range", "").rpartition("/")[2]
+    else:
+        stated = answer.headers.get("Content-Length", "")
+    return int(stated) if stated.isascii() and stated.isdecimal() else None
 
 
 def _failed(wanted: WebFile, reason: str) -> DataError:

@@ -15,6 +15,9 @@ from bad_input.case import CONFIGS, TEACHER, Case
 
 _PREPARE = f"prepare {CONFIGS}/digits-prepare.yaml output={{folder}}/out"
 
+# To be completed with further settings of the extractor, and closed with a brace.
+_INCEPTION = 'CONFIG evaluate.samples={folder}/run/samples evaluate.extractor={{"name":"inception"'
+
 CASES = [
     # The data.
     Case("no data folder", no_data, "train CONFIG", ("shards: no such data folder", "prepare")),
@@ -90,6 +93,41 @@ CASES = [
          "evaluate CONFIG evaluate.samples={folder}/run/samples "
          'evaluate.extractor={{"name":"dinov2-vit-s"}}',
          ("of 'vit_small_patch14_dinov2.lvd142m' (timm/", "not fetched", "give teacher.weights")),
+    Case("an Inception that was not fetched", sampled, f"evaluate {_INCEPTION}}}}}",
+         ("extractor.weights: 'inception' (https://", "was not fetched", "srepa-ds fetch")),
+    Case("ADM's reference that was not fetched", sampled,
+         "evaluate CONFIG evaluate.samples={folder}/run/samples evaluate.reference=adm-imagenet256",
+         ("evaluate.reference: 'adm-imagenet256' (https://", "was not fetched", "give the path")),
+    Case("a name that is nearly that of ADM's reference", sampled,
+         "evaluate CONFIG evaluate.samples={folder}/run/samples evaluate.reference=imagenet256",
+         ("evaluate.reference: imagenet256: no such file", "did you mean 'adm-imagenet256'?")),
+    Case("ADM's samples that were not fetched", nothing, f"parity {CONFIGS}/parity.yaml",
+         ("evaluate.samples: 'adm-imagenet256-samples' (https://", "was not fetched")),
+    # The encoder of the scores.
+    Case("weights that are not Inception's", sampled,
+         f"evaluate {_INCEPTION},\"weights\":\"teacher.safetensors\"}}}}",
+         ("teacher.safetensors: not the published weights (sha256 ", "expected 6726825d",
+          "extractor.weights_sha256")),
+    Case("Inception in bf16", sampled, f"evaluate {_INCEPTION},\"dtype\":\"bf16\"}}}}",
+         ("evaluate.extractor: dtype: Inception computes in fp32",)),
+    Case("a hash without a file", sampled,
+         f"evaluate {_INCEPTION},\"weights_sha256\":\"{'0' * 64}\"}}}}",
+         ("evaluate.extractor: weights_sha256 belongs to a file",)),
+    Case("weights of another hash than expected", sampled,
+         "evaluate CONFIG evaluate.samples={folder}/run/samples "
+         f"evaluate.extractor.weights_sha256={'0' * 64}",
+         ("has sha256", "extractor.weights_sha256 is 0000", "correct the setting")),
+    Case("a further encoder whose weights nobody publishes", sampled,
+         'evaluate CONFIG evaluate.further_extractors=[{{"name":"mocov3-vit-b"}}]',
+         ("evaluate.further_extractors.0.weights: timm publishes no weights",)),
+    Case("parity without tolerance", nothing, f"parity {CONFIGS}/parity.yaml tolerance.recall=-1",
+         ("tolerance.recall", "greater than or equal to 0")),
+    Case("parity of a score that nobody measures", nothing,
+         f"parity {CONFIGS}/parity.yaml published.fidd=1",
+         ("unknown score 'fidd'",)),
+    Case("parity with metrics", nothing,
+         f"parity {CONFIGS}/parity.yaml evaluate.metrics=[frechet]",
+         ("evaluate.metrics have no use here",)),
     Case("fetching what is no repository", nothing,
          "fetch CONFIG codec.kind=vae codec.weights=a/b/c",
          ("codec.weights: a/b/c: not a folder", "name of a repository")),

@@ -7,6 +7,7 @@ from bad_input.arrangements import exported, nothing, sampled, trained
 from bad_input.case import CONFIGS, TEACHER, Case, Place
 
 _PREPARE = f"prepare {CONFIGS}/digits-prepare.yaml output={{folder}}/out"
+_PARITY = f"parity {CONFIGS}/parity.yaml"
 _TEACHER_CONFIG = f"{CONFIGS}/digits-teacher.yaml train={{folder}}/shards heldout={{folder}}/shards"
 
 # What the command needs before it reads the path, the command, and the field.
@@ -24,6 +25,8 @@ READ: tuple[tuple[Callable[[Place], object], str, str], ...] = (
     (sampled, "evaluate CONFIG", "evaluate.extractor.weights"),
     (nothing, "structure CONFIG", "structure.images"),
     (nothing, "structure CONFIG", "structure.masks"),
+    (nothing, _PARITY, "evaluate.samples"),
+    (sampled, f"{_PARITY} evaluate.samples={{folder}}/run/samples", "evaluate.reference"),
     (nothing, f"{_PREPARE} source.kind=image_folder", "source.path"),
     (nothing, f"{_PREPARE} source.kind=archive", "source.path"),
     (nothing, f"{_PREPARE} source.kind=web_dataset", "source.path"),

@@ -34,7 +34,7 @@ NEEDED = {
     canonicalize_name(requirement.name): requirement
     for text in (
         SETUP["options"]["install_requires"],
-        *(SETUP["options.extras_require"][extra] for extra in ("demo", "parquet", "vae")),
+        *(SETUP["options.extras_require"][extra] for extra in ("demo", "parquet", "vae", "eval")),
     )
     for requirement in listed(text)
 }

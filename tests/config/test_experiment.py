@@ -7,6 +7,7 @@ import torch
 from places import ROOT
 
 from srepa_ds.cli import run
+from srepa_ds.commands.parity import ParityConfig
 from srepa_ds.commands.teacher import TeacherTrainingConfig
 from srepa_ds.config.experiment import Config, config_from, load_config, samples_folder
 from srepa_ds.documents.yaml_reader import parse_yaml
@@ -17,7 +18,12 @@ from srepa_ds.schema import load_section, validated
 from srepa_ds.trees import load_tree
 
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
-KINDS = {"prepare": PrepareConfig, "teacher": TeacherTrainingConfig, "experiment": Config}
+KINDS = {
+    "prepare": PrepareConfig,
+    "teacher": TeacherTrainingConfig,
+    "parity": ParityConfig,
+    "experiment": Config,
+}
 TEACHER = {"name": "dinov2-vit-b", "weights": "dinov2.safetensors"}
 ALIGNMENT = {"teacher": TEACHER, "depth": 4, "structural": {"kind": "mse", "weight": 2.0}}
 
