@@ -7,7 +7,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from srepa_ds.codec.latent_codec import Encodable, Rounding
-from srepa_ds.codec.quantised import quantised
+from srepa_ds.codec.quantised import quantised, refuse_broken_rows
 from srepa_ds.errors import DataError
 
 
@@ -52,7 +52,13 @@ class IdentityCodec:
         return batch.images.to(torch.float32) / 127.5 - 1.0
 
     def decode(
-        self, latents: Float[Tensor, "batch 3 h w"], *, rounding: Rounding = "truncate"
+        self,
+        latents: Float[Tensor, "batch 3 h w"],
+        *,
+        rounding: Rounding = "truncate",
+        refuse_broken: bool = False,
     ) -> UInt8[Tensor, "batch h w 3"]:
-        """Returns the latents as pixels."""
+        """Returns the latents as pixels; raises BrokenImagesError as the protocol says."""
+        if refuse_broken:
+            refuse_broken_rows(latents, "pixels")
         return quantised(latents, rounding)

@@ -75,6 +75,14 @@ class LatentCodec(Protocol):
         """Returns clean latents, fp32; `seed` and positions key the draw from a posterior."""
 
     def decode(
-        self, latents: Float[Tensor, "batch c h w"], *, rounding: Rounding = "truncate"
+        self,
+        latents: Float[Tensor, "batch c h w"],
+        *,
+        rounding: Rounding = "truncate",
+        refuse_broken: bool = False,
     ) -> UInt8[Tensor, "batch H W 3"]:
-        """Returns the images of `latents`; raises DataError without a decoder."""
+        """Returns the images of `latents`; raises DataError without a decoder.
+
+        With `refuse_broken`, raises BrokenImagesError for NaN and infinite values, for which the
+        host waits for the device; otherwise they become any pixel.
+        """

@@ -59,7 +59,11 @@ class StoredCodec:
         return self._affine.forward(z)
 
     def decode(
-        self, latents: Float[Tensor, "batch c h w"], *, rounding: Rounding = "truncate"
+        self,
+        latents: Float[Tensor, "batch c h w"],
+        *,
+        rounding: Rounding = "truncate",
+        refuse_broken: bool = False,
     ) -> UInt8[Tensor, "batch H W 3"]:
         """Raises DataError."""
         raise DataError(_NO_WAY)

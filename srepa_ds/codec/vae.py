@@ -12,7 +12,7 @@ from torch import Tensor
 from srepa_ds.codec.config import CodecConfig
 from srepa_ds.codec.latent_codec import Encodable, Rounding
 from srepa_ds.codec.posterior import Affine, drawn
-from srepa_ds.codec.quantised import quantised
+from srepa_ds.codec.quantised import quantised, refuse_broken_rows
 from srepa_ds.distributed.devices import tensor_float32
 from srepa_ds.encoders.published import local_folder
 from srepa_ds.errors import DataError
@@ -106,15 +106,27 @@ class VaeCodec:
 
     @torch.no_grad()
     def decode(
-        self, latents: Float[Tensor, "batch c h w"], *, rounding: Rounding = "truncate"
+        self,
+        latents: Float[Tensor, "batch c h w"],
+        *,
+        rounding: Rounding = "truncate",
+        refuse_broken: bool = False,
     ) -> UInt8[Tensor, "batch H W 3"]:
-        """Returns the images of `latents`, decoded `batch_size` at a time."""
-        parts = []
+        """Returns the images of `latents`, decoded `batch_size` at a time.
+
+        Raises BrokenImagesError as the protocol says.
+        """
+        parts, extremes = [], []
         for part in latents.split(self._config.batch_size):
             z = self._affine.inverse(part.to(self._device, torch.float32))
             with self._arithmetic():
                 decoded = self._vae.decode(z).sample
             parts.append(quantised(decoded, rounding))
+            if refuse_broken:
+                # One number per image, looked at once for all: the maximum keeps NaN and infinity.
+                extremes.append(decoded.abs().flatten(1).amax(1))
+        if extremes:
+            refuse_broken_rows(torch.cat(extremes), "pixels")
         return torch.cat(parts)
 
     @contextmanager

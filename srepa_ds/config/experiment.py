@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from srepa_ds.alignment.alignment import AlignmentConfig
+from srepa_ds.checkpoint.folder import step_of
 from srepa_ds.checkpoint.retention import CheckpointConfig
 from srepa_ds.codec.config import CodecConfig
 from srepa_ds.config.cross_checks import CROSS_CHECKS
@@ -27,6 +28,7 @@ from srepa_ds.run_folder import RunFolder
 from srepa_ds.schema import MayChange, Section, load_section, section_of, validated
 from srepa_ds.trees import Tree
 from srepa_ds.weights.exported import exported_step
+from srepa_ds.weights.from_checkpoint import chosen_checkpoint
 
 
 class Config(Section):
@@ -100,12 +102,16 @@ class Config(Section):
 
 
 def samples_folder(config: Config) -> Path:
-    """Returns the folder that `sample` writes to; by default it is named after the exported step.
+    """Returns the folder that `sample` writes to; by default it is named after the model's step.
 
-    Reads that step from the exported model.
+    Reads that step from the exported model or looks for the checkpoint; a file of weights has none.
+    Raises CheckpointError without a valid checkpoint.
     """
     if config.sample.folder is not None:
         return config.sample.folder
+    if config.sample.source == "checkpoint":
+        root = config.run_folder.checkpoints
+        return config.run_folder.samples(step_of(chosen_checkpoint(root, config.export.step)))
     return config.run_folder.samples(exported_step(config.weights_folder))
 
 

@@ -1,16 +1,19 @@
 """The sections of an experiment that do not belong to one component."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from srepa_ds.encoders.extractors import ExtractorConfig
+from srepa_ds.errors import ConfigError
 from srepa_ds.metrics.scores import METRICS
 from srepa_ds.model.activation_checkpointing import ActivationCheckpointingConfig
 from srepa_ds.model.precision import Precision
 from srepa_ds.optim.ema import MAIN_EMA, RelativeLength
 from srepa_ds.sampling.config import SamplerConfig
+from srepa_ds.sampling.labels import read_label_file
 from srepa_ds.schema import MayChange, OnlyFor, Section, one_of
 from srepa_ds.weights.initial import InitialWeightsConfig
 
@@ -144,7 +147,8 @@ class SampleConfig(SamplerConfig):
     the place of the unconditional one."""
 
     label_file: Path | None = None
-    """A text file with the class of each image, one number per line, instead of `labels`."""
+    """A text file with the class of each image, one number per line, instead of `labels`;
+    `num_samples` is then the number of lines, unless it is given."""
 
     outputs: tuple[Literal["npz", "png", "shards"], ...] = ("npz",)
     """What becomes of the images: `samples.npz` as ADM's evaluator reads it, a folder `png`, a data
@@ -154,8 +158,30 @@ class SampleConfig(SamplerConfig):
     """Whether to compile the model with torch.compile, about a minute at the start. Compiled models
     differ in the last bits."""
 
+    cuda_graphs: bool = False
+    """Whether compiled models run as CUDA graphs, which spares the host most of its work: for small
+    models and small batches. Needs `compile` and a GPU."""
+
     folder: Path | None = None
     """The folder for the images; without it `<run.folder>/samples/step-0050000`."""
+
+    @model_validator(mode="after")
+    def _labels_have_one_origin(self) -> "SampleConfig":
+        if self.label_file is None:
+            return self
+        if self.labels is not None:
+            raise ValueError("labels and label_file both name classes; remove one of them")
+        if "num_samples" not in self.model_fields_set:
+            # Faults of the file are reported where it is used: a run can resume without it.
+            with suppress(ConfigError):
+                object.__setattr__(self, "num_samples", len(read_label_file(self.label_file)))
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_are_of_compiled_models(self) -> "SampleConfig":
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("cuda_graphs needs compiled models; set compile to true")
+        return self
 
 
 class EvaluateConfig(Section):

@@ -4,8 +4,10 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from srepa_ds.codec.config import CodecConfig
 from srepa_ds.codec.latent_codec import LatentCodec
@@ -14,15 +16,18 @@ from srepa_ds.config.experiment import Config
 from srepa_ds.config.sections import SampleConfig
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
-from srepa_ds.errors import ConfigError, DataError, Fault, listed
+from srepa_ds.drawing.compiled import CompiledModel, check_cuda_graphs
+from srepa_ds.drawing.model import Models, open_models
+from srepa_ds.errors import DataError
 from srepa_ds.interpolant import INTERPOLANTS, Interpolant
 from srepa_ds.objective import ObjectiveConfig
-from srepa_ds.sampling.config import SamplerConfig
+from srepa_ds.sampling.config import Evaluations, SamplerConfig, count_evaluations
 from srepa_ds.sampling.generate import Chunk, ImageBatch, generate, plan_chunks
-from srepa_ds.sampling.provenance import Provenance, describe
+from srepa_ds.sampling.labels import hash_of_labels, labels_of_set
+from srepa_ds.sampling.provenance import Further, Provenance, describe
 from srepa_ds.sampling.state import SamplingModel
 from srepa_ds.telemetry.environment import environment
-from srepa_ds.weights.exported import ExportedModel, read_model
+from srepa_ds.weights.exported import ExportedModel
 
 log = logging.getLogger("srepa_ds")
 
@@ -38,6 +43,12 @@ class Drawing:
     provenance: Provenance
     """Everything that decides the pixels; paths and the number of ranks do not."""
     device: torch.device
+    folder: Path
+    """Where the set belongs: `sample.folder`, or the folder of the model's step in the run's."""
+    guide: SamplingModel | None = None
+    """The weaker model of autoguidance."""
+    labels: Tensor | None = None
+    """The class of each image, int64 (num_samples), where a file lists them."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -51,8 +62,16 @@ class Drawing:
         """The units of the whole set."""
         return plan_chunks(self.sampler)
 
+    @property
+    def evaluations(self) -> Evaluations:
+        """Function evaluations per image."""
+        return count_evaluations(self.sampler, autoguided=self.guide is not None)
+
     def batches(self, chunks: Iterable[Chunk]) -> Iterator[ImageBatch]:
-        """Yields the images of `chunks`, one batch per chunk. Does not communicate."""
+        """Yields the images of `chunks`, one batch per chunk. Does not communicate.
+
+        Raises DataError that names the first image with NaN or infinite values.
+        """
         return generate(
             self.model,
             self.codec,
@@ -60,6 +79,9 @@ class Drawing:
             self.sampler,
             chunks=chunks,
             device=self.device,
+            guide=self.guide,
+            labels=self.labels,
+            refuse_broken=True,
         )
 
 
@@ -68,16 +90,21 @@ def open_drawing(config: Config, rank: Rank) -> Drawing:
 
     Raises SRepaError on all ranks alike.
     """
-    exported = _read_model(config)
-    codec = _codec(config, exported, rank)
-    objective = exported.document.section(ObjectiveConfig, "objective")
+    ranks.together(check_cuda_graphs, config.sample.cuda_graphs, rank.device)
+    models = open_models(config)
+    codec = ranks.together(_codec, config, models, rank)
+    labels = ranks.together(_labels, config.sample, models.model)
+    objective = models.model.document.section(ObjectiveConfig, "objective")
     return Drawing(
-        model=exported.model.to(rank.device),
+        model=_on_device(models.model, config.sample, rank),
         codec=codec,
         interpolant=INTERPOLANTS[objective.interpolant.path],
         sampler=_sampler(config.sample),
-        provenance=_provenance(_sampler(config.sample), exported, codec),
+        provenance=_provenance(config.sample, models, codec, labels),
         device=rank.device,
+        folder=config.sample.folder or config.run_folder.samples(models.step),
+        guide=None if models.guide is None else _on_device(models.guide, config.sample, rank),
+        labels=labels,
     )
 
 
@@ -85,74 +112,77 @@ def _sampler(config: SampleConfig) -> SamplerConfig:
     return SamplerConfig(**{name: getattr(config, name) for name in SamplerConfig.model_fields})
 
 
-@ranks.collective
-def _read_model(config: Config) -> ExportedModel:
-    """Returns the model to draw from; raises ConfigError for settings that do not suit it."""
-    exported = read_model(config.weights_folder)
-    for schema, name in ((ObjectiveConfig, "objective"), (CodecConfig, "codec")):
-        # Only these two: others name files that may be absent where the model is used.
-        exported.document.section(schema, name)
-    _check_labels(config, exported)
-    if config.sample.cls_cfg_scale and exported.model.config.class_token_width is None:
-        reason = f"guides a class token, but the model in {config.weights_folder} has none; set 0"
-        raise ConfigError("configuration", [Fault("sample.cls_cfg_scale", reason)])
-    return exported
+def _on_device(found: ExportedModel, config: SampleConfig, rank: Rank) -> SamplingModel:
+    """Returns a model on the device of `rank`, compiled if that is asked for."""
+    model = found.model.to(rank.device)
+    if not config.compile:
+        return model
+    # No chunk is larger than the set.
+    size = min(config.batch_size, config.num_samples)
+    return CompiledModel(model, batch_size=size, cuda_graphs=config.cuda_graphs)
 
 
-def _check_labels(config: Config, exported: ExportedModel) -> None:
-    """Raises ConfigError if classes are asked for that the model does not have."""
-    classes = exported.model.config.num_classes
-    unknown = sorted({label for label in config.sample.labels or () if label >= classes})
-    if unknown:
-        reason = (
-            f"{listed(map(str, unknown))}: the model in {config.weights_folder} has {classes} "
-            f"classes, 0 to {classes - 1}"
-        )
-        raise ConfigError("configuration", [Fault("sample.labels", reason)])
+def _labels(config: SampleConfig, model: ExportedModel) -> Tensor | None:
+    """Returns the labels that a file lists; raises ConfigError as `labels_of_set` does."""
+    if config.label_file is None:
+        return None
+    return labels_of_set(
+        config.label_file,
+        num_samples=config.num_samples,
+        num_classes=model.model.config.num_classes,
+    )
 
 
-@ranks.collective
-def _codec(config: Config, exported: ExportedModel, rank: Rank) -> LatentCodec:
+def _codec(config: Config, models: Models, rank: Rank) -> LatentCodec:
     """Returns the codec that the model was trained with; raises DataError."""
-    trained_with = exported.document.section(CodecConfig, "codec")
+    trained_with = models.model.document.section(CodecConfig, "codec")
     codec = build_codec(trained_with.as_used_here(config.codec), device=rank.device)
-    _check_space(config, exported, codec)
+    _check_space(config, models.place, models.model, codec)
+    if models.guide is not None and config.sample.guide is not None:
+        _check_space(config, config.sample.guide, models.guide, codec)
     return codec
 
 
-def _check_space(config: Config, exported: ExportedModel, codec: LatentCodec) -> None:
+def _check_space(config: Config, place: Path, model: ExportedModel, codec: LatentCodec) -> None:
     """Raises DataError if latents mean something else than in training; warns of another encoder.
 
     Another decoder is welcome, and the encoder in its file may differ in the last bits.
     """
-    noted = exported.document.provenance.get("codec")
+    noted = model.document.provenance.get("codec")
     trained_in = json.loads(noted) if isinstance(noted, str) else {}
     space = json.loads(json.dumps(codec.space))
     for name in ("kind", "scale", "shift"):
         if name in trained_in and trained_in[name] != space.get(name):
             raise DataError(
-                f"{config.weights_folder}: was trained with codec.{name} {trained_in[name]}, and "
+                f"{place}: was trained with codec.{name} {trained_in[name]}, and "
                 f"{config.codec.weights or 'this codec'} has {space.get(name)}; give the VAE it "
                 "was trained with, or one with another decoder for the same latents"
             )
     if trained_in and trained_in.get("encoder_sha256") != space.get("encoder_sha256"):
         log.warning(
             "%s: was trained on latents of an encoder other than that in %s",
-            config.weights_folder,
+            place,
             config.codec.weights,
         )
 
 
-def _provenance(sampler: SamplerConfig, exported: ExportedModel, codec: LatentCodec) -> Provenance:
+def _provenance(
+    config: SampleConfig, models: Models, codec: LatentCodec, labels: Tensor | None
+) -> Provenance:
     """Returns everything that decides the pixels; paths and the number of ranks do not."""
     versions = environment()
-    document = exported.document
+    document = models.model.document
     return describe(
-        sampler,
-        checkpoint_sha256=exported.sha256,
+        _sampler(config),
+        checkpoint_sha256=models.model.sha256,
         ema=document.weights,
         path=document.section(ObjectiveConfig, "objective").interpolant.path,
         codec=codec.decoding,
-        class_token=exported.model.config.class_token_width is not None,
+        class_token=models.model.model.config.class_token_width is not None,
         versions={name: versions[name] for name in ("srepa_ds", "torch")},
+        further=Further(
+            guide_sha256=None if models.guide is None else models.guide.sha256,
+            labels_sha256=None if labels is None else hash_of_labels(labels),
+            compiled=config.compile,
+        ),
     )

@@ -36,7 +36,8 @@ class SamplerConfig(Section):
     """Everything that decides the images of a set, beside the weights."""
 
     preset: Annotated[str, one_of("preset", PRESETS)] | None = None
-    """Settings of a paper, for all that is not given here: repa, srepa, reg, ..."""
+    """Settings of a paper, for all that is not given here: unguided, repa, srepa, srepa-512, reg,
+    irepa or sit. What is given and differs is noted in the provenance."""
 
     solver: Annotated[str, one_of("solver", SOLVERS)] = "euler_maruyama"
     """Name in the table of solvers: euler and heun solve the ODE, euler_maruyama the SDE."""
@@ -73,13 +74,15 @@ class SamplerConfig(Section):
     """Number of images in the set."""
 
     batch_size: Annotated[int, Field(ge=1)] = 64
-    """Images per chunk: one rank draws them at once, and one part file holds them."""
+    """Images per chunk: one rank draws them at once, and one part file holds them. Another size
+    rounds otherwise, so that a set has to be finished with the one it was begun with."""
 
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Seed of start noise, labels and SDE noise; image i of a seed is always the same image."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the model: plain fp32 or bf16 autocast; the solver's state is float64."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Arithmetic of the model: plain fp32, TF32 products on GPUs that have them (elsewhere they are
+    fp32), or bf16 autocast; the solver's state is float64."""
 
     rounding: Rounding = "truncate"
     """From a decoded value to a pixel of 0..255: `truncate` as REPA and its family do, or `round`
@@ -87,8 +90,24 @@ class SamplerConfig(Section):
 
     @property
     def guidance(self) -> Guidance:
-        """Returns scale and interval of the guidance."""
-        return Guidance(self.cfg_scale, self.guidance_low, self.guidance_high, self.cls_cfg_scale)
+        """Returns scale and interval of the guidance, and the channels it is limited to."""
+        return Guidance(
+            self.cfg_scale,
+            self.guidance_low,
+            self.guidance_high,
+            self.cls_cfg_scale,
+            self.guided_channels,
+        )
+
+    # The first of the validators: the others look at what it fills. It cannot come before the
+    # fields, because a validator there turns JSON's lists into values that strict tuples refuse.
+    @model_validator(mode="after")
+    def _preset_fills_what_is_not_given(self) -> "SamplerConfig":
+        row = PRESETS[self.preset].settings if self.preset else {}
+        for name in row.keys() - self.model_fields_set:
+            # The section is frozen for everybody else.
+            object.__setattr__(self, name, row[name])
+        return self
 
     @model_validator(mode="after")
     def _interval_is_ordered(self) -> "SamplerConfig":
@@ -128,14 +147,37 @@ class SamplerConfig(Section):
 
 @dataclass(frozen=True)
 class Evaluations:
-    """Model calls per batch: in all, and with the batch doubled for guidance."""
+    """Function evaluations per image: what each network computes, whatever shares a batch."""
 
-    total: int
-    guided: int
+    conditional: int
+    """Of the model for the image's class: one in every call by the solver."""
+
+    unconditional: int
+    """Of the model without a class."""
+
+    guide: int
+    """Of the guide, for autoguidance."""
+
+    @property
+    def total(self) -> int:
+        """The solver's calls, guided or not."""
+        return self.conditional
+
+    @property
+    def guided(self) -> int:
+        """The solver's calls that are guided."""
+        return self.unconditional + self.guide
+
+    def __str__(self) -> str:
+        parts = vars(self).items()
+        return " + ".join(f"{count} {name}" for name, count in parts if count)
 
 
-def count_evaluations(config: SamplerConfig) -> Evaluations:
-    """Returns the number of model calls per image, counted by solving for an empty batch."""
+def count_evaluations(config: SamplerConfig, *, autoguided: bool = False) -> Evaluations:
+    """Returns the function evaluations per image, counted by solving for an empty batch.
+
+    `autoguided`: a guide takes the place of the model without a class.
+    """
     guided = []
 
     def velocity(x_t: Tensor, t: float, guidance_t: float) -> Tensor:
@@ -145,4 +187,9 @@ def count_evaluations(config: SamplerConfig) -> Evaluations:
     nothing = torch.zeros(0, 1, dtype=torch.float64)
     dynamics = Dynamics(velocity, lambda velocity, x_t, t: x_t, lambda index: nothing)
     integrate(dynamics, nothing, solver=config.solver, num_steps=config.num_steps)
-    return Evaluations(len(guided), sum(guided))
+    second = sum(guided)
+    return Evaluations(
+        conditional=len(guided),
+        unconditional=0 if autoguided else second,
+        guide=second if autoguided else 0,
+    )

@@ -3,27 +3,58 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from srepa_ds import trees
-from srepa_ds.sampling.config import SamplerConfig
+from srepa_ds.sampling.config import SamplerConfig, count_evaluations
+from srepa_ds.sampling.presets import deviations
 from srepa_ds.schema import to_tree
+
+NOTES = ("evaluations", "preset", "deviations")
+"""What is stored beside the facts and follows from them, so that it decides nothing."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The facts a sample set was made with, as JSON values."""
+    """The facts a sample set was made with, and notes that follow from them, as JSON values."""
 
     facts: Mapping[str, Any]
+    """Everything that decides the pixels."""
+
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """Function evaluations per image; the preset, and the settings that deviate from it."""
 
     def text(self) -> str:
         """Returns the JSON text that is stored beside the samples."""
-        return json.dumps(self.facts, indent=2, sort_keys=True) + "\n"
+        return _text({**self.facts, **self.notes})
 
     def digest(self) -> str:
         """Returns the sha256 of the facts; part files carry it."""
-        return hashlib.sha256(self.text().encode()).hexdigest()
+        return hashlib.sha256(_text(self.facts).encode()).hexdigest()
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=2, sort_keys=True) + "\n"
+
+
+@dataclass(frozen=True)
+class Further:
+    """Facts that only some sets have."""
+
+    guide_sha256: str | None = None
+    """Hash of the guide's weights, with autoguidance."""
+
+    labels_sha256: str | None = None
+    """Hash of the labels that a file lists."""
+
+    compiled: bool = False
+    """Whether torch.compile made the model's kernels, which round otherwise."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The facts that differ from those of ordinary sets."""
+        return {name: value for name, value in vars(self).items() if value}
 
 
 def describe(
@@ -35,6 +66,7 @@ def describe(
     codec: Mapping[str, Any],
     class_token: bool,
     versions: Mapping[str, str],
+    further: Further = Further(),
 ) -> Provenance:
     """Returns the provenance of the set that `config` draws from a checkpoint.
 
@@ -43,10 +75,11 @@ def describe(
     `class_token` tells whether the model has one; only then is its guidance a fact.
     """
     sampler = to_tree(config)
+    preset = sampler.pop("preset")
     if not class_token:
         del sampler["cls_cfg_scale"]
     # Sets of earlier releases, which had no choice, remain what they were.
-    for name in ("labels", "preset", "guided_channels", "rounding"):
+    for name in ("labels", "guided_channels", "rounding"):
         if sampler[name] == SamplerConfig.model_fields[name].default:
             del sampler[name]
     facts = {
@@ -57,11 +90,23 @@ def describe(
         "codec": dict(codec) if len(codec) > 1 else codec["kind"],
         "sampler": sampler,
         "versions": dict(versions),
+        **further.facts,
     }
-    return Provenance(json.loads(json.dumps(facts)))
+    autoguided = further.guide_sha256 is not None
+    notes: dict[str, Any] = {
+        "evaluations": vars(count_evaluations(config, autoguided=autoguided)),
+    }
+    if preset is not None:
+        others = {name: {"preset": None, "here": value} for name, value in further.facts.items()}
+        notes |= {"preset": preset, "deviations": {**deviations(config), **others}}
+    return Provenance(json.loads(json.dumps(facts)), json.loads(json.dumps(notes)))
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Returns a line "fact: OLD there, NEW now" for every fact that differs."""
-    changes = trees.differences(stored, wanted)
+    """Returns a line "fact: OLD there, NEW now" for every fact that differs; notes do not count."""
+    changes = trees.differences(_facts_of(stored), _facts_of(wanted))
     return [f"{path}: {old!r} there, {new!r} now" for path, old, new in changes]
+
+
+def _facts_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in document.items() if name not in NOTES}

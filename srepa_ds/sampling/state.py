@@ -12,6 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from srepa_ds import noise
+from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.model.sit import SiTOutput
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.noise import NoiseStream
@@ -74,9 +75,22 @@ class StateLayout:
     def guidance_scales(
         self, guidance: Guidance, device: torch.device | str = "cpu"
     ) -> Float[Tensor, " elements"]:
-        """Returns the float64 scale of every element: of the image, then of the class token."""
+        """Returns the float64 scale of every element: of the image, then of the class token.
+
+        Channels that are not guided have scale 1, the conditional branch, as in the first SiT's and
+        DiT's `forward_with_cfg`. Raises ConfigError if more are to be guided than there are.
+        """
+        channels, height, width = self.latent_shape
+        guided = channels if guidance.channels is None else guidance.channels
+        if guided > channels:
+            reason = (
+                f"{guided} exceeds the {channels} channels of the model's latents; choose fewer, "
+                "or null for all"
+            )
+            raise ConfigError("configuration", [Fault("sample.guided_channels", reason)])
         parts = (
-            (math.prod(self.latent_shape), guidance.scale),
+            (guided * height * width, guidance.scale),
+            ((channels - guided) * height * width, 1.0),
             (self.class_token_width or 0, guidance.cls_branch_scale),
         )
         return torch.cat(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from srepa_ds.documents.json_reader import read_json
@@ -34,6 +34,7 @@ WEIGHTS = "model.safetensors"
 DOCUMENT = "config.json"
 # Files of an export that is under way or was killed; the last is safetensors' own.
 _UNFINISHED = re.compile(rf"({WEIGHTS}|{DOCUMENT}){PARTIAL}|\.tmp\w{{6}}")
+_METADATA = {"format": "pt"}
 # Weights that sampling does not need.
 _TRAINING_ONLY = ("projectors.",)
 
@@ -124,7 +125,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
     def both(aside: Path) -> None:
         # No provenance here: safetensors writes several keys in an order that changes from run to
         # run, and sample sets identify their model by the hash of this file.
-        save_file(contiguous, aside, {"format": "pt"})
+        save_file(contiguous, aside, _METADATA)
         mark = {"format": FORMAT, "version": VERSION, "sha256": sha256_of(aside)}
         # A new file: what lies there may be a link that leads elsewhere.
         document.unlink(missing_ok=True)
@@ -276,14 +277,31 @@ def read_model(folder: Path) -> ExportedModel:
     except CheckpointError as error:
         raise _without_model(folder, str(error)) from error
     config = document.section(SiTConfig, "model")
-    wanted = {k: v for k, v in tensors.items() if not k.startswith(_TRAINING_ONLY)}
-    model = _model_of(config, wanted, path)
-    return ExportedModel(model.eval().requires_grad_(False), document, sha256)
+    return ExportedModel(model_of(config, tensors, path), document, sha256)
 
 
-def _model_of(config: SiTConfig, tensors: Mapping[str, Tensor], path: Path) -> SiT:
-    """Returns the model with these weights; raises CheckpointError if they do not fit."""
-    # Before a model is built, which may be of any size.
+def model_of(config: SiTConfig, tensors: Mapping[str, Tensor], path: Path) -> SiT:
+    """Returns the model with these weights under official names, frozen, in evaluation mode.
+
+    Projectors are left out. Raises CheckpointError about `path` if the weights do not fit.
+    """
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(_TRAINING_ONLY)}
+    if fault := misfit_of(config, tensors):
+        raise _misfit(path, fault)
+    try:
+        # The attention backend is not part of a model: the one that trained it may not run here.
+        model = SiT(replaced(config, attention="sdpa"), None)
+        model.load_state_dict(dict(tensors))
+    except (RuntimeError, ValueError) as error:
+        raise _misfit(path, str(error)) from error
+    return model.eval().requires_grad_(False)
+
+
+def misfit_of(config: SiTConfig, tensors: Mapping[str, Tensor]) -> str | None:
+    """Returns why weights cannot be a model's by the shapes of a few, or None.
+
+    It is found before a model is built, which may be of any size.
+    """
     hidden_size, last = config.shape.hidden_size, f"blocks.{config.shape.depth - 1}.attn.qkv.weight"
     patch = (config.in_channels, config.shape.patch_size, config.shape.patch_size)
     shapes: dict[str, tuple[int, ...]] = {
@@ -297,14 +315,13 @@ def _model_of(config: SiTConfig, tensors: Mapping[str, Tensor], path: Path) -> S
     for name, shape in shapes.items():
         found = tuple(tensors[name].shape) if name in tensors else "missing"
         if found != shape:
-            raise _misfit(path, f"{name} is {found}, but should be {shape}")
-    try:
-        # The attention backend is not part of a model: the one that trained it may not run here.
-        model = SiT(replaced(config, attention="sdpa"), None)
-        model.load_state_dict(dict(tensors))
-    except (RuntimeError, ValueError) as error:
-        raise _misfit(path, str(error)) from error
-    return model
+            return f"{name} is {found}, but should be {shape}"
+    return None
+
+
+def serialised(tensors: Mapping[str, Tensor]) -> bytes:
+    """Returns the bytes of the weight file that `write_model` writes for `tensors`."""
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()}, _METADATA)
 
 
 _EXPORT_AGAIN = "make it again with `srepa-ds export CONFIG`"

@@ -80,21 +80,26 @@ def initialise_from(objective: Objective, config: InitialWeightsConfig) -> FillR
     return report
 
 
-def read_initial_weights(path: Path, *, which: WeightsKind) -> dict[str, Tensor]:
+def read_initial_weights(
+    path: Path,
+    *,
+    which: WeightsKind,
+    setting: str = "train.init_from.path",
+    choice: str = "train.init_from.weights",
+) -> dict[str, Tensor]:
     """Returns the weights of `path` under their official names, on the CPU, without `pos_embed`.
 
     `path` is an exported folder, or a file with a state_dict, alone or under keys such as
     `state_dict`, `model` and `ema`. `which` chooses between the latter two; an exported folder must
     hold that kind. Prefixes of wrappers are removed; REPA's early names (`decoder_blocks`) and
-    iREPA's (`projection_layer`) become the current ones. Raises CheckpointError.
+    iREPA's (`projection_layer`) become the current ones. Raises CheckpointError, which tells the
+    user to correct `setting`, or `choice` for the kind of weights.
     """
     if path.is_dir():
         _check_folder(path, which)
     file = path / WEIGHTS if path.is_dir() else path
-    found = read_weight_file(
-        file, named=str(file), setting="train.init_from.path", fault=CheckpointError
-    )
-    state = _state_of(found, path, which)
+    found = read_weight_file(file, named=str(file), setting=setting, fault=CheckpointError)
+    state = _state_of(found, path, which, choice)
     tensors = _renamed(plain_tensors(state, file, named=str(file), fault=CheckpointError))
     # Not a weight but a function of the model's sizes, and so of the resolution.
     tensors.pop("pos_embed", None)
@@ -173,7 +178,9 @@ def _check_heads(path: Path, objective: Objective) -> None:
         )
 
 
-def _state_of(found: Mapping[str, Any], path: Path, which: WeightsKind) -> dict[str, Tensor]:
+def _state_of(
+    found: Mapping[str, Any], path: Path, which: WeightsKind, choice: str
+) -> dict[str, Tensor]:
     """Returns the state_dict in a file, below `which` if it has both kinds, however deep."""
     state, chosen = found, False
     for _ in range(_MOST_NESTED):
@@ -191,7 +198,7 @@ def _state_of(found: Mapping[str, Any], path: Path, which: WeightsKind) -> dict[
         else:
             raise CheckpointError(
                 f"{path} does not hold '{which}', but {listed(map(str, state))}; set "
-                "train.init_from.weights to match"
+                f"{choice} to match"
             )
     other = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
     if other or not state:

@@ -1,7 +1,17 @@
 import pytest
 import torch
+from golden_sit import golden_original_sit
+from places import GOLDEN
+from safetensors.torch import load_file
 
-from srepa_ds.sampling.guidance import Guidance, GuidedModel, guided_velocity
+from srepa_ds.errors import ConfigError
+from srepa_ds.sampling.guidance import (
+    Guidance,
+    GuidedModel,
+    autoguided_velocity,
+    guided_velocity,
+)
+from srepa_ds.sampling.state import StateLayout, state_velocity
 
 NULL = 5
 
@@ -64,3 +74,72 @@ def test_model_sees_its_dtype_and_the_solver_float64(x_t, dtype, scale):
     assert times[0] == torch.tensor(1 / 3, dtype=torch.float64).to(dtype)
     assert velocity.dtype == torch.float64
     assert velocity.shape == x_t.shape
+
+
+@torch.no_grad()
+def test_three_guided_channels_are_those_of_the_first_sit():
+    golden, model = load_file(GOLDEN / "sit_original.safetensors"), golden_original_sit()
+    layout, guidance = StateLayout.of(model.config), Guidance(2.5, channels=3)
+    x_t, t, labels = golden["in.x"], golden["in.t"], golden["in.y"]
+    torch.testing.assert_close(model(x_t, t, labels).velocity, golden["out.v"])
+    found = guided_velocity(
+        state_velocity(model),
+        layout.pack(x_t),
+        t,
+        labels,
+        null_label=model.config.null_label,
+        scale=layout.guidance_scales(guidance),
+    )
+    latents, _ = layout.unpack(found)
+    expected = golden["out.cfg"][: len(x_t)].double()
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
+    # Written out: the fourth channel is the conditional branch's own.
+    nulls = torch.full_like(labels, model.config.null_label)
+    of_class, of_none = (model(x_t, t, y).velocity.double() for y in (labels, nulls))
+    plain = of_none + 2.5 * (of_class - of_none)
+    plain[:, 3] = of_class[:, 3]
+    torch.testing.assert_close(latents, plain, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(of_none[:, 3], of_class[:, 3], rtol=1e-2)
+
+
+def test_channels_are_the_first_ones_and_a_class_token_keeps_its_scale():
+    layout = StateLayout((4, 1, 2), 3)
+    scales = layout.guidance_scales(Guidance(2.5, channels=3, cls_scale=1.5))
+    assert scales.tolist() == [2.5] * 6 + [1.0] * 2 + [1.5] * 3
+    assert layout.guidance_scales(Guidance(2.5)).tolist() == [2.5] * 8 + [1.0] * 3
+    with pytest.raises(ConfigError, match=r"sample\.guided_channels: 5 exceeds the 4 channels"):
+        layout.guidance_scales(Guidance(2.5, channels=5))
+
+
+def test_a_guide_takes_the_place_of_no_class(x_t):
+    model, guide, t = Recorder(), Recorder(), torch.full((3,), 0.25)
+    scale = torch.tensor([2.5, 1.0, 0.5]).double().expand(4, 2, 3)
+
+    def weaker(x_t, t, labels):
+        return 0.5 * guide(x_t, t, labels) - 1
+
+    found = autoguided_velocity(model, weaker, x_t, t, LABELS, scale=scale)
+    for recorder in (model, guide):
+        [(_, _, labels)] = recorder.calls
+        assert labels.tolist() == LABELS.tolist()
+    strong = Recorder()(x_t, t, LABELS)
+    weak = 0.5 * strong - 1
+    torch.testing.assert_close(found, weak + scale * (strong - weak))
+    assert found.dtype == torch.float64
+    # At scale 1 the guide has no say.
+    torch.testing.assert_close(found[..., 1], strong[..., 1])
+
+
+@pytest.mark.parametrize(("guidance_t", "calls"), [(0.1, 0), (0.2, 1), (0.7, 1), (0.8, 0)])
+def test_a_guide_is_asked_inside_the_interval_only(x_t, guidance_t, calls):
+    model, guide = Recorder(), Recorder()
+    guided = GuidedModel(model, LABELS, NULL, Guidance(1.5, 0.2, 0.7), guide=guide)
+    guided(x_t, 0.5, guidance_t)
+    assert [len(seen) for seen, _, _ in model.calls] == [3]
+    assert [len(seen) for seen, _, _ in guide.calls] == [3] * calls
+
+
+def test_a_guide_is_not_asked_at_scale_one(x_t):
+    guide = Recorder()
+    GuidedModel(Recorder(), LABELS, NULL, Guidance(1.0), guide=guide)(x_t, 0.5, 0.5)
+    assert guide.calls == []

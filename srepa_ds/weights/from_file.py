@@ -1,0 +1,42 @@
+"""A model to draw from in one file of weights, such as a REPA checkpoint, described by a config."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from srepa_ds.errors import CheckpointError
+from srepa_ds.files import sha256_of
+from srepa_ds.model.sit import fixed_position_embedding
+from srepa_ds.model.variants import SiTConfig
+from srepa_ds.weights.exported import ExportDocument, ExportedModel, misfit_of, model_of
+from srepa_ds.weights.initial import WeightsKind, read_initial_weights
+
+KINDS: Mapping[str, WeightsKind] = {"ema": "ema", "master": "model"}
+"""The kinds of weights in such a file, as the section `export` and as REPA call them."""
+
+
+def read_model_of_file(path: Path, *, weights: str, config: Mapping[str, Any]) -> ExportedModel:
+    """Returns the model in a `.safetensors` file or a file of torch.save, on the CPU.
+
+    `weights` is one of `KINDS`, if the file holds both. `config` is the experiment's tree: the file
+    itself does not describe its model. Names, wrappers and pickles are treated as in training from
+    such a file; projectors are left out. Raises CheckpointError if the file cannot be read, holds
+    NaN, or is of another model.
+    """
+    tensors = read_initial_weights(
+        path,
+        which=KINDS[weights],
+        setting="sample.weights",
+        choice="export.weights (ema, or master for `model`)",
+    )
+    provenance = {"checkpoint": path.name, "step": None, "weights": weights}
+    sha256 = sha256_of(path)
+    document = ExportDocument(path, config, provenance, sha256)
+    sizes = document.section(SiTConfig, "model")
+    tensors["pos_embed"] = fixed_position_embedding(sizes)
+    if fault := misfit_of(sizes, tensors):
+        raise CheckpointError(
+            f"{path} does not fit the model: {fault}; set the section `model` to the one these "
+            "weights were trained with"
+        )
+    return ExportedModel(model_of(sizes, tensors, path), document, sha256)
