@@ -72,7 +72,7 @@ WEB_FILES: dict[str, WebFile] = {
     ),
     # Statistics of the training images of ImageNet, and 10,000 of the images.
     "adm-imagenet256": WebFile(f"{_ADM}/256/VIRTUAL_imagenet256_labeled.npz"),
-    # It has 1,000 images, too few for ADM's precision and recall (guided-diffusion issues 19, 66).
+    # Its users report that it has 1,000 images: too few for ADM's precision and recall.
     "adm-imagenet512": WebFile(f"{_ADM}/512/VIRTUAL_imagenet512.npz"),
     # 50,000 samples of ADM, guided and upsampled, whose scores are published.
     "adm-imagenet256-samples": WebFile(f"{_ADM}/256/admnet_guided_upsampled_imagenet256.npz"),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from teacher_models import SMALL, images, plain_encoder, scrambled
 from srepa_ds.cli import run
 from srepa_ds.commands.fetch import named_weights
 from srepa_ds.config.experiment import load_config
+from srepa_ds.encoders.publications import PUBLISHED, WEB_FILES
 from srepa_ds.encoders.teacher import TeacherConfig, TeacherSpec, load_teacher
 from srepa_ds.errors import DataError
 
@@ -275,6 +277,31 @@ def test_every_section_is_searched(small_world):
     settings = [named.setting for named in named_weights(config)]
     assert settings == ["alignments.0.teacher.weights", "evaluate.extractor.weights"]
     assert TEACHER["architecture"]
+
+
+def test_extractors_and_files_of_an_evaluation_are_found(small_world, tmp_path, monkeypatch):
+    extractors = [
+        "evaluate.extractor={name: inception}",
+        "evaluate.further_extractors=[{name: fdr-mae}, {name: dinov2-vit-s}, "
+        "{name: inception, weights: own.pth}]",
+    ]
+    files = ["evaluate.samples=adm-imagenet256-samples", "evaluate.reference=adm-imagenet512"]
+
+    def found(*overrides):
+        config = load_config(small_world.config, ["alignments=[]", *overrides])
+        return {named.setting: named.published for named in named_weights(config)}
+
+    assert found(*extractors, *files) == {
+        "evaluate.samples": WEB_FILES["adm-imagenet256-samples"],
+        "evaluate.reference": WEB_FILES["adm-imagenet512"],
+        "evaluate.extractor": WEB_FILES["inception"],
+        "evaluate.further_extractors.0": PUBLISHED["timm"]("vit_large_patch16_224.mae"),
+        "evaluate.further_extractors.1": PUBLISHED["timm"]("vit_small_patch14_dinov2.lvd142m"),
+        "evaluate.further_extractors.2.weights": Path("own.pth"),
+    }
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adm-imagenet512").mkdir()
+    assert "evaluate.reference" not in found(*extractors, *files), "a folder of that name is meant"
 
 
 @pytest.mark.slow

@@ -155,6 +155,16 @@ def test_five_faults_are_named_at_once_across_sections():
     ]
 
 
+def test_every_extractor_needs_weights_that_can_be_had():
+    unpublished, fetched = {"name": "mocov3-vit-b"}, {"name": "inception"}
+    section = {"reference": "real", "extractor": unpublished}
+    further = [fetched, {**unpublished, "weights": "own.pt"}, unpublished]
+    assert paths_of_faults(tree(evaluate={**section, "further_extractors": further})) == [
+        "evaluate.extractor.weights",
+        "evaluate.further_extractors.2.weights",
+    ]
+
+
 def test_a_depth_is_held_against_the_overridden_model():
     model = {**tree()["model"], "depth": 3}
     assert paths_of_faults(tree(model=model)) == ["alignments.0.depth"]

@@ -7,7 +7,7 @@ import pytest
 import timm
 
 from srepa_ds.encoders.publications import PUBLISHED, HubFiles, repository_of, vae
-from srepa_ds.encoders.published import local_folder
+from srepa_ds.encoders.published import local_file, local_folder
 from srepa_ds.encoders.table import TEACHERS
 from srepa_ds.errors import DataError
 
@@ -79,3 +79,18 @@ def test_what_is_nowhere_is_one_message(tmp_path):
         local_folder(Path("some/vae"), setting="codec.weights")
     with pytest.raises(DataError, match=r"codec\.weights: /no/such/vae: not a folder, and not"):
         local_folder(Path("/no/such/vae"), setting="codec.weights")
+
+
+def test_files_of_ones_own_come_before_published_names(tmp_path):
+    (tmp_path / "adm-imagenet256").mkdir()
+    for name in ("adm-imagenet256", "real/images.npz", "/nowhere"):
+        assert local_file(Path(name), setting="evaluate.reference") == Path(name)
+
+
+def test_a_published_name_must_be_fetched_and_is_suggested(tmp_path):
+    words = r"evaluate\.reference: 'adm-imagenet256' \(https://.*not fetched.*give the path"
+    with pytest.raises(DataError, match=words):
+        local_file(Path("adm-imagenet256"), setting="evaluate.reference")
+    words = r"evaluate\.samples: adm-imagnet256: no such file.*did you mean 'adm-imagenet256'\?"
+    with pytest.raises(DataError, match=words):
+        local_file(Path("adm-imagnet256"), setting="evaluate.samples")
