@@ -28,16 +28,21 @@ class Block:
     dtype: torch.dtype
     """float16 or float32, in which norms, products and sums are rounded."""
 
-    def slices(self) -> Iterator["BlockSlice"]:
-        """Yields the block's rows in order, a few at a time."""
+    def slices(self, *, upper: bool = False) -> Iterator["BlockSlice"]:
+        """Yields the block's rows in order, a few at a time.
+
+        `upper`, for equal rows and columns: without the columns before the slice's first row.
+        """
         size = max(1, _SLICE_ELEMENTS // max(1, len(self.columns)))
         transposed = self._columns.T
         for start in range(0, len(self.rows), size):
             chosen = slice(start, min(start + size, len(self.rows)))
+            first = start if upper else 0
             # Half precision by products of rounded inputs in fp32, rounded once: what half
             # products with fp32 sums give, and four times as fast on a CPU.
-            doubled = (self._rows[chosen] @ transposed).to(self.dtype).mul_(2)
-            yield BlockSlice(chosen, doubled, self._row_norms[chosen, None], self._column_norms)
+            doubled = (self._rows[chosen] @ transposed[:, first:]).to(self.dtype).mul_(2)
+            norms = self._row_norms[chosen, None], self._column_norms[first:]
+            yield BlockSlice(chosen, doubled, *norms)
 
     @cached_property
     def _rows(self) -> Tensor:

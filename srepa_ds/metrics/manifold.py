@@ -15,6 +15,9 @@ NUM_NEIGHBOURS = 3
 ADM_BLOCK_SIZE = 10_000
 """Rows of a distance block in ADM's evaluator; they decide where fp16 falls back to fp32."""
 
+_EVERY = slice(None)
+_OVERFLOW = "distances between the features overflow; check the images and the network"
+
 
 @dataclass(frozen=True, eq=False)
 class PrecisionRecall:
@@ -111,7 +114,7 @@ def _inside(rows: _Balls, columns: _Balls, arithmetic: Arithmetic) -> tuple[Tens
             columns_inside |= (distances <= rows.radii[part.rows, None]).any(dim=0)
         else:
             return rows_inside, columns_inside
-    raise DataError("distances between the features overflow; check the images and the network")
+    raise DataError(_OVERFLOW)
 
 
 def neighbour_radii(
@@ -123,44 +126,51 @@ def neighbour_radii(
 ) -> Float32[Tensor, " points"]:
     """Returns each point's squared distance to its `num_neighbours`-th neighbour in its own set.
 
-    The point itself counts as neighbour 0, by its computed distance, as in ADM's evaluator. Raises
-    DataError for features so large that their squares overflow.
+    The point itself counts as neighbour 0, by its computed distance, as in ADM's evaluator.
+    Infinite for sets without so many neighbours. Raises DataError for features so large that their
+    squares overflow.
     """
+    count = num_neighbours + 1
     blocks = features.split(block_size)
-    nearest = [_Nearest.none(block, num_neighbours + 1) for block in blocks]
+    nearest = [_Nearest(block, count) for block in blocks]
     for number, rows in enumerate(blocks):
-        for other in range(number, len(blocks)):
+        nearest[number].add(_EVERY, _nearest_in_own(rows, count, arithmetic).distances)
+        for other in range(number + 1, len(blocks)):
             # The products of two blocks serve both ways.
-            forward, backward = _nearest_both_ways(
-                rows, blocks[other], num_neighbours + 1, arithmetic
-            )
-            nearest[number] = nearest[number].and_those(forward)
-            if other > number:
-                nearest[other] = nearest[other].and_those(backward)
+            forward, backward = _nearest_both_ways(rows, blocks[other], count, arithmetic)
+            nearest[number].add(_EVERY, forward.distances)
+            nearest[other].add(_EVERY, backward.distances)
     return torch.cat([found.distances.amax(dim=1) for found in nearest])
 
 
-@dataclass(frozen=True)
 class _Nearest:
-    """The `count` smallest distances of each point, so far; without order."""
+    """The `count` smallest distances of each point, so far; infinite ones stand for none."""
 
-    distances: Float32[Tensor, "points found"]
-    count: int
+    def __init__(self, points: Tensor, count: int):
+        self.distances = points.new_full((len(points), count), torch.inf, dtype=torch.float32)
 
-    @classmethod
-    def none(cls, points: Tensor, count: int) -> "_Nearest":
-        return cls(points.new_empty(len(points), 0, dtype=torch.float32), count)
+    def add(self, places: slice, distances: Tensor) -> None:
+        """Adds distances (points at `places`, others), of any dtype."""
+        kept = self.distances[places]
+        smallest = distances.topk(min(kept.shape[1], distances.shape[1]), dim=1, largest=False)
+        candidates = torch.cat((kept, smallest.values.float()), dim=1)
+        self.distances[places] = candidates.topk(kept.shape[1], dim=1, largest=False).values
 
-    def among(self, distances: Tensor) -> "_Nearest":
-        """Adds distances of any dtype, (points, others)."""
-        count = min(self.count, distances.shape[1])
-        smallest = distances.topk(count, dim=1, largest=False, sorted=False).values.float()
-        candidates = torch.cat((self.distances, smallest), dim=1)
-        count = min(self.count, candidates.shape[1])
-        return _Nearest(candidates.topk(count, dim=1, largest=False).values, self.count)
 
-    def and_those(self, other: "_Nearest") -> "_Nearest":
-        return self.among(other.distances)
+def _nearest_in_own(points: Tensor, count: int, arithmetic: Arithmetic) -> _Nearest:
+    """Returns the nearest points of the same block, by half of its products."""
+    for dtype in dtypes_of(arithmetic):
+        nearest = _Nearest(points, count)
+        for part in Block(points, points, dtype).slices(upper=True):
+            distances, exchanged = part.distances(), part.distances_from_columns()
+            if not (are_finite(distances) and are_finite(exchanged)):
+                break
+            nearest.add(part.rows, distances)
+            later = slice(part.rows.stop, None)
+            nearest.add(later, exchanged[:, len(distances) :].T.contiguous())
+        else:
+            return nearest
+    raise DataError(_OVERFLOW)
 
 
 def _nearest_both_ways(
@@ -177,26 +187,29 @@ def _nearest_both_ways(
         forward, backward = forward or found[0], backward or found[1]
         if forward and backward:
             return forward, backward
-    raise DataError("distances between the features overflow; check the images and the network")
+    raise DataError(_OVERFLOW)
 
 
 def _nearest_in(block: Block, count: int) -> tuple[_Nearest | None, _Nearest | None]:
     """Returns the nearest both ways, None where a distance overflows."""
-    parts: list[Tensor] | None = []
-    backward: _Nearest | None = _Nearest.none(block.columns, count)
+    forward: _Nearest | None = _Nearest(block.rows, count)
+    backward: _Nearest | None = _Nearest(block.columns, count)
     for part in block.slices():
-        if parts is not None:
-            distances = part.distances()
-            none = _Nearest.none(distances, count)
-            is_finite = are_finite(distances)
-            parts = [*parts, none.among(distances).distances] if is_finite else None
-        if backward is not None:
-            distances = part.distances_from_columns()
-            is_finite = are_finite(distances)
-            backward = backward.among(distances.T.contiguous()) if is_finite else None
-        if parts is None and backward is None:
+        forward = _added(forward, part.rows, part.distances())
+        backward = _added(backward, _EVERY, part.distances_from_columns(), exchanged=True)
+        if forward is None and backward is None:
             break
-    return None if parts is None else _Nearest(torch.cat(parts), count), backward
+    return forward, backward
+
+
+def _added(
+    nearest: _Nearest | None, places: slice, distances: Tensor, *, exchanged: bool = False
+) -> _Nearest | None:
+    """Returns `nearest` with more distances, None from the first that overflows."""
+    if nearest is None or not are_finite(distances):
+        return None
+    nearest.add(places, distances.T.contiguous() if exchanged else distances)
+    return nearest
 
 
 def check_count(name: str, count: int, *, num_neighbours: int = NUM_NEIGHBOURS) -> None:
