@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import yaml
 from bad_input.case import Place
 from builders import objective_of, pieces_of
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -138,11 +140,14 @@ def torn_export(place: Place) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def sampled(place: Place, size: int = 16) -> None:
+def sampled(place: Place, size: int = 16, *, count: int = 40) -> None:
+    archived(place, np.zeros((count, size, size, 3), np.uint8))
+
+
+def archived(place: Place, images: np.ndarray, save: Callable[..., None] = np.savez) -> None:
     folder = place.run / "samples"
     folder.mkdir(parents=True)
-    images = np.zeros((40, size, size, 3), np.uint8)
-    np.savez(folder / "samples.npz", arr_0=images, arr_1=np.arange(40) % 10)
+    save(folder / "samples.npz", arr_0=images, arr_1=np.arange(len(images)) % 10)
 
 
 def torn_samples(place: Place) -> None:
@@ -154,6 +159,24 @@ def torn_samples(place: Place) -> None:
 def empty_samples(place: Place) -> None:
     sampled(place)
     (place.run / "samples" / "samples.npz").write_bytes(b"")
+
+
+def pickled_samples(place: Place) -> None:
+    archived(place, np.array([{"runs": "code"}] * 8, dtype=object))
+
+
+def bomb_of_samples(place: Place) -> None:
+    archived(place, np.zeros((400, 256, 256, 3), np.uint8), np.savez_compressed)
+
+
+def nan_samples(place: Place) -> None:
+    archived(place, np.full((8, 16, 16, 3), np.nan, np.float32))
+
+
+def mixed_samples(place: Place) -> None:
+    (place.folder / "mixed").mkdir()
+    for number, size in enumerate((16, 8, 16, 16)):
+        Image.new("RGB", (size, size)).save(place.folder / "mixed" / f"{number}.png")
 
 
 def no_yaml(place: Place) -> None:
