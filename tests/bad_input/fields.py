@@ -16,7 +16,7 @@ from srepa_ds.config.experiment import Config
 from srepa_ds.schema import Section
 
 # Its fields are those of the teacher's; and without the right kind, no other field is looked at.
-_SEEN_ELSEWHERE = ("evaluate.extractor.", "kind")
+_SEEN_ELSEWHERE = ("evaluate.extractor.", "evaluate.further_extractors.", "kind")
 _TEXT = "nonsense"
 
 
