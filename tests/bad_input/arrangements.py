@@ -134,6 +134,37 @@ def exported(place: Place) -> None:
     write_model(place.run / "export", model.state_dict(), config=tree, provenance=provenance)
 
 
+def exported_without_dropout(place: Place) -> None:
+    """A model whose training never replaced a label by the null label."""
+    tree = yaml.safe_load((place.folder / "experiment.yaml").read_text())
+    place.edit(objective={"label_dropout": 0.0})
+    exported(place)
+    place.edit(objective=tree.get("objective", {}))
+
+
+def exported_with_nan(place: Place) -> None:
+    exported(place)
+    folder = place.run / "export"
+    tensors = load_file(folder / "model.safetensors")
+    tensors["blocks.0.mlp.fc1.bias"][0] = float("nan")
+    provenance = {"checkpoint": "none", "step": 5, "weights": "ema"}
+    write_model(folder, tensors, config=to_tree(place.config), provenance=provenance)
+
+
+def exported_beside_labels(place: Place) -> None:
+    exported(place)
+    (place.folder / "words.txt").write_text("3\ncat\n")
+    (place.folder / "outside.txt").write_text("3\n10\n")
+
+
+def weights_of_repa(place: Place) -> None:
+    """A file such as REPA's training writes, of a narrower model."""
+    model = {
+        name: value[..., :16] for name, value in objective_of(place.config).sit.state_dict().items()
+    }
+    torch.save({"model": model, "ema": model, "steps": 5}, place.folder / "repa.pt")
+
+
 def torn_export(place: Place) -> None:
     exported(place)
     path = place.run / "export" / "model.safetensors"

@@ -20,6 +20,8 @@ READ: tuple[tuple[Callable[[Place], object], str, str], ...] = (
     (nothing, "export CONFIG", "run.folder"),
     (nothing, "report CONFIG", "run.folder"),
     (nothing, "sample CONFIG", "sample.weights"),
+    (exported, "sample CONFIG", "sample.guide"),
+    (exported, "sample CONFIG", "sample.label_file"),
     (nothing, "evaluate CONFIG", "evaluate.samples"),
     (sampled, "evaluate CONFIG", "evaluate.reference"),
     (sampled, "evaluate CONFIG", "evaluate.extractor.weights"),

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from builders import objective_of, pieces_of, randomised
+from ranks import run_function
 from safetensors.torch import load_file, save_file
 
 from srepa_ds.checkpoint import saving
@@ -15,6 +17,7 @@ from srepa_ds.commands.export import export
 from srepa_ds.commands.sample import sample
 from srepa_ds.config.experiment import Config, load_config, samples_folder
 from srepa_ds.distributed import ranks
+from srepa_ds.drawing.model import open_models
 from srepa_ds.errors import CheckpointError, ConfigError, DataError, OutputError
 from srepa_ds.files import sha256_of
 from srepa_ds.model.sit import SiT
@@ -321,7 +324,7 @@ def test_labels_of_a_file_are_drawn_and_decide_the_set(configured, tmp_path):
     with pytest.raises(ConfigError, match=r"sample\.label_file: .*line 6: class 10"):
         drawn(configured(f"sample.label_file={tmp_path}/other.txt"))
     (tmp_path / "other.txt").write_text("3\n1\n3\n0\n9\n8\n")
-    with pytest.raises(OutputError, match="labels_sha256: .* there, .* now"):
+    with pytest.raises(OutputError, match=r"labels_sha256: .* there, .* now"):
         drawn(configured(f"sample.label_file={tmp_path}/other.txt"))
 
 
@@ -332,3 +335,43 @@ def test_cuda_graphs_without_a_gpu_are_refused(configured):
         config = configured("sample.cuda_graphs=true", "sample.compile=true")
         with pytest.raises(ConfigError, match=r"sample\.cuda_graphs: needs a GPU"):
             drawn(config)
+
+
+def test_a_compiled_model_draws_and_is_a_fact(configured, monkeypatch):
+    config = configured("sample.compile=true")
+    write_export(config.export_folder, config)
+    compiled = []
+
+    def compile(call, **options):
+        compiled.append(options)
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    folder = drawn(config)
+    assert compiled == [{"dynamic": False, "mode": None}]
+    assert facts(folder)["compiled"] is True
+    with pytest.raises(OutputError, match="compiled: True there, None now"):
+        drawn(configured())
+
+
+def open_in_own_folder(config: str, root: str) -> str:
+    """Opens the models of a relative path, which is another folder on each rank."""
+    os.chdir(Path(root, os.environ["RANK"]))
+    ranks.initialize()
+    try:
+        open_models(load_config(Path(config), ["sample.weights=export"]))
+    except ConfigError as error:
+        return str(error)
+    finally:
+        ranks.close()
+    return "no error"
+
+
+@pytest.mark.slow
+def test_ranks_with_different_weights_are_refused(configured, small_world, tmp_path):
+    for rank in (0, 1):
+        write_export(tmp_path / str(rank) / "export", configured(), seed=rank)
+    messages = run_function(open_in_own_folder, 2, small_world.config, tmp_path)
+    assert messages[0] == messages[1]
+    assert "ranks read different weights; give all of them the same files" in messages[0]
+    assert "model: " in messages[0]

@@ -9,7 +9,10 @@ from srepa_ds.sampling.provenance import Further, describe, differences
 VERSIONS = {"srepa_ds": "1", "torch": "2"}
 
 
-def described(config=SamplerConfig(), **options):
+ORDINARY = SamplerConfig()
+
+
+def described(config=ORDINARY, **options):
     return describe(
         config,
         checkpoint_sha256="abc",
