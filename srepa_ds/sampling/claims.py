@@ -147,7 +147,8 @@ class Claims:
             seen = _look(path)
             if seen is None or not self._is_stale(seen):
                 return False
-            if not self._clear(path, seen) or not self._create(path):
+            # Seen again, because several may be waiting for it to become stale.
+            if _look(path) != seen or not self._clear(path, seen) or not self._create(path):
                 return False
         self._held.add(path)
         return True

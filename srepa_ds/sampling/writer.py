@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from srepa_ds.errors import OutputError, listed
+from srepa_ds.errors import DataError, OutputError, listed
 from srepa_ds.files import (
     PARTIAL,
     flush_to_disk,
@@ -132,11 +132,27 @@ class ChunkWriter:
         Also writes the contact sheet, and removes the parts; holds a block of images in memory at a
         time. Call it under the folder's lock. Raises OutputError if chunks are missing.
         """
+        num_images = sum(chunk.stop - chunk.start for chunk in chunks)
         stored = self.stored()
         if stored is not None:
-            self._make_outputs(stored, num_classes=num_classes)
-        else:
-            self._assemble_parts(chunks, num_classes=num_classes)
+            self._make_outputs(stored, num_images=num_images, num_classes=num_classes)
+            self._tidy_up()
+            return
+        chunks = sorted(chunks, key=lambda chunk: chunk.index)
+        if missing := self.missing(chunks):
+            raise OutputError(
+                f"{self.folder}: {len(missing)} of {len(chunks)} chunks are missing, the first "
+                f"is {self.parts.name(missing[0])}; run the same command again to draw them"
+            )
+        with writing(self.folder, cure=CURE):
+            # The sheet comes before the outputs: a set that counts as complete has one.
+            sheet = self._sheet_of(chunks)
+            self._write_sheet(sheet)
+        content = PartsContent(self.parts, chunks)
+        self._make_outputs(content, num_images=num_images, num_classes=num_classes)
+        with writing(self.folder, cure=CURE):
+            # Again: meanwhile a process that still draws may have written that of fewer parts.
+            self._write_sheet(sheet)
         self._tidy_up()
 
     def tidy_up(self) -> None:
@@ -149,24 +165,13 @@ class ChunkWriter:
             with suppress(OSError), locked(self.folder):
                 self._tidy_up()
 
-    def _assemble_parts(self, chunks: Sequence[Chunk], *, num_classes: int) -> None:
-        chunks = sorted(chunks, key=lambda chunk: chunk.index)
-        if missing := self.missing(chunks):
-            raise OutputError(
-                f"{self.folder}: {len(missing)} of {len(chunks)} chunks are missing, the first "
-                f"is {self.parts.name(missing[0])}; run the same command again to draw them"
-            )
-        with writing(self.folder, cure=CURE):
-            # The sheet comes before the outputs: a set that counts as complete has one.
-            sheet = self._sheet_of(chunks)
-            self._write_sheet(sheet)
-        self._make_outputs(PartsContent(self.parts, chunks), num_classes=num_classes)
-        with writing(self.folder, cure=CURE):
-            # Again: meanwhile a process that still draws may have written that of fewer parts.
-            self._write_sheet(sheet)
-
-    def _make_outputs(self, content: Content, *, num_classes: int) -> None:
+    def _make_outputs(self, content: Content, *, num_images: int, num_classes: int) -> None:
         facts = SetFacts(self.provenance, num_classes)
+        if self.missing_outputs() and len(content.labels) != num_images:
+            raise DataError(
+                f"{self.folder}: holds {len(content.labels)} labels for {num_images} images; "
+                "remove the outputs there and run the same command to draw them again"
+            )
         with writing(self.folder, cure=CURE):
             for output in self.missing_outputs():
                 output.write(self.folder, content, facts)
@@ -217,7 +222,9 @@ class ChunkWriter:
             )
 
     def _tidy_up(self) -> None:
-        with suppress(OSError):
+        with suppress(OSError, DataError):
+            for output in self.outputs:
+                output.tidy_up(self.folder)
             for name in _WRITTEN_ASIDE:
                 for left in self.folder.glob(f"{name}*{PARTIAL}"):
                     if is_left_over(left, after_seconds=claim_seconds()):

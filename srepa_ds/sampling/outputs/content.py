@@ -66,6 +66,10 @@ class Output(ABC):
         """
 
     @abstractmethod
+    def tidy_up(self, folder: Path) -> None:
+        """Removes what a kill at the last moment left of writing; raises OSError and DataError."""
+
+    @abstractmethod
     def read(self, folder: Path) -> Content:
         """Returns the set; raises DataError if it is damaged."""
 

@@ -3,15 +3,17 @@
 import math
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from jaxtyping import Int64
 from numpy import ndarray
 
 from srepa_ds.errors import DataError
-from srepa_ds.files import write_aside
+from srepa_ds.files import reason_of, write_aside
 from srepa_ds.sampling.npz import NpzMember, write_npz
 from srepa_ds.sampling.outputs.content import Block, Content, Output, SetFacts
 from srepa_ds.sampling.sample_set import SAMPLES, read_labels
@@ -48,6 +50,9 @@ class NpzOutput(Output):
         # Where locks do not work, another process may be writing the same.
         write_aside(folder / SAMPLES, write, concurrent=True)
 
+    def tidy_up(self, folder: Path) -> None:
+        """Leaves everything as it is: the archive gets its name last."""
+
     def read(self, folder: Path) -> Content:
         """Returns the set in the archive; raises DataError if it is damaged."""
         return NpzContent(folder)
@@ -64,40 +69,42 @@ class NpzContent(Content):
         """The label of each image; raises DataError."""
         labels = read_labels(self._folder)
         if labels is None:
-            raise self._damaged("it holds no labels")
+            raise self._damaged(ValueError("it holds no labels"))
         return labels
 
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width, channels; raises DataError."""
-        with zipfile.ZipFile(self._folder / SAMPLES) as archive, archive.open(_IMAGES) as file:
-            return self._shape_in(file)
+        with self._images() as (_, shape):
+            return shape
 
     def blocks(self) -> Iterator[Block]:
         """Yields the images, 16 MiB at a time; raises DataError."""
-        shape, left = self.image_shape, len(self.labels)
-        rows = max(1, _BLOCK_BYTES // math.prod(shape))
-        with zipfile.ZipFile(self._folder / SAMPLES) as archive, archive.open(_IMAGES) as file:
-            self._shape_in(file)
+        left = len(self.labels)
+        with self._images() as (file, shape):
+            rows = max(1, _BLOCK_BYTES // math.prod(shape))
             while left:
                 count = min(rows, left)
                 content = file.read(count * math.prod(shape))
-                if len(content) != count * math.prod(shape):
-                    raise self._damaged("it ends too early")
                 yield np.frombuffer(content, dtype=np.uint8).reshape(count, *shape)
                 left -= count
 
-    def _shape_in(self, file: object) -> tuple[int, int, int]:
-        version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
-        if version != (1, 0):
-            raise self._damaged("another program wrote it")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)  # type: ignore[arg-type]
-        if dtype != np.uint8 or len(shape) != 4 or shape[0] != len(self.labels) or shape[3] != 3:
-            raise self._damaged(f"its images are {dtype}{list(shape)}")
-        return shape[1], shape[2], shape[3]
+    @contextmanager
+    def _images(self) -> Iterator[tuple[IO[bytes], tuple[int, int, int]]]:
+        """Opens the array of the images, and yields it with their shape; raises DataError."""
+        count = len(self.labels)
+        try:
+            with zipfile.ZipFile(self._folder / SAMPLES) as archive, archive.open(_IMAGES) as file:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                if dtype != np.uint8 or len(shape) != 4 or shape[0] != count or shape[3] != 3:
+                    raise ValueError(f"its images are {dtype}{list(shape)}")
+                yield file, (shape[1], shape[2], shape[3])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise self._damaged(error) from error
 
-    def _damaged(self, reason: str) -> DataError:
+    def _damaged(self, error: Exception) -> DataError:
         return DataError(
-            f"{self._folder / SAMPLES}: {reason}; remove it and run the same command to make it "
-            "again"
+            f"{self._folder / SAMPLES}: {reason_of(error)}; remove it and run the same command to "
+            "make it again"
         )

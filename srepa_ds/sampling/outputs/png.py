@@ -13,7 +13,7 @@ from PIL import Image
 
 from srepa_ds.data.pixels import BYTES_PER_VALUE, PIXEL_ENCODERS
 from srepa_ds.errors import DataError
-from srepa_ds.files import PARTIAL, write_aside
+from srepa_ds.files import PARTIAL, reason_of, write_aside
 from srepa_ds.sampling.outputs.content import Block, Content, Output, SetFacts
 from srepa_ds.sampling.sample_set import PROVENANCE
 
@@ -56,6 +56,9 @@ class PngOutput(Output):
         # Once for all: to wait for each of 50,000 files would take longer than to write them.
         os.sync()
         os.replace(aside, folder / PNG)
+
+    def tidy_up(self, folder: Path) -> None:
+        """Leaves everything as it is: the folder gets its name last."""
 
     def read(self, folder: Path) -> Content:
         """Returns the set in the folder; raises DataError if it is damaged."""
@@ -123,7 +126,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+    reason = reason_of(error) or type(error).__name__
     return DataError(
         f"{path}: {reason}; remove the folder `{PNG}` and run the same command to make it again"
     )

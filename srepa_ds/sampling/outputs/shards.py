@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from srepa_ds.data.prepared_folder import PreparedFolder, ShardReceipt
-from srepa_ds.data.shard_index import INDEX_NAME, DatasetDescription, ShardEntry
+from srepa_ds.data.shard_index import INDEX_NAME, DatasetDescription, ShardEntry, read_index
 from srepa_ds.data.shard_writer import StoredSample, as_stored, write_shard
 from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.sampling.outputs.content import Block, Content, Output, SetFacts, regrouped
@@ -42,6 +42,12 @@ class ShardsOutput(Output):
             entries = list(_entries(prepared, content))
             prepared.write(PROVENANCE, facts.provenance.text().encode())
             prepared.finish(prepared.index_of(entries))
+
+    def tidy_up(self, folder: Path) -> None:
+        """Removes the notes of a preparation whose index is written; raises DataError."""
+        index = read_index(folder / SHARDS)
+        description = DatasetDescription(index.source, index.image_shape, index.class_names)
+        PreparedFolder(folder / SHARDS, description).tidy_up()
 
     def read(self, folder: Path) -> Content:
         """Returns the set in the shards; raises DataError if they are damaged."""
