@@ -105,7 +105,7 @@ class SetJob:
     def begin(self) -> None:
         """Removes damaged parts and says what is to be done; raises OutputError."""
         if damaged := self.writer.remove_damaged(self.chunks):
-            log.warning("%s: %d damaged parts are drawn again", self.writer.folder, damaged)
+            log.warning("%s: damaged parts, which are drawn again: %d", self.writer.folder, damaged)
         missing, sampler = len(self.writer.missing(self.chunks)), self.drawing.sampler
         if not missing:
             log.info("all images are already drawn")

@@ -210,3 +210,22 @@ def test_one_class_fills_the_sheet(tmp_path):
     writer.assemble(CHUNKS, num_classes=4)
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.height == 3 * (6 * 12 + 2) + 2
+
+
+def test_a_sheet_of_what_is_drawn_so_far(tmp_path):
+    writer = ChunkWriter(tmp_path, provenance())
+    writer.write_sheet(CHUNKS)
+    assert not (tmp_path / "contact_sheet.png").exists()
+    heights = []
+    for chunk in CHUNKS:
+        # One image of each class and then more.
+        writer.write(drawn(chunk, classes=chunk.index + 3))
+        writer.write_sheet(CHUNKS)
+        with Image.open(tmp_path / "contact_sheet.png") as sheet:
+            heights.append(sheet.height)
+    assert heights == sorted(heights)
+    assert heights[0] == 3 * (6 * 12 + 2) + 2 < heights[-1]
+    writer.assemble(CHUNKS, num_classes=7)
+    final = (tmp_path / "contact_sheet.png").read_bytes()
+    writer.write_sheet(CHUNKS)
+    assert (tmp_path / "contact_sheet.png").read_bytes() == final
