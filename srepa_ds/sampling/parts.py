@@ -54,7 +54,8 @@ class Parts:
     def read(self, chunk: Chunk, name: str) -> Tensor:
         """Returns the `images` or `labels` of a chunk; raises OSError or SafetensorError."""
         with safe_open(self.folder / self.name(chunk), framework="pt") as part:
-            return part.get_tensor(name)
+            # A copy: the tensor itself would keep the mapped file, about 2 MB of each, in memory.
+            return part.get_tensor(name).clone()
 
     def damaged(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         """Yields the chunks whose part is there, but not whole or of another set."""

@@ -37,9 +37,16 @@ def files_in(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+def images_of(folder: Path) -> np.ndarray:
+    with np.load(folder / "samples.npz") as archive:
+        return archive["arr_0"]
+
+
 def draw(config: str, *overrides: str) -> None:
-    """Draws a sample set on this rank."""
+    """Draws a sample set on this rank, and one of a single image, which most ranks cannot share."""
     sample(load_config(Path(config), overrides))
+    *others, folder = overrides
+    sample(load_config(Path(config), [*others, f"{folder}-one", "sample.num_samples=1"]))
 
 
 @pytest.mark.slow
@@ -55,6 +62,9 @@ def test_images_do_not_depend_on_the_number_of_ranks(small_world, trained):
     np.testing.assert_array_equal(images, other_images)
     np.testing.assert_array_equal(labels, other_labels)
     assert images.std() > 0
+    singles = [images_of(trained / f"{world_size}-one") for world_size in (1, 2)]
+    assert singles[0].shape == (1, 16, 16, 3)
+    np.testing.assert_array_equal(*singles)
 
 
 def described(folder, config, model):
@@ -195,11 +205,6 @@ def test_the_folder_may_be_a_link_and_leftovers_of_kills_go(drawing, tmp_path):
     (tmp_path / "lost").symlink_to("unmounted")
     with pytest.raises(OutputError, match="lost is a link to unmounted, which does not exist"):
         drawing("sample.num_samples=2", f"sample.folder={tmp_path}/lost")
-
-
-def images_of(folder: Path) -> np.ndarray:
-    with np.load(folder / "samples.npz") as archive:
-        return archive["arr_0"]
 
 
 def test_outputs_at_once_and_one_that_is_added_later(drawing, tmp_path, caplog):

@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,25 +56,30 @@ def parts_of(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "parts").glob("*.safetensors"))
 
 
+def has_more_than(number: int, folder: Path) -> bool:
+    return len(parts_of(folder)) > number or (folder / "samples.npz").exists()
+
+
 def undisturbed() -> None:
     """Draws a set as one process does."""
     assert code_of(started(ROOT / "undisturbed")) == 0
 
 
 def killed() -> dict:
-    """Kills two processes again and again, at random moments, until others finish their set."""
-    folder, kills, begun = ROOT / "killed", 0, set()
-    for _ in range(4):
-        children = [started(folder) for _ in range(2)]
+    """Kills two processes again and again, at random moments; then two finish the set."""
+    folder, kills = ROOT / "killed", 0
+    for _ in range(3):
         number = len(parts_of(folder))
-        wait_until(lambda: len(parts_of(folder)) > number or all(map(has_ended, children)))
+        children = [started(folder) for _ in range(2)]
+        wait_until(partial(has_more_than, number, folder))
         for child in children:
-            time.sleep(CHANCE.uniform(0, 0.3))
+            time.sleep(CHANCE.uniform(0, 0.2))
             os.kill(child, signal.SIGKILL)
             kills += code_of(child) == -signal.SIGKILL
-        begun |= set(parts_of(folder))
-    claims = len(list((folder / "parts").glob("*.claim")))
-    return {"kills": kills, "parts": len(begun), "claims": claims}
+    was_unfinished = not (folder / "samples.npz").exists()
+    last = [started(folder) for _ in range(2)]
+    codes = [code_of(child) for child in last]
+    return {"kills": kills, "was_unfinished": was_unfinished, "codes": codes}
 
 
 def paused() -> dict:
@@ -82,18 +88,11 @@ def paused() -> dict:
     first = started(folder)
     wait_until(lambda: parts_of(folder))
     os.kill(first, signal.SIGSTOP)
-    began = time.monotonic()
     code = code_of(started(folder))
-    seconds = time.monotonic() - began
     finished = (folder / "samples.npz").is_file()
     ended = has_ended(first)
     os.kill(first, signal.SIGCONT)
-    return {
-        "codes": [code, code_of(first)],
-        "finished": finished,
-        "ended": ended,
-        "seconds": seconds,
-    }
+    return {"codes": [code, code_of(first)], "finished": finished, "ended": ended}
 
 
 torch.set_num_threads(1)
