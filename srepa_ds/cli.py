@@ -207,16 +207,32 @@ def export(path: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def sample(path: ConfigPath, overrides: Overrides = None, ranks: RankCount = 1) -> None:
-    """Draw images from an exported model into an ADM .npz and a contact sheet."""
+def sample(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            "--share",
+            "--shard",
+            help="Draw chunks i, i+n, ... only: i/n, for machines that share no folder.",
+        ),
+    ] = None,
+    ranks: RankCount = 1,
+) -> None:
+    """Draw images from a model; commands that share a folder share the work."""
+    from srepa_ds.preparation.share import EVERYTHING, Share
+
+    own = EVERYTHING if share is None else Share.of(share, command="sample")
 
     def action() -> int:
         from srepa_ds.commands.sample import sample as run_sampling
 
-        run_sampling(_config_of_all_ranks(path, overrides))
+        run_sampling(_config_of_all_ranks(path, overrides), share=own)
         return 0
 
-    _on_ranks(action, ranks, command=["sample", str(path), *(overrides or ())])
+    given = ["--share", share] if share else []
+    _on_ranks(action, ranks, command=["sample", str(path), *(overrides or ()), *given])
 
 
 @app.command()

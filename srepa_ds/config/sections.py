@@ -150,9 +150,9 @@ class SampleConfig(SamplerConfig):
     """A text file with the class of each image, one number per line, instead of `labels`;
     `num_samples` is then the number of lines, unless it is given."""
 
-    outputs: tuple[Literal["npz", "png", "shards"], ...] = ("npz",)
-    """What becomes of the images: `samples.npz` as ADM's evaluator reads it, a folder `png`, a data
-    set `shards`."""
+    outputs: tuple[Literal["npz", "png", "shards"], ...] = Field(default=("npz",), min_length=1)
+    """What becomes of the images: `samples.npz` as ADM's evaluator reads it, a folder `png` with
+    their labels, a data set `shards`. One that is added later is made of those that are there."""
 
     compile: bool = False
     """Whether to compile the model with torch.compile, about a minute at the start. Compiled models

@@ -12,7 +12,7 @@ from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.codec.quantised import BrokenImagesError, refuse_broken_rows
 from srepa_ds.distributed.devices import tensor_float32
 from srepa_ds.distributed.heartbeat import moved
-from srepa_ds.errors import DataError, TopologyError
+from srepa_ds.errors import DataError
 from srepa_ds.interpolant import Interpolant
 from srepa_ds.noise import NoiseStream
 from srepa_ds.sampling.config import SamplerConfig
@@ -60,15 +60,6 @@ def plan_chunks(config: SamplerConfig) -> tuple[Chunk, ...]:
         Chunk(index, start, min(start + config.batch_size, config.num_samples))
         for index, start in enumerate(starts)
     )
-
-
-def check_rank_count(config: SamplerConfig, world_size: int) -> None:
-    """Checks that there are no more ranks than images; raises TopologyError."""
-    if world_size > config.num_samples:
-        raise TopologyError(
-            f"{world_size} ranks cannot share {config.num_samples} image(s); "
-            f"start at most {config.num_samples} rank(s) or raise num_samples"
-        )
 
 
 def even_chunks(

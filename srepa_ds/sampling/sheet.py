@@ -29,6 +29,10 @@ class SheetBuilder:
         """The number of images of each class that the sheet still has room for."""
         return {label: self._wanted - len(tiles) for label, tiles in self._tiles.items()}
 
+    def wants(self, labels: Int64[Tensor, " batch"]) -> bool:
+        """Returns whether the sheet has room for an image of one of `labels`."""
+        return any(self.wanted.get(label, 0) > 0 for label in set(labels.tolist()))
+
     def add(
         self, images: UInt8[Tensor, "batch height width 3"], labels: Int64[Tensor, " batch"]
     ) -> None:

@@ -1,160 +1,202 @@
-"""Writes a sample set so that kills lose little: part files, then one ADM `samples.npz`."""
+"""Writes the folder of a sample set so that kills lose little: part files, then its outputs.
 
-from collections.abc import Iterable, Iterator
+Any number of processes, which need not know of each other, write parts into the same folder. One
+of them, under the folder's lock, makes the outputs of all parts.
+"""
+
+import io
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
-from srepa_ds.errors import OutputError, listed
+from srepa_ds.errors import DataError, OutputError, listed
 from srepa_ds.files import (
     PARTIAL,
+    flush_to_disk,
     is_of_the_system,
+    locked,
     make_folder,
     remove_empty,
     write_aside,
     writing,
 )
+from srepa_ds.sampling.claims import Process, claim_seconds, is_left_over
 from srepa_ds.sampling.generate import Chunk, ImageBatch
-from srepa_ds.sampling.npz import NpzMember, write_npz
+from srepa_ds.sampling.outputs.content import Content, Output, PartsContent, SetFacts
+from srepa_ds.sampling.outputs.table import OUTPUTS
+from srepa_ds.sampling.parts import PARTS, Parts
 from srepa_ds.sampling.provenance import Provenance, differences
 from srepa_ds.sampling.sample_set import CONTACT_SHEET, PROVENANCE, SAMPLES, read_provenance
 from srepa_ds.sampling.sheet import SheetBuilder
 
-PARTS = "parts"
 CURE = "choose a writable output folder with room for the samples"
 
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed commands left half-written in the folder of a sample set.
-
-    Call it while no other command draws into the folder. Raises OutputError.
-    """
-    with writing(folder, cure=CURE):
-        for name in (PROVENANCE, SAMPLES, CONTACT_SHEET):
-            for left in folder.glob(f"{name}*{PARTIAL}"):
-                left.unlink(missing_ok=True)
+_WRITTEN_ASIDE = (PROVENANCE, CONTACT_SHEET, SAMPLES)
 
 
 class ChunkWriter:
-    """Writes the folder of a sample set, one writer per rank.
+    """Writes the folder of a sample set, one writer per process.
 
-    Every rank writes its own chunks; when all have, one rank assembles them. Whole chunks and
-    assembled sets are not drawn again.
+    Every process writes chunks; when all are there, one assembles them. Whole chunks and assembled
+    sets are not drawn again.
     """
 
-    def __init__(self, folder: Path, provenance: Provenance):
-        """Creates the folder and marks it with `provenance`.
+    def __init__(self, folder: Path, provenance: Provenance, outputs: Iterable[str] = ("npz",)):
+        """Creates the folder, unless it is there, and marks it with `provenance`.
 
-        Raises OutputError, leaving nothing behind, if it cannot be written to or holds samples of
-        another provenance, and DataError if their provenance cannot be read.
+        `outputs` are names in `OUTPUTS`. Raises OutputError, leaving nothing behind, if the folder
+        cannot be written to or holds samples of another provenance, and DataError if their
+        provenance cannot be read.
         """
         self.folder = folder
         self.provenance = provenance
-        self._digest = provenance.digest()
+        self.outputs = [output for name, output in OUTPUTS.items() if name in set(outputs)]
+        self.parts = Parts(folder / PARTS, digest=provenance.digest())
         with writing(folder, cure=CURE):
             self._refuse_foreign()
             made = make_folder(folder)
             try:
-                # Before the parts: ranks open the folder at once, and parts alone are foreign.
-                _write(folder / PROVENANCE, provenance.text().encode())
-                (folder / PARTS).mkdir(exist_ok=True)
+                # Before the parts: others open the folder at once, and parts alone are foreign.
+                _write_first(folder / PROVENANCE, provenance.text().encode())
+                # Another process may have been faster, with other settings.
+                self._refuse_foreign()
+                self.make_room()
             except OSError:
                 remove_empty(made)
                 raise
 
     def is_complete(self) -> bool:
-        """Returns whether the set is assembled already."""
-        return (self.folder / SAMPLES).is_file()
+        """Returns whether all outputs are there."""
+        return all(output.is_there(self.folder) for output in self.outputs)
+
+    def missing_outputs(self) -> list[Output]:
+        """Returns the outputs that still have to be made."""
+        return [output for output in self.outputs if not output.is_there(self.folder)]
+
+    def stored(self) -> Content | None:
+        """Returns the set as a finished output holds it, whichever was asked for; else None."""
+        found = (output for output in OUTPUTS.values() if output.is_there(self.folder))
+        output = next(found, None)
+        return output.read(self.folder) if output is not None else None
 
     def missing(self, chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
-        """Returns the chunks among `chunks` that still have to be drawn."""
-        if self.is_complete():
-            return ()
-        return tuple(chunk for chunk in chunks if not self._is_whole(chunk))
+        """Returns the chunks among `chunks` that have no part; none if an output is there."""
+        present = self.parts.present()
+        missing = tuple(chunk for chunk in chunks if chunk.index not in present)
+        # Looked at after the parts, which are removed when the outputs are there.
+        return missing if missing and self.stored() is None else ()
+
+    def remove_damaged(self, chunks: Iterable[Chunk]) -> int:
+        """Removes the parts of `chunks` that are not whole, and returns their number."""
+        with writing(self.folder, cure=CURE):
+            damaged = list(self.parts.damaged(chunks))
+            for chunk in damaged:
+                self.parts.remove(chunk)
+        return len(damaged)
+
+    def make_room(self) -> bool:
+        """Makes the folder of the parts and returns True, unless an output is there already.
+
+        Raises OSError.
+        """
+        if self.stored() is not None:
+            return False
+        self.parts.folder.mkdir(exist_ok=True)
+        return True
 
     def write(self, batch: ImageBatch) -> None:
         """Writes one chunk, which is then either whole or absent; raises OutputError."""
-        tensors = {"images": batch.images, "labels": batch.labels, "sample_ids": batch.sample_ids}
-        content = save(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            metadata={"provenance": self._digest},
-        )
         with writing(self.folder, cure=CURE):
-            _write(self._part(batch.chunk), content)
+            try:
+                self.parts.write(batch)
+            except FileNotFoundError:
+                # The parts of a finished set are removed: another process drew this one too.
+                if self.make_room():
+                    self.parts.write(batch)
 
-    def assemble(self, chunks: Iterable[Chunk]) -> Path:
-        """Writes `samples.npz` from all `chunks` of the set and returns its path.
+    def write_sheet(self, chunks: Sequence[Chunk]) -> None:
+        """Writes a contact sheet of the parts that are there; raises OutputError."""
+        present = self.parts.present()
+        found = [chunk for chunk in chunks if chunk.index in present]
+        with writing(self.folder, cure=CURE), suppress(FileNotFoundError):
+            # Suppressed, because another process may be finishing the set, and remove the parts.
+            if found and self.stored() is None:
+                self._write_sheet(self._sheet_of(found))
 
-        Also writes the contact sheet, and removes the parts; holds one chunk in memory at a time.
-        Call it on one rank, after every rank has written. Raises OutputError if chunks are missing.
+    def assemble(self, chunks: Sequence[Chunk], *, num_classes: int) -> None:
+        """Makes the missing outputs from all `chunks` of the set, or from a finished output.
+
+        Also writes the contact sheet, and removes the parts; holds a block of images in memory at a
+        time. Call it under the folder's lock. Raises OutputError if chunks are missing.
         """
-        target = self.folder / SAMPLES
-        if self.is_complete():
-            self._remove_parts()
-            return target
+        num_images = sum(chunk.stop - chunk.start for chunk in chunks)
+        stored = self.stored()
+        if stored is not None:
+            self._make_outputs(stored, num_images=num_images, num_classes=num_classes)
+            self._tidy_up()
+            return
         chunks = sorted(chunks, key=lambda chunk: chunk.index)
-        missing = self.missing(chunks)
-        if missing:
+        if missing := self.missing(chunks):
             raise OutputError(
                 f"{self.folder}: {len(missing)} of {len(chunks)} chunks are missing, the first "
-                f"is {self._part(missing[0]).name}; run the same command again to draw them"
+                f"is {self.parts.name(missing[0])}; run the same command again to draw them"
             )
         with writing(self.folder, cure=CURE):
-            self._assemble(chunks, target)
-        self._remove_parts()
-        return target
+            # The sheet comes before the outputs: a set that counts as complete has one.
+            sheet = self._sheet_of(chunks)
+            self._write_sheet(sheet)
+        content = PartsContent(self.parts, chunks)
+        self._make_outputs(content, num_images=num_images, num_classes=num_classes)
+        with writing(self.folder, cure=CURE):
+            # Again: meanwhile a process that still draws may have written that of fewer parts.
+            self._write_sheet(sheet)
+        self._tidy_up()
 
-    def _assemble(self, chunks: list[Chunk], target: Path) -> None:
-        labels = torch.cat([self._tensor(chunk, "labels") for chunk in chunks])
-        sheet = SheetBuilder(labels)
+    def tidy_up(self) -> None:
+        """Removes the parts of a complete set, and what killed processes left half-written.
 
-        def image_blocks() -> Iterator[np.ndarray]:
-            for chunk in chunks:
-                images = self._tensor(chunk, "images")
-                sheet.add(images, labels[chunk.start : chunk.stop])
-                yield images.numpy()
+        Leaves that to a process that holds the folder's lock, and all of it in a folder that cannot
+        be written to.
+        """
+        if self.is_complete():
+            with suppress(OSError), locked(self.folder):
+                self._tidy_up()
 
-        shape = (len(labels), *self._tensor(chunks[0], "images").shape[1:])
-        members = (
-            NpzMember("arr_0", shape, np.dtype(np.uint8), image_blocks()),
-            NpzMember("arr_1", (len(labels),), np.dtype(np.int64), iter([labels.numpy()])),
-        )
-
-        def write_both(temporary: Path) -> None:
-            write_npz(temporary, members)
-            # The sheet comes before the rename: a set that counts as complete has one.
-            write_aside(
-                self.folder / CONTACT_SHEET,
-                lambda picture: sheet.image().save(picture, format="PNG"),
+    def _make_outputs(self, content: Content, *, num_images: int, num_classes: int) -> None:
+        facts = SetFacts(self.provenance, num_classes)
+        if self.missing_outputs() and len(content.labels) != num_images:
+            raise DataError(
+                f"{self.folder}: holds {len(content.labels)} labels for {num_images} images; "
+                "remove the outputs there and run the same command to draw them again"
             )
+        with writing(self.folder, cure=CURE):
+            for output in self.missing_outputs():
+                output.write(self.folder, content, facts)
 
-        write_aside(target, write_both)
+    def _sheet_of(self, chunks: Sequence[Chunk]) -> bytes:
+        labels = [self.parts.read(chunk, "labels") for chunk in chunks]
+        sheet = SheetBuilder(torch.cat(labels))
+        for chunk, own in zip(chunks, labels, strict=True):
+            if sheet.wants(own):
+                sheet.add(self.parts.read(chunk, "images"), own)
+        picture = io.BytesIO()
+        sheet.image().save(picture, format="PNG")
+        return picture.getvalue()
 
-    def _part(self, chunk: Chunk) -> Path:
-        return self.folder / PARTS / f"chunk-{chunk.index:06d}.safetensors"
-
-    def _tensor(self, chunk: Chunk, name: str) -> Tensor:
-        with safe_open(self._part(chunk), framework="pt") as part:
-            return part.get_tensor(name)
-
-    def _is_whole(self, chunk: Chunk) -> bool:
-        try:
-            with safe_open(self._part(chunk), framework="pt") as part:
-                marked = (part.metadata() or {}).get("provenance") == self._digest
-                return marked and torch.equal(part.get_tensor("sample_ids"), chunk.sample_ids())
-        except (OSError, SafetensorError):
-            return False
+    def _write_sheet(self, picture: bytes) -> None:
+        path = self.folder / CONTACT_SHEET
+        if not path.is_file() or path.read_bytes() != picture:
+            write_aside(path, lambda aside: aside.write_bytes(picture), concurrent=True)
 
     def _refuse_foreign(self) -> None:
         path = self.folder / PROVENANCE
-        # Looked at first: meanwhile another rank may write the provenance and then parts.
+        # Looked at first: meanwhile another process may write the provenance and then parts.
         names = {found.name for found in self.folder.iterdir()} if self.folder.exists() else set()
         if not path.exists():
-            if names & {SAMPLES, PARTS}:
+            if names & {PARTS, *(output.name for output in OUTPUTS.values())}:
                 raise OutputError(
                     f"{self.folder}: holds samples without {PROVENANCE}, so their origin is "
                     "unknown; give another output folder or remove them"
@@ -179,13 +221,37 @@ class ChunkWriter:
                 + "\ngive another output folder, or remove this one to draw them again"
             )
 
-    def _remove_parts(self) -> None:
-        parts = self.folder / PARTS
-        if parts.is_dir():
-            for path in parts.iterdir():
+    def _tidy_up(self) -> None:
+        with suppress(OSError, DataError):
+            for output in self.outputs:
+                output.tidy_up(self.folder)
+            for name in _WRITTEN_ASIDE:
+                for left in self.folder.glob(f"{name}*{PARTIAL}"):
+                    if is_left_over(left, after_seconds=claim_seconds()):
+                        left.unlink(missing_ok=True)
+            for path in self.parts.folder.iterdir():
                 path.unlink(missing_ok=True)
-            parts.rmdir()
+            # Not empty if a process that was overtaken has just written into it; it looks again.
+            self.parts.folder.rmdir()
 
 
-def _write(target: Path, content: bytes) -> None:
-    write_aside(target, lambda temporary: temporary.write_bytes(content), concurrent=True)
+def _write_first(target: Path, content: bytes) -> None:
+    """Writes `target` unless it is there; of several processes at once, one writes it.
+
+    Raises OSError.
+    """
+    if target.exists():
+        return
+    aside = target.with_name(f"{target.name}.{Process.own().name}{PARTIAL}")
+    try:
+        aside.write_bytes(content)
+        flush_to_disk(aside)
+        try:
+            os.link(aside, target)
+        except FileExistsError:
+            return
+        except OSError:
+            # Some file systems have no links. Then two that start at the same moment may both win.
+            os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,13 +1,11 @@
 """Faults that several ranks meet. They go through the real launcher: ranks must agree."""
 
-from bad_input.arrangements import exported, misspelt_keys, nothing, trained
+from bad_input.arrangements import misspelt_keys, nothing, trained
 from bad_input.case import Case
 
 CASES = [
     Case("an experiment prepared on ranks", nothing, "prepare CONFIG --ranks 2",
          ("kind 'experiment', not 'prepare'", "srepa-ds train")),
-    Case("more ranks than images", exported, "sample CONFIG sample.num_samples=1 --ranks 2",
-         ("2 ranks cannot share 1 image", "raise num_samples")),
     Case("a batch that ranks cannot share", nothing, "train CONFIG train.batch_size=15 --ranks 2",
          ("train.batch_size 15 cannot be split over 2 ranks", "a multiple of 2")),
     Case("a DeepSpeed file with typos", misspelt_keys,

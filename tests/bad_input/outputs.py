@@ -2,6 +2,7 @@
 
 from bad_input.arrangements import (
     a_file,
+    exported,
     exported_beside_a_file,
     foreign_export,
     sampled_beside_a_file,
@@ -21,6 +22,15 @@ CASES = [
     Case("samples below a file", exported_beside_a_file,
          "sample CONFIG sample.folder={folder}/file/samples",
          ("cannot write", "Not a directory", "room for the samples")),
+    Case("samples where nobody may write", exported,
+         "sample CONFIG sample.folder=/sys/kernel/samples",
+         ("cannot write /sys/kernel/samples", "room for the samples")),
+    Case("a share of nothing", exported, "sample CONFIG --share 2/2",
+         ("--share: must be i/n", "given: '2/2'")),
+    Case("a shard that is no number", exported, "sample CONFIG --shard first",
+         ("--share: must be i/n", "given: 'first'")),
+    Case("an output there is not", exported, "sample CONFIG sample.outputs=[jpg]",
+         ("sample.outputs.0", "'npz', 'png' or 'shards'")),
     Case("shards below a file", a_file,
          f"prepare {CONFIGS}/digits-prepare.yaml output={{folder}}/file/digits",
          ("cannot write", "Not a directory")),

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from ranks import run_function
 from trainings import train_runs
 
@@ -14,9 +16,11 @@ from srepa_ds import files
 from srepa_ds.commands.export import export
 from srepa_ds.commands.sample import sample
 from srepa_ds.config.experiment import load_config
+from srepa_ds.data.shards import ShardDataset
 from srepa_ds.distributed import ranks
 from srepa_ds.errors import CheckpointError, ConfigError, OutputError
 from srepa_ds.model.sit import SiT
+from srepa_ds.preparation.share import EVERYTHING, Share
 from srepa_ds.schema import to_tree
 from srepa_ds.weights.exported import write_model
 
@@ -29,9 +33,20 @@ def trained(small_world, tmp_path_factory):
     return folder
 
 
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def images_of(folder: Path) -> np.ndarray:
+    with np.load(folder / "samples.npz") as archive:
+        return archive["arr_0"]
+
+
 def draw(config: str, *overrides: str) -> None:
-    """Draws a sample set on this rank."""
+    """Draws a sample set on this rank, and one of a single image, which most ranks cannot share."""
     sample(load_config(Path(config), overrides))
+    *others, folder = overrides
+    sample(load_config(Path(config), [*others, f"{folder}-one", "sample.num_samples=1"]))
 
 
 @pytest.mark.slow
@@ -47,6 +62,9 @@ def test_images_do_not_depend_on_the_number_of_ranks(small_world, trained):
     np.testing.assert_array_equal(images, other_images)
     np.testing.assert_array_equal(labels, other_labels)
     assert images.std() > 0
+    singles = [images_of(trained / f"{world_size}-one") for world_size in (1, 2)]
+    assert singles[0].shape == (1, 16, 16, 3)
+    np.testing.assert_array_equal(*singles)
 
 
 def described(folder, config, model):
@@ -99,13 +117,13 @@ def test_a_model_is_sampled_where_its_training_files_are_not(small_world, tmp_pa
 def drawing(small_world, tmp_path):
     """Returns a function that samples an exported model in this process, with overrides."""
 
-    def draw_here(*overrides: str) -> Path:
+    def draw_here(*overrides: str, share: Share = EVERYTHING) -> Path:
         given = ["sample.num_steps=1", "sample.batch_size=4", f"run.folder={tmp_path}"]
         config = load_config(small_world.config, [*given, *overrides])
         if not (tmp_path / "export").exists():
             described(tmp_path / "export", config, SiT(config.model))
         try:
-            return sample(config)
+            return sample(config, share=share)
         finally:
             ranks.close()
 
@@ -157,17 +175,18 @@ def test_a_damaged_configuration_of_the_model_is_refused_before_anything_is_writ
     assert not (tmp_path / "second").exists()
 
 
-def test_two_samples_at_once_say_who_was_first(drawing, tmp_path):
-    drawing("sample.num_samples=2", f"sample.folder={tmp_path}/other")
+def test_a_set_that_another_process_assembles_is_left_to_it(drawing, tmp_path, caplog):
+    caplog.set_level("INFO")
     folder = tmp_path / "set"
     folder.mkdir()
-    with (
-        files.locked(folder),
-        pytest.raises(OutputError, match=rf"process \({os.getpid()}: .*is drawing samples into"),
-    ):
+    with files.locked(folder):
         drawing("sample.num_samples=2", f"sample.folder={folder}")
-    assert not list(folder.iterdir())
+    assert "another process assembles it" in caplog.text
+    assert files_in(folder) == [
+        "contact_sheet.png", "parts", "parts/chunk-000000.safetensors", "provenance.json",
+    ]  # fmt: skip
     drawing("sample.num_samples=2", f"sample.folder={folder}")
+    assert files_in(folder) == ["contact_sheet.png", "provenance.json", "samples.npz"]
 
 
 def test_the_folder_may_be_a_link_and_leftovers_of_kills_go(drawing, tmp_path):
@@ -175,10 +194,88 @@ def test_the_folder_may_be_a_link_and_leftovers_of_kills_go(drawing, tmp_path):
     (tmp_path / "set").symlink_to("disk")
     for name in ("provenance.json.node-77.partial", "samples.npz.partial"):
         (tmp_path / "disk" / name).write_text("half")
+        os.utime(tmp_path / "disk" / name, (1, 1))
+    # What a living process may be writing on another machine stays.
+    (tmp_path / "disk" / "samples.npz.node-77.partial").write_text("half")
     drawing("sample.num_samples=2", f"sample.folder={tmp_path}/set")
     assert (tmp_path / "set").is_symlink()
     names = sorted(path.name for path in (tmp_path / "disk").iterdir())
-    assert names == ["contact_sheet.png", "provenance.json", "samples.npz"]
+    beside = "samples.npz.node-77.partial"
+    assert names == ["contact_sheet.png", "provenance.json", "samples.npz", beside]
     (tmp_path / "lost").symlink_to("unmounted")
     with pytest.raises(OutputError, match="lost is a link to unmounted, which does not exist"):
         drawing("sample.num_samples=2", f"sample.folder={tmp_path}/lost")
+
+
+def test_outputs_at_once_and_one_that_is_added_later(drawing, tmp_path, caplog):
+    given = ("sample.num_samples=11", f"sample.folder={tmp_path}/set")
+    folder = drawing(*given, "sample.outputs=[shards]")
+    assert files_in(folder)[:2] == ["contact_sheet.png", "provenance.json"]
+    assert not (folder / "samples.npz").exists()
+    before = (folder / "provenance.json").stat().st_mtime_ns
+    caplog.set_level("INFO")
+    drawing(*given, "sample.outputs=[npz, png]")
+    assert "all images are already drawn" in caplog.text
+    assert (folder / "provenance.json").stat().st_mtime_ns == before
+    images = images_of(folder)
+    stored = ShardDataset(folder / "shards").read(torch.arange(11)).pixels
+    np.testing.assert_array_equal(stored.permute(0, 2, 3, 1).numpy(), images)
+    with Image.open(folder / "png" / "000010.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), images[10])
+    facts = drawing("sample.num_samples=11", f"sample.folder={tmp_path}/other")
+    assert (facts / "provenance.json").read_text() == (folder / "provenance.json").read_text()
+
+
+def test_shares_of_machines_without_a_common_folder(drawing, tmp_path, caplog):
+    given = ("sample.num_samples=19",)
+    whole = images_of(drawing(*given, f"sample.folder={tmp_path}/whole"))
+    caplog.set_level("INFO")
+    folders = [
+        drawing(*given, f"sample.folder={tmp_path}/{number}", share=Share(number, 2))
+        for number in range(2)
+    ]
+    assert "this share is drawn, 2 of 5 chunks of others are not" in caplog.text
+    assert [len(list((folder / "parts").iterdir())) for folder in folders] == [3, 2]
+    # A second time nothing is drawn, and the other share goes beside it.
+    drawing(*given, f"sample.folder={tmp_path}/0", share=Share(0, 2))
+    shutil.copytree(folders[1] / "parts", folders[0] / "parts", dirs_exist_ok=True)
+    drawing(*given, f"sample.folder={tmp_path}/0", share=Share(1, 2))
+    np.testing.assert_array_equal(images_of(folders[0]), whole)
+    assert files_in(folders[0]) == ["contact_sheet.png", "provenance.json", "samples.npz"]
+
+
+def test_a_damaged_part_is_drawn_again(drawing, tmp_path, caplog):
+    given = ("sample.num_samples=19",)
+    whole = images_of(drawing(*given, f"sample.folder={tmp_path}/whole"))
+    folder = drawing(*given, f"sample.folder={tmp_path}/set", share=Share(0, 2))
+    part = folder / "parts" / "chunk-000002.safetensors"
+    part.write_bytes(part.read_bytes()[:-5])
+    (folder / "parts" / "chunk-000001.claim").write_bytes(b"\xffgarbage")
+    os.utime(folder / "parts" / "chunk-000001.claim", (1, 1))
+    drawing(*given, f"sample.folder={tmp_path}/set")
+    assert "damaged parts, which are drawn again: 1" in caplog.text
+    np.testing.assert_array_equal(images_of(folder), whole)
+
+
+def test_a_disk_that_is_too_small_is_named_before_anything_is_written(
+    drawing, tmp_path, monkeypatch
+):
+    usage = shutil.disk_usage(tmp_path)
+    given = ("sample.num_samples=100", f"sample.folder={tmp_path}/set")
+    # Parts and an archive of 100 images of 16 x 16 x 3 bytes.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=153_000))
+    with pytest.raises(OutputError, match=r"need about 154 KB, and 153 KB are free; choose"):
+        drawing(*given)
+    assert not (tmp_path / "set").exists()
+    # A share needs room for its own parts.
+    drawing(*given, share=Share(0, 25))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=154_000))
+    drawing(*given)
+    # A finished set needs none.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    drawing(*given)
+
+
+def test_an_output_must_be_asked_for(small_world):
+    with pytest.raises(ConfigError, match=r"sample\.outputs: .*at least 1"):
+        load_config(small_world.config, ["sample.outputs=[]"])

@@ -6,14 +6,13 @@ from builders import randomised
 from golden_sit import golden_reg_sit, golden_sit
 
 from srepa_ds.codec.identity import IdentityCodec
-from srepa_ds.errors import ConfigError, TopologyError
+from srepa_ds.errors import ConfigError
 from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.noise import NoiseStream, normal
 from srepa_ds.sampling.config import SamplerConfig
 from srepa_ds.sampling.generate import (
-    check_rank_count,
     draw_labels,
     even_chunks,
     generate,
@@ -253,12 +252,6 @@ def test_even_chunks_give_every_rank_equal_work(world_size):
     ids = torch.cat([chunk.sample_ids() for chunk in chunks])
     assert ids.tolist() == list(range(5 * len(chunks)))
     assert 23 <= len(ids) < 23 + 5 * world_size
-
-
-def test_more_ranks_than_images_is_refused():
-    check_rank_count(CONFIG, 11)
-    with pytest.raises(TopologyError, match=r"12 ranks cannot share 11 image"):
-        check_rank_count(CONFIG, 12)
 
 
 def test_balanced_labels_are_equal_in_number():

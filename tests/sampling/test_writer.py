@@ -50,7 +50,7 @@ def finished(folder):
     writer = ChunkWriter(folder, provenance())
     for chunk in CHUNKS:
         writer.write(drawn(chunk))
-    writer.assemble(CHUNKS)
+    writer.assemble(CHUNKS, num_classes=4)
     return writer
 
 
@@ -84,8 +84,8 @@ def test_two_ranks_share_the_folder(tmp_path):
         assert writer.missing(mine) == mine
         for chunk in mine:
             writer.write(drawn(chunk))
-    path = writers[0].assemble(CHUNKS)
-    with np.load(path) as archive:
+    writers[0].assemble(CHUNKS, num_classes=4)
+    with np.load(tmp_path / "samples.npz") as archive:
         np.testing.assert_array_equal(archive["arr_0"], everything()[0])
 
 
@@ -99,13 +99,15 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-7])
 
     again = ChunkWriter(tmp_path, provenance())
+    assert again.remove_damaged(CHUNKS) == 1
     missing = again.missing(CHUNKS)
     assert [chunk.index for chunk in missing] == [1, 3, 4]
     with pytest.raises(OutputError, match=r"3 of 5 chunks are missing.*chunk-000001"):
-        again.assemble(CHUNKS)
+        again.assemble(CHUNKS, num_classes=4)
     for chunk in missing:
         again.write(drawn(chunk))
-    with np.load(again.assemble(CHUNKS)) as archive:
+    again.assemble(CHUNKS, num_classes=4)
+    with np.load(tmp_path / "samples.npz") as archive:
         np.testing.assert_array_equal(archive["arr_0"], everything()[0])
     assert not (tmp_path / "parts").exists()
 
@@ -116,7 +118,7 @@ def test_a_finished_set_is_not_drawn_again(tmp_path):
     writer = ChunkWriter(tmp_path, provenance())
     assert writer.is_complete()
     assert writer.missing(CHUNKS) == ()
-    assert writer.assemble(CHUNKS) == tmp_path / "samples.npz"
+    writer.assemble(CHUNKS, num_classes=4)
     assert (tmp_path / "samples.npz").stat().st_mtime_ns == before
     assert files_in(tmp_path) == ["contact_sheet.png", "provenance.json", "samples.npz"]
 
@@ -181,7 +183,7 @@ def test_a_failed_assembly_leaves_no_half_archive(tmp_path):
     # A folder in the way stands for any failure of the last step, such as a full disk.
     (tmp_path / "contact_sheet.png").mkdir()
     with pytest.raises(OutputError, match="cannot write"):
-        writer.assemble(CHUNKS)
+        writer.assemble(CHUNKS, num_classes=4)
     assert not (tmp_path / "samples.npz").exists()
     assert not [name for name in files_in(tmp_path) if name.endswith(".partial")]
     assert writer.missing(CHUNKS) == ()
@@ -205,6 +207,25 @@ def test_one_class_fills_the_sheet(tmp_path):
     writer = ChunkWriter(tmp_path, provenance())
     for chunk in CHUNKS:
         writer.write(drawn(chunk, classes=1))
-    writer.assemble(CHUNKS)
+    writer.assemble(CHUNKS, num_classes=4)
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.height == 3 * (6 * 12 + 2) + 2
+
+
+def test_a_sheet_of_what_is_drawn_so_far(tmp_path):
+    writer = ChunkWriter(tmp_path, provenance())
+    writer.write_sheet(CHUNKS)
+    assert not (tmp_path / "contact_sheet.png").exists()
+    heights = []
+    for chunk in CHUNKS:
+        # One image of each class and then more.
+        writer.write(drawn(chunk, classes=chunk.index + 3))
+        writer.write_sheet(CHUNKS)
+        with Image.open(tmp_path / "contact_sheet.png") as sheet:
+            heights.append(sheet.height)
+    assert heights == sorted(heights)
+    assert heights[0] == 3 * (6 * 12 + 2) + 2 < heights[-1]
+    writer.assemble(CHUNKS, num_classes=7)
+    final = (tmp_path / "contact_sheet.png").read_bytes()
+    writer.write_sheet(CHUNKS)
+    assert (tmp_path / "contact_sheet.png").read_bytes() == final
