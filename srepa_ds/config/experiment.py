@@ -17,6 +17,7 @@ from srepa_ds.config.sections import (
     SampleConfig,
     TrainConfig,
 )
+from srepa_ds.config.sweep_config import SweepConfig
 from srepa_ds.data.loader import DataConfig
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.objective import ObjectiveConfig
@@ -78,6 +79,9 @@ class Config(Section):
 
     evaluate: Annotated[EvaluateConfig | None, MayChange] = None
     """The images that `srepa-ds evaluate` compares, and the feature space."""
+
+    sweep: Annotated[SweepConfig | None, MayChange] = None
+    """The settings of the sampler that `srepa-ds sweep` compares."""
 
     @property
     def run_folder(self) -> RunFolder:
