@@ -9,7 +9,7 @@ from bad_input.case import Case, Place
 
 COMMANDS = (
     *("config", "fetch", "prepare", "prepare --teacher", "teacher"),
-    *("train", "export", "sample", "evaluate", "report"),
+    *("train", "export", "sample", "evaluate", "sweep", "report"),
 )
 
 

@@ -22,6 +22,7 @@ READ: tuple[tuple[Callable[[Place], object], str, str], ...] = (
     (nothing, "evaluate CONFIG", "evaluate.samples"),
     (sampled, "evaluate CONFIG", "evaluate.reference"),
     (sampled, "evaluate CONFIG", "evaluate.extractor.weights"),
+    (exported, "sweep CONFIG sweep.num_steps=[1]", "evaluate.reference"),
     (nothing, f"{_PREPARE} source.kind=image_folder", "source.path"),
     (nothing, f"{_PREPARE} source.kind=archive", "source.path"),
     (nothing, f"{_PREPARE} source.kind=web_dataset", "source.path"),
@@ -37,6 +38,7 @@ WRITTEN: tuple[tuple[Callable[[Place], object], str, str], ...] = (
     (trained, "export CONFIG", "export.folder"),
     (exported, "sample CONFIG", "sample.folder"),
     (sampled, "evaluate CONFIG evaluate.samples={folder}/run/samples", "run.folder"),
+    (exported, "sweep CONFIG sweep.num_steps=[1]", "sweep.folder"),
     (nothing, _PREPARE, "output"),
     (nothing, f"teacher {_TEACHER_CONFIG} steps=1 required_accuracy=0", "output"),
 )
