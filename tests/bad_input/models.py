@@ -3,6 +3,7 @@
 from bad_input.arrangements import (
     empty_record,
     empty_samples,
+    exported,
     folder_as_record,
     no_valid_checkpoint,
     nothing,
