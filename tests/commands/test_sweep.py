@@ -9,20 +9,22 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
-from builders import randomised
+from builders import objective_of, pieces_of, randomised
 from kills import killed_at
 from PIL import Image
 from ranks import run_function
 
+from srepa_ds import files
+from srepa_ds.checkpoint.saving import save
 from srepa_ds.commands import sweep as command
 from srepa_ds.commands.evaluate import evaluate
+from srepa_ds.commands.export import export
 from srepa_ds.commands.sample import sample
 from srepa_ds.commands.sweep import sweep
 from srepa_ds.config.experiment import load_config
 from srepa_ds.distributed import ranks
 from srepa_ds.errors import ConfigError, DataError, OutputError
-from srepa_ds.evaluation.sweep_rows import SweepRow, read_rows
+from srepa_ds.evaluation.sweep_rows import SweepRow, best_first, read_rows, write_rows
 from srepa_ds.model.sit import SiT
 from srepa_ds.schema import to_tree
 from srepa_ds.weights.exported import write_model
@@ -194,9 +196,30 @@ def test_a_damaged_document_is_named_and_left_alone(experiment, tmp_path, text):
     assert path.read_text() == text
 
 
-def test_two_sweeps_at_once_say_who_was_first(experiment, tmp_path):
-    from srepa_ds import files
+def test_averages_come_straight_from_a_checkpoint(small_world, tmp_path):
+    given = (f"run.folder={tmp_path}/run", "sample.num_steps=2", *FEW)
+    config = load_config(small_world.config, [*given, "sweep.weights=[ema, master]"])
+    pieces = []
+    for seed, kind in enumerate(("master", "exp_avg", "exp_avg_sq", "ema")):
+        weights = randomised(objective_of(config), seed=seed, scale=0.1).named_parameters()
+        pieces += pieces_of(dict(weights), kind=kind)
+    state = {"step": 5, "adam_step": 5, "config": to_tree(config)}
+    save(config.run_folder.checkpoints, step=5, pieces=pieces, state=state, rank=0)
+    rows = {row.weights: row.frechet for row in read_rows(sweep(config))}
+    assert list(rows) == ["ema", "master"]
+    assert rows["ema"] != rows["master"]
+    ranks.close()
+    # The same as of the weights that are exported first.
+    alone = load_config(
+        small_world.config,
+        [*given, "export.weights=master", "sweep.num_steps=[2]", f"sweep.folder={tmp_path}/alone"],
+    )
+    export(alone)
+    (row,) = read_rows(sweep(alone))
+    assert (row.weights, row.frechet) == ("master", pytest.approx(rows["master"], rel=1e-6))
 
+
+def test_two_sweeps_at_once_say_who_was_first(experiment, tmp_path):
     (tmp_path / "run" / "sweep").mkdir(parents=True)
     with (
         files.locked(tmp_path / "run" / "sweep"),
@@ -226,9 +249,9 @@ def test_a_row_keeps_its_scores_through_the_document(tmp_path):
         scores={"frechet_distance": 1.25}, evaluations=9, seconds=2.0, digest="a" * 64,
         measured_with={"num_images": 20, "extractors": {"one": {"width": 3}}},
     )  # fmt: skip
-    from srepa_ds.evaluation.sweep_rows import write_rows
-
     write_rows(tmp_path, [row])
     assert read_rows(tmp_path) == (row,)
     assert json.loads((tmp_path / "sweep.json").read_text())["rows"][0]["interval"] == [0.0, 0.7]
-    assert torch.isfinite(torch.tensor(row.frechet))
+    assert row.frechet == 1.25
+    unscored = row.model_copy(update={"scores": {"precision": 0.5}})
+    assert best_first([unscored, row]) == [row, unscored]
