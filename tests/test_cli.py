@@ -60,7 +60,7 @@ def test_a_pipe_as_configuration(tmp_path, capsys):
     assert "a pipe can be read once" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "export", "sample", "evaluate", "report"])
+@pytest.mark.parametrize("command", ["train", "export", "sample", "evaluate", "sweep", "report"])
 def test_a_prepare_file_given_to_another_command_is_one_fault(capsys, command):
     path = ROOT / "configs/digits-prepare.yaml"
     assert run([command, str(path)]) == 2
