@@ -56,7 +56,10 @@ def test_every_command_of_the_guide_to_evaluation_is_one(line):
     _, _, arguments = line.replace("-m srepa_ds", "srepa-ds").partition("srepa-ds ")
     name, *given = shlex.split(arguments, comments=True)
     found = typer.main.get_command(app).commands[name].make_context(name, given).params
-    assert _any_config(found["path"], found["overrides"]).kind in ("experiment", "parity")
+    assert _any_config(found["path"], list(found["overrides"] or ())).kind in (
+        "experiment",
+        "parity",
+    )
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in DOCS.glob("*.md"))]

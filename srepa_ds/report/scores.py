@@ -63,6 +63,9 @@ def scores_section(results: Mapping[str, Any], *, class_names: Sequence[str] = (
 
 
 def _label(results: Mapping[str, Any]) -> str:
+    """Returns the name of the extractor; earlier releases noted only its settings."""
+    if labels := list(part(results, "extractors")):
+        return str(labels[0])
     extractor = part(part(results, "settings"), "extractor")
     return str(extractor.get("name") or part(extractor, "spec").get("architecture"))
 

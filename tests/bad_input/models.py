@@ -68,7 +68,7 @@ CASES = [
           "sweep.metrics.0: unknown metric", "sweep.power_sigmas.0: ")),
     Case("a sweep over weights that are not kept", exported,
          "sweep CONFIG sweep.weights=[ema,ema-0.99] sweep.power_sigmas=[0.1]",
-         ("2 faults", "sweep.weights.1: the run keeps no weights 'ema-0.99'; did you mean",
+         ("2 faults", "sweep.weights.1: the run keeps no weights 'ema-0.99'; known: ema, master",
           "sweep.power_sigmas: the run keeps no power-function averages")),
     Case("a sweep with a value given twice", exported, "sweep CONFIG sweep.num_steps=[4,2,4]",
          ("sweep.num_steps: 4 is given twice",)),

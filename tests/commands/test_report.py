@@ -338,6 +338,7 @@ def test_scores_of_inception_have_their_names_and_all_is_shown(small_run):
         scores=scores,
         further_scores={"dinov2-vit-b": {"frechet_distance": 77.5}},
         settings=settings,
+        extractors={"inception": {}, "dinov2-vit-b": {}},
         samples=samples,
         num_images=2000,
         class_precision=precision,

@@ -87,7 +87,9 @@ def test_each_point_has_the_score_of_its_own_sample_set(experiment, tmp_path, ca
         of_set.frechet_distance, rel=1e-6
     )
     said = "\n".join(caplog.messages)
-    assert re.search(r"point 3 of 4: ema, euler_maruyama, 3 steps, scale 1: FD-\S+ \d\.\d+, ", said)
+    assert re.search(
+        r"point 3 of 4: ema, euler_maruyama, 3 steps, scale 1: FD-vit.* \d\.\d+, ", said
+    )
     assert re.search(r"point 1 of 4: .* left\)", said)
     best = min(found, key=found.__getitem__)
     assert f"best of 4 points: {best}: " in said

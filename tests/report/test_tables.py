@@ -12,7 +12,7 @@ NAMES = st.sampled_from(
         *("scores", "settings", "samples", "extractor", "spec", "sampler", "class_accuracy", "ema"),
         *("reference_class_accuracy", "reference_id", "extractor_sha256", "reference", "train"),
         *("further_scores", "class_precision", "preset", "deviations", "evaluations", "notes"),
-        *("num_images", "rounding", "precision", "here", "3"),
+        *("extractors", "num_images", "rounding", "precision", "here", "3"),
     )
 )
 VALUES = st.recursive(
