@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from srepa_ds.drawing.drawing import Drawing
 from srepa_ds.sampling.config import SamplerConfig
+from srepa_ds.sampling.provenance import Provenance
 from srepa_ds.schema import to_tree
 
 VARIED = ("solver", "num_steps", "cfg_scale", "cls_cfg_scale", "guidance_low", "guidance_high")
@@ -22,5 +23,5 @@ def with_sampler(drawing: Drawing, sampler: SamplerConfig) -> Drawing:
     stated = drawing.provenance.facts["sampler"]
     # Only what is stated already: the guidance of a class token means nothing without one.
     stated = {**stated, **{k: v for k, v in to_tree(own).items() if k in VARIED and k in stated}}
-    provenance = replace(drawing.provenance, facts={**drawing.provenance.facts, "sampler": stated})
+    provenance = Provenance({**drawing.provenance.facts, "sampler": stated})
     return replace(drawing, sampler=own, provenance=provenance)

@@ -6,6 +6,9 @@ from typing import Any
 PUBLISHED_IMAGES = 50_000
 """The number of images that published scores are of."""
 
+_NO_REASONS = ("num_samples", "seed")
+"""Deviations from a preset that are counted otherwise, or do not matter: any seed is as good."""
+
 
 def comparable(results: Mapping[str, Any]) -> dict[str, Any]:
     """Returns whether scores can be put beside those of the preset they were drawn with.
@@ -78,7 +81,8 @@ def _of_drawing(results: Mapping[str, Any]) -> Iterator[str]:
         yield "the sampler follows no preset"
     deviations = _part(samples, "deviations")
     for name, values in deviations.items():
-        yield _deviation(name, values, preset)
+        if name not in _NO_REASONS:
+            yield _deviation(name, values, preset)
     if sampler.get("rounding") == "round" and "rounding" not in deviations:
         yield "pixels are rounded to the nearest, and REPA and its family truncate them"
 

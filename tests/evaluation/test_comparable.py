@@ -86,6 +86,15 @@ def test_distances_in_fp32_matter_to_precision_alone():
     assert reasons(document) == []
 
 
+def test_another_seed_is_as_good_and_images_are_counted_once():
+    document = changed("num_images", 100)
+    values = {"seed": (0, 7), "num_samples": (50_000, 100)}
+    document["samples"]["deviations"] = {
+        name: {"preset": preset, "here": here} for name, (preset, here) in values.items()
+    }
+    assert reasons(document) == ["100 images, and published scores are of 50,000"]
+
+
 def test_a_rounding_that_deviates_is_told_once():
     document = changed("samples.sampler", {"rounding": "round", "num_samples": 50_000})
     deviation = {"rounding": {"preset": "truncate", "here": "round"}}
