@@ -33,7 +33,7 @@ def opened(small_world, tmp_path):
     ranks.close()
 
 
-@pytest.mark.parametrize("width", [None, 8])
+@pytest.mark.parametrize("width", [None, 32])
 @pytest.mark.parametrize(
     "changes",
     [
