@@ -282,6 +282,19 @@ def parity(path: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def sweep(path: ConfigPath, overrides: Overrides = None, ranks: RankCount = 1) -> None:
+    """Score a run over steps, weights, guidance scale and interval into one table and plot."""
+
+    def action() -> int:
+        from srepa_ds.commands.sweep import sweep as run_sweep
+
+        run_sweep(_config_of_all_ranks(path, overrides))
+        return 0
+
+    _on_ranks(action, ranks, command=["sweep", str(path), *(overrides or ())])
+
+
+@app.command()
 def report(path: ConfigPath, overrides: Overrides = None) -> None:
     """Write a self-contained report.html of a run: curves, images, similarity maps, scores."""
     from srepa_ds.commands.report import report as run

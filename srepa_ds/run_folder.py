@@ -82,6 +82,11 @@ class RunFolder:
         return self.path / "structure.html"
 
     @property
+    def sweep(self) -> Path:
+        """The scores over settings of the sampler, unless `sweep.folder` names another place."""
+        return self.path / "sweep"
+
+    @property
     def timings(self) -> Path:
         """The seconds that each command of the demo took."""
         return self.path / "timings.json"

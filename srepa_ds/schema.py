@@ -175,7 +175,7 @@ def section_of(
 
 
 COMMANDS_OF_KIND: Mapping[str, str] = {
-    "experiment": "train (or export, sample, evaluate, report)",
+    "experiment": "train (or export, sample, evaluate, sweep, report)",
     "prepare": "prepare",
     "teacher": "teacher",
     "parity": "parity",

@@ -61,7 +61,7 @@ def test_a_pipe_as_configuration(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "export", "sample", "evaluate", "structure", "report"]
+    "command", ["train", "export", "sample", "evaluate", "sweep", "structure", "report"]
 )
 def test_a_prepare_file_given_to_another_command_is_one_fault(capsys, command):
     path = ROOT / "configs/digits-prepare.yaml"

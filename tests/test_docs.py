@@ -1,12 +1,14 @@
 """The guides agree with the program and the tree, and hold no placeholder."""
 
 import re
+import shlex
 
 import pytest
+import typer
 from latent_world import write_latent_world
 from places import ROOT
 
-from srepa_ds.cli import run
+from srepa_ds.cli import _any_config, app, run
 from srepa_ds.config.experiment import config_from
 from srepa_ds.documents.yaml_reader import parse_yaml
 
@@ -40,6 +42,24 @@ def test_every_setting_shown_is_one(page, block):
         tree[section] = {**BASE.get(section, {}), **value} if isinstance(value, dict) else value
     config = config_from(tree, source=f"docs/{page}")
     assert len(config.alignments) == len(settings.get("alignments", []))
+
+
+def commands_of_evaluation() -> list[str]:
+    """Returns every command line of this package that the guide to evaluation shows."""
+    text = (DOCS / "evaluation.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if "srepa" in line]
+
+
+@pytest.mark.parametrize("line", commands_of_evaluation())
+def test_every_command_of_the_guide_to_evaluation_is_one(line):
+    _, _, arguments = line.replace("-m srepa_ds", "srepa-ds").partition("srepa-ds ")
+    name, *given = shlex.split(arguments, comments=True)
+    found = typer.main.get_command(app).commands[name].make_context(name, given).params
+    assert _any_config(found["path"], list(found["overrides"] or ())).kind in (
+        "experiment",
+        "parity",
+    )
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in DOCS.glob("*.md"))]

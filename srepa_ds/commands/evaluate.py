@@ -2,20 +2,21 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from srepa_ds.commands.scoring import compare_small, drawn_blocks
 from srepa_ds.config.experiment import Config, samples_folder
 from srepa_ds.config.sections import EvaluateConfig
 from srepa_ds.distributed import devices, ranks
 from srepa_ds.distributed.ranks import Rank
-from srepa_ds.drawing.drawing import Drawing, open_drawing
+from srepa_ds.drawing.drawing import open_drawing
 from srepa_ds.encoders.published import local_file
 from srepa_ds.errors import ConfigError, Fault
+from srepa_ds.evaluation.comparable import comparable, in_words
 from srepa_ds.evaluation.evaluator import Evaluator, Result
-from srepa_ds.evaluation.image_sets import ShardImages, open_images
-from srepa_ds.evaluation.images import ImageBlock, ImageSet, Stripe
+from srepa_ds.evaluation.image_sets import open_images
 from srepa_ds.evaluation.opening import open_evaluator
 from srepa_ds.evaluation.saving import save_reference
 from srepa_ds.files import make_folder, sha256_of, write_aside, writing
@@ -42,6 +43,7 @@ def evaluate(config: Config) -> Scores:
     document = _document(settings, result, evaluator, provenance)
     ranks.on_main(_write, config.run_folder.results, document)
     _say(result, settings)
+    log.info("%s", in_words(document["comparable"]))
     return result.scores
 
 
@@ -73,7 +75,7 @@ def _scores_of_set(
     evaluator = open_evaluator(
         settings, image_shape=images.image_shape, count=len(images), rank=rank
     )
-    _prepare(evaluator, images)
+    compare_small(evaluator, images)
     return evaluator.measure_set(images), evaluator, provenance
 
 
@@ -84,27 +86,11 @@ def _scores_of_drawn(
     count = drawing.sampler.num_samples
     shape = ranks.together(lambda: drawing.image_shape)
     evaluator = open_evaluator(settings, image_shape=shape, count=count, rank=rank)
-    _prepare(evaluator)
-    result = evaluator.measure(drawn_blocks(drawing, rank), count)
-    return result, evaluator, drawing.provenance.facts
-
-
-def _prepare(evaluator: Evaluator, *images: ImageSet) -> None:
-    """Compares small data sets with their indices; raises DataError on all ranks."""
-    for one in (evaluator.reference.images, *images):
-        if isinstance(one, ShardImages):
-            ranks.on_main(one.dataset.compare_if_small)
-    for sentence in evaluator.left_out:
-        log.info("%s", sentence)
-
-
-def drawn_blocks(drawing: Drawing, rank: Rank) -> Iterator[ImageBlock]:
-    """Yields this rank's images of a drawing, as they are drawn."""
-    stripe = Stripe(rank.number, rank.world_size)
-    own = [chunk for chunk in drawing.chunks if stripe.has(chunk.index)]
-    for batch in drawing.batches(own):
-        images = batch.images.permute(0, 3, 1, 2).contiguous()
-        yield ImageBlock(images, batch.labels, batch.sample_ids)
+    compare_small(evaluator)
+    result = evaluator.measure(
+        drawn_blocks(drawing, rank), count, block_size=drawing.sampler.batch_size
+    )
+    return result, evaluator, json.loads(drawing.provenance.text())
 
 
 def _document(
@@ -116,8 +102,9 @@ def _document(
     """Returns the contents of results.json."""
     weights, identity = settings.extractor.weights, evaluator.reference.identity
     further = {name: json.loads(scores.to_json()) for name, scores in result.further.items()}
-    return {
+    document = {
         "scores": json.loads(result.scores.to_json()),
+        "num_images": result.num_images,
         **({"further_scores": further} if further else {}),
         **({"notes": result.notes} if result.notes else {}),
         "reference_class_accuracy": result.reference_recognised,
@@ -130,6 +117,7 @@ def _document(
         "reference_id": identity.get("dataset_id"),
         "samples": provenance,
     }
+    return {**document, "comparable": comparable(document)}
 
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from srepa_ds.report.pictures import samples_section
 from srepa_ds.report.probe import probe
 from srepa_ds.report.record import mode_of, objective_of, read_document
 from srepa_ds.report.run import Run, doubts, read_run
+from srepa_ds.report.scores import score_table, scores_section
 from srepa_ds.report.student_vs_teacher import compare
 
 log = logging.getLogger("srepa_ds")
@@ -49,7 +51,7 @@ def _header(run: Run) -> Markup:
     return joined(
         element("h1", run.folder.name),
         element("p", element("strong", mode), f": {objective}", class_="mode"),
-        tables.score_table(run.results) if run.results else Markup(),
+        score_table(run.results) if run.results else Markup(),
         tables.facts(run.trained, run.lines, parameters=parameters),
         *map(note, doubts(run)),
     )
@@ -58,14 +60,14 @@ def _header(run: Run) -> Markup:
 def _sections(run: Run) -> Iterator[Markup]:
     given, files = run.given, run.given.run_folder
     yield _curves(run)
-    yield or_note("samples", samples_section, samples_folder(given), run.real_images)
+    yield or_note("samples", samples_section, samples_folder(given), run.reference)
     yield or_note("token similarities", _similarities, run)
     for name, path, hint, build in (
         (
             "scores",
             files.results,
             "score the samples with `srepa-ds evaluate CONFIG`",
-            tables.scores_section,
+            partial(scores_section, class_names=_class_names(run)),
         ),
         ("environment", files.environment, "training writes it", tables.environment_section),
         ("timings", files.timings, "`srepa-ds demo` writes it", tables.timings_section),
@@ -73,6 +75,10 @@ def _sections(run: Run) -> Iterator[Markup]:
         yield or_note(name, _document_section, path, hint, build)
     yield tables.config_section(run.trained, given)
     yield tables.files_section(run.folder, without=files.report)
+
+
+def _class_names(run: Run) -> tuple[str, ...]:
+    return run.real.index.class_names if run.real else ()
 
 
 def _document_section(

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from srepa_ds.alignment.alignment import AlignmentConfig
 from srepa_ds.codec.config import CodecConfig
 from srepa_ds.config.sections import EngineConfig, EvaluateConfig, MonitorConfig, TrainConfig
+from srepa_ds.config.sweep_config import sweep_draws, sweep_finds_weights, sweep_is_scored
 from srepa_ds.data.loader import DataConfig
 from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.model.precision import PRECISIONS
@@ -184,6 +185,9 @@ CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {
     ("monitor", "evaluate"): (_monitor_has_a_reference,),
     ("codec", "monitor"): (_codec_decodes,),
     ("monitor",): (_monitor_has_heldout_data,),
+    ("sweep", "evaluate"): (sweep_is_scored,),
+    ("sweep", "ema"): (sweep_finds_weights,),
+    ("sweep", "sample"): (sweep_draws,),
     ("train",): (_batch_divides,),
     ("engine",): (_deepspeed_json_is_sound,),
 }

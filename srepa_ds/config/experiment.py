@@ -19,6 +19,7 @@ from srepa_ds.config.sections import (
     StructureConfig,
     TrainConfig,
 )
+from srepa_ds.config.sweep_config import SweepConfig
 from srepa_ds.data.loader import DataConfig
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.objective import ObjectiveConfig
@@ -84,6 +85,9 @@ class Config(Section):
 
     structure: Annotated[StructureConfig, MayChange] = StructureConfig()
     """The tokens whose spatial structure `srepa-ds structure` measures."""
+
+    sweep: Annotated[SweepConfig | None, MayChange] = None
+    """The settings of the sampler that `srepa-ds sweep` compares."""
 
     @property
     def run_folder(self) -> RunFolder:

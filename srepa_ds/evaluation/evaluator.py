@@ -59,6 +59,8 @@ class Result:
     """The share of the real images whose class the extractor predicts."""
     class_precision: dict[int, float]
     """By class, the fraction of its images inside the reference's manifold."""
+    num_images: int
+    """The number of images that were scored."""
     notes: list[str] = field(default_factory=list)
     """What keeps these scores from being comparable with others."""
 
@@ -96,9 +98,12 @@ class Evaluator:
         stripe = Stripe(self._rank.number, self._rank.world_size)
         return self.measure(images.blocks(size, stripe), len(images))
 
-    def measure(self, blocks: Iterable[ImageBlock], count: int) -> Result:
+    def measure(
+        self, blocks: Iterable[ImageBlock], count: int, *, block_size: int | None = None
+    ) -> Result:
         """Returns the scores of `count` images, of which `blocks` are this rank's.
 
+        The progress counts blocks of `block_size` images, by default of `evaluate.batch_size`.
         Raises DataError on all ranks if images are missing, cannot be read, or do not suffice.
         """
         reference = self._reference_features()
@@ -111,7 +116,7 @@ class Evaluator:
                     labels.append((block.sample_ids, block.labels))
                 yield block
 
-        seen = self._look(with_labels(blocks), numbers, count, "images")
+        seen = self._look(with_labels(blocks), numbers, count, "images", block_size)
         return ranks.on_main(self._scored, seen, reference, self._labels(labels, count), count)
 
     def see_reference(self) -> list[Seen]:
@@ -144,6 +149,7 @@ class Evaluator:
             },
             reference_recognised=reference[0].recognised,
             class_precision=_by_class(inside, labels),
+            num_images=count,
             notes=self.notes(count),
         )
 
@@ -196,18 +202,24 @@ class Evaluator:
         return Seen(features, seen.recognised)
 
     def _look(
-        self, blocks: Iterable[ImageBlock], wanted: Tensor, count: int, what: str
+        self,
+        blocks: Iterable[ImageBlock],
+        wanted: Tensor,
+        count: int,
+        what: str,
+        block_size: int | None = None,
     ) -> list[Seen]:
         """Returns the features of this rank's `blocks` and those of all other ranks."""
         collectors = [self._collector(judge, wanted, what) for judge in self.judges]
-        ranks.together(self._look_at_own, blocks, collectors, count, what)
+        per_round = (block_size or self._settings.batch_size) * self._rank.world_size
+        shown = steps_shown(
+            blocks, total=-(-count // per_round), what=what, is_main=self._rank.is_main
+        )
+        ranks.together(self._look_at_own, shown, collectors)
         return [collector.seen() for collector in collectors]
 
-    def _look_at_own(
-        self, blocks: Iterable[ImageBlock], collectors: list[Collector], count: int, what: str
-    ) -> None:
-        share = -(-count // (self._settings.batch_size * self._rank.world_size))
-        for block in steps_shown(blocks, total=share, what=what, is_main=self._rank.is_main):
+    def _look_at_own(self, blocks: Iterable[ImageBlock], collectors: list[Collector]) -> None:
+        for block in blocks:
             moved()
             images = block.images.to(self._device)
             for judge, collector in zip(self.judges, collectors, strict=True):

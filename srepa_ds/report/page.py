@@ -61,6 +61,8 @@ td { overflow-wrap: anywhere; min-width: 4rem; }
   .scores th, .scores td ~ td { text-align: left; }
   .scores td ~ td { grid-column: 1 / -1; }
 }
+.bar { display: flex; align-items: center; gap: .6rem; width: 16rem; }
+.bar i { height: .6rem; background: var(--accent); border-radius: .15rem; }
 figure { margin: 0; min-width: 0; }
 figcaption { font-size: .875rem; line-height: 1.4; }
 img { display: block; max-width: 100%; }

@@ -7,8 +7,12 @@ from typing import Any, ParamSpec, TypeVar
 
 from srepa_ds.config.experiment import Config, samples_folder
 from srepa_ds.config.sections import EvaluateConfig
+from srepa_ds.data.index_document import INDEX_NAME
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import DataError, SRepaError
+from srepa_ds.evaluation.image_sets import ShardImages
+from srepa_ds.evaluation.images import ImageSet
+from srepa_ds.evaluation.reference import open_reference
 from srepa_ds.files import sha256_of
 from srepa_ds.report.record import Line, read_document, read_metrics, trained_config
 from srepa_ds.sampling.sample_set import read_provenance
@@ -39,8 +43,18 @@ class Run:
         return self.given.run.folder
 
     def real_images(self) -> ShardDataset:
-        """Returns the real images; raises DataError if there are none."""
+        """Returns real images as data; raises DataError if there are none."""
         return self.real or _open_real_images(self.given, self.trained)
+
+    def reference(self) -> ImageSet:
+        """Returns what scores are measured against, or else the training data; raises DataError."""
+        if self.given.evaluate is None:
+            return ShardImages(self.trained.data.folder)
+        place = self.given.evaluate.reference
+        images = open_reference(place, setting="evaluate.reference").images
+        if images is None:
+            raise DataError(f"{place} holds statistics, and no images")
+        return images
 
     def model(self) -> ExportedModel:
         """Returns the exported model; raises CheckpointError if there is none."""
@@ -73,7 +87,14 @@ def _or_none(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Non
 
 
 def _open_real_images(given: Config, trained: Config) -> ShardDataset:
-    return ShardDataset(given.evaluate.reference if given.evaluate else trained.data.folder)
+    """Returns the reference, or the training data if the reference is no data set of shards."""
+    return ShardDataset(_reference_shards(given) or trained.data.folder)
+
+
+def _reference_shards(config: Config) -> Path | None:
+    """Returns `evaluate.reference` if it is a data set of shards."""
+    reference = config.evaluate.reference if config.evaluate else None
+    return reference if reference and (reference / INDEX_NAME).is_file() else None
 
 
 def doubts(run: Run) -> Iterator[str]:
@@ -95,7 +116,8 @@ def doubts(run: Run) -> Iterator[str]:
         if run.results and run.results.get("samples") != provenance:
             yield "The scores belong to another sample set than the one shown: evaluate again."
     if run.results and run.given.evaluate:
-        yield from _doubts_about_scores(run.results, run.given.evaluate, run.real)
+        reference = run.real if _reference_shards(run.given) else None
+        yield from _doubts_about_scores(run.results, run.given.evaluate, reference)
 
 
 def _doubts_about_scores(

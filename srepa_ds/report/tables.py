@@ -1,4 +1,4 @@
-"""The sections of text and numbers: scores, settings, versions, timings, files."""
+"""The sections of text and numbers: facts, settings, versions, timings, files."""
 
 import json
 import math
@@ -10,59 +10,11 @@ from typing import Any
 from srepa_ds.config.experiment import Config
 from srepa_ds.config.yaml_text import to_yaml
 from srepa_ds.report.markup import Markup, details, element, joined, note, section, table
-from srepa_ds.report.record import Line, is_drawable, part, training_seconds
+from srepa_ds.report.record import Line, is_drawable, training_seconds
 from srepa_ds.schema import to_tree
 from srepa_ds.training.resume import unsafe_changes
 
-SCORES = {
-    "frechet_distance": ("Fréchet distance", "smaller is better"),
-    "precision": ("precision", "share of the samples inside the reference's manifold"),
-    "recall": ("recall", "share of the reference inside the samples' manifold"),
-    "class_accuracy": ("class accuracy", "share of the samples recognised as the class asked for"),
-}
 _MOST_FILES = 300
-_DIGEST = 12
-"""Digits shown of a hash, enough to tell files apart."""
-
-
-def score_table(results: Mapping[str, Any]) -> Markup:
-    """Returns the scores, one row each, and the notes on them."""
-    real = results.get("reference_class_accuracy")
-    rows = []
-    for name, value in part(results, "scores").items():
-        title, meaning = SCORES.get(name, (name.replace("_", " "), ""))
-        if name == "class_accuracy" and real is not None:
-            meaning += f"; for the real images it is {number(real)}"
-        rows.append((title, number(value), meaning))
-    said = results.get("notes")
-    notes = [note(text) for text in said if isinstance(text, str)] if isinstance(said, list) else []
-    return element("div", table(rows), *notes, class_="scores")
-
-
-def scores_section(results: Mapping[str, Any]) -> Markup:
-    """Returns a table of how and on what the scores were measured."""
-    settings, samples = part(results, "settings"), part(results, "samples")
-    extractor = part(settings, "extractor")
-    architecture = part(extractor, "spec").get("architecture")
-    rows = [
-        ("real images", str(settings.get("reference")) + _short(results.get("reference_id"))),
-        ("feature space", str(extractor.get("name") or architecture)),
-        (
-            "its weights",
-            str(extractor.get("weights") or "timm's") + _short(results.get("extractor_sha256")),
-        ),
-        *((name.replace("_", " "), number(v)) for name, v in _sampler(samples)),
-    ]
-    return section("scores", "What was scored", table(rows))
-
-
-def _short(digest: Any) -> str:
-    return f" ({digest[:_DIGEST]}…)" if isinstance(digest, str) else ""
-
-
-def _sampler(samples: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    weights = [("weights", samples["ema"])] if "ema" in samples else []
-    return [*weights, *part(samples, "sampler").items()]
 
 
 def facts(trained: Config, lines: Sequence[Line], *, parameters: int | None) -> Markup:

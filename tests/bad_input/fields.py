@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from srepa_ds.config.experiment import Config
 from srepa_ds.schema import Section
 
-# Its fields are those of the teacher's; and without the right kind, no other field is looked at.
+# Fields of extractors are those of the teacher's; without the right kind, no other is looked at.
 _SEEN_ELSEWHERE = ("evaluate.extractor.", "evaluate.further_extractors", "kind")
 _TEXT = "nonsense"
 

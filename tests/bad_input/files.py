@@ -9,7 +9,7 @@ from bad_input.case import Case, Place
 
 COMMANDS = (
     *("config", "fetch", "prepare", "prepare --teacher", "teacher"),
-    *("train", "export", "sample", "evaluate", "structure", "report", "parity"),
+    *("train", "export", "sample", "evaluate", "sweep", "structure", "report", "parity"),
 )
 
 

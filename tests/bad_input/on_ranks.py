@@ -6,6 +6,8 @@ from bad_input.case import Case
 CASES = [
     Case("an experiment prepared on ranks", nothing, "prepare CONFIG --ranks 2",
          ("kind 'experiment', not 'prepare'", "srepa-ds train")),
+    Case("a sweep of no model on ranks", nothing, "sweep CONFIG sweep.num_steps=[1] --ranks 2",
+         ("does not hold an exported model", "srepa-ds export")),
     Case("a batch that ranks cannot share", nothing, "train CONFIG train.batch_size=15 --ranks 2",
          ("train.batch_size 15 cannot be split over 2 ranks", "a multiple of 2")),
     Case("a DeepSpeed file with typos", misspelt_keys,

@@ -29,6 +29,7 @@ READ: tuple[tuple[Callable[[Place], object], str, str], ...] = (
     (nothing, "structure CONFIG", "structure.masks"),
     (nothing, _PARITY, "evaluate.samples"),
     (sampled, f"{_PARITY} evaluate.samples={{folder}}/run/samples", "evaluate.reference"),
+    (exported, "sweep CONFIG sweep.num_steps=[1]", "evaluate.reference"),
     (nothing, f"{_PREPARE} source.kind=image_folder", "source.path"),
     (nothing, f"{_PREPARE} source.kind=archive", "source.path"),
     (nothing, f"{_PREPARE} source.kind=web_dataset", "source.path"),
@@ -45,6 +46,7 @@ WRITTEN: tuple[tuple[Callable[[Place], object], str, str], ...] = (
     (exported, "sample CONFIG", "sample.folder"),
     (sampled, "evaluate CONFIG evaluate.samples={folder}/run/samples", "run.folder"),
     (nothing, "structure CONFIG structure.num_images=1", "run.folder"),
+    (exported, "sweep CONFIG sweep.num_steps=[1]", "sweep.folder"),
     (nothing, _PREPARE, "output"),
     (nothing, f"teacher {_TEACHER_CONFIG} steps=1 required_accuracy=0", "output"),
 )

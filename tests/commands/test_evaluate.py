@@ -13,7 +13,7 @@ from srepa_ds.config.experiment import load_config
 from srepa_ds.data.shard_file import shard_name
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import ConfigError, DataError, OutputError
-from srepa_ds.report.tables import score_table
+from srepa_ds.report.scores import score_table
 
 PROVENANCE = {"ema": "0.9", "sampler": {"solver": "heun"}}
 

@@ -232,7 +232,9 @@ def test_samples_are_shown_even_without_real_images(small_run):
     assert "samples" in page.sections
     assert "similarity" not in page.sections
     assert len([alt for alt in page.pictures if alt.startswith("contact sheet")]) == 1
-    assert any(text.startswith("No real images: nowhere") for text in page.notes)
+    assert any(
+        text.startswith("No real images: evaluate.reference: nowhere") for text in page.notes
+    )
 
 
 def test_classes_without_real_images_do_not_hide_the_samples(small_run, tmp_path):
@@ -308,6 +310,80 @@ def test_samples_of_unknown_origin_are_shown_with_a_note(small_run):
     assert page.sections == SECTIONS
     (text,) = page.notes
     assert text.startswith(f"{path}: is not a JSON object")
+
+
+def write_results(run, **changes):
+    """Writes results.json as the small run has it, with changes."""
+    run.write_results()
+    document = json.loads((run.folder / "results.json").read_text())
+    (run.folder / "results.json").write_text(json.dumps({**document, **changes}))
+
+
+def test_scores_of_inception_have_their_names_and_all_is_shown(small_run):
+    run = small_run()
+    run.write_everything()
+    sampler = {"num_samples": 2000, "solver": "heun", "cfg_scale": 1.8}
+    samples = {
+        "ema": "ema",
+        "sampler": sampler,
+        "preset": "repa",
+        "deviations": {"solver": {"preset": "euler_maruyama", "here": "heun"}},
+        "evaluations": {"conditional": 99, "unconditional": 70, "guide": 0},
+    }
+    settings = {"extractor": {"name": "inception", "weights": None}, "reference": "adm"}
+    scores = {"frechet_distance": 2.5, "spatial_frechet_distance": 4.5, "inception_score": 200.5}
+    precision = {str(number): number / 20 for number in range(20)}
+    write_results(
+        run,
+        scores=scores,
+        further_scores={"dinov2-vit-b": {"frechet_distance": 77.5}},
+        settings=settings,
+        extractors={"inception": {}, "dinov2-vit-b": {}},
+        samples=samples,
+        num_images=2000,
+        class_precision=precision,
+    )
+    page = Page(report(run.config))
+    for expected in ("FID", "sFID", "IS", "FD-dinov2-vit-b", "77.5", "99 conditional + 70 uncond"):
+        assert expected in page.text
+    assert "solver heun (preset euler_maruyama)" in page.text
+    (verdict,) = [text for text in page.words if text.startswith("no, because ")]
+    assert "2,000 images, and published scores are of 50,000" in verdict
+    assert "solver is heun, and repa has euler_maruyama" in verdict
+    # The five worst and the five best of twenty, the worst first; classes here have digits' names.
+    bars = [values["style"] for tag, values in page.tags if tag == "i"]
+    shares = [*range(5), *range(15, 20)]
+    assert bars == [f"width:{100 * number / 20:.1f}%" for number in shares]
+    assert "the median of 20 classes is 0.475" in page.text
+
+
+def test_results_of_an_earlier_release_are_shown(whole):
+    _, page = whole
+    assert "FD-vit_tiny_patch16_224" in page.words
+    assert any(
+        text.startswith("no, because the features are those of vit_tiny") for text in page.words
+    )
+    assert "Precision by class" not in page.text
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_reference_of_any_form_stands_beside_the_samples(small_run, tmp_path, labelled):
+    images = torch.randint(0, 256, (300, 16, 16, 3), dtype=torch.uint8).numpy()
+    labels = np.arange(300) % 4
+    np.savez(tmp_path / "reference.npz", images, *([labels] if labelled else []))
+    run = small_run(f"evaluate.reference={tmp_path}/reference.npz")
+    run.write_metrics()
+    run.write_samples(checkpoint="")
+    page = Page(report(run.config))
+    (alt,) = [alt for alt in page.pictures if "Real images, from" in alt]
+    (sheet,) = page.pictures[alt]
+    # Rows of one class where labels tell it, else the first hundred in rows of ten.
+    second = 4 if labelled else 1
+    tile = np.asarray(sheet.convert("RGB"))[2 : 2 + 48 : 3, 2 + 50 : 2 + 50 + 48 : 3]
+    assert np.array_equal(tile, images[second])
+    assert sheet.height == 2 + 50 * (4 if labelled else 10)
+    (caption,) = [text for text in page.words if text.startswith("Real images, from")]
+    assert caption.endswith("One class per row.") == labelled
 
 
 def test_results_of_another_form_break_nothing(small_run):

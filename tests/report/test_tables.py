@@ -4,17 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srepa_ds.report.tables import (
-    environment_section,
-    score_table,
-    scores_section,
-    timings_section,
-)
+from srepa_ds.report.scores import score_table, scores_section
+from srepa_ds.report.tables import environment_section, timings_section
 
 NAMES = st.sampled_from(
     (
         *("scores", "settings", "samples", "extractor", "spec", "sampler", "class_accuracy", "ema"),
         *("reference_class_accuracy", "reference_id", "extractor_sha256", "reference", "train"),
+        *("further_scores", "class_precision", "preset", "deviations", "evaluations", "notes"),
+        *("extractors", "num_images", "rounding", "precision", "here", "3"),
     )
 )
 VALUES = st.recursive(
@@ -29,6 +27,6 @@ VALUES = st.recursive(
     "build", [score_table, scores_section, environment_section, timings_section]
 )
 @settings(max_examples=150, deadline=None)
-@given(document=st.dictionaries(NAMES, VALUES, max_size=6))
+@given(document=st.dictionaries(NAMES, VALUES, max_size=8))
 def test_no_document_is_an_error(build, document):
     assert "<table" in build(document)
