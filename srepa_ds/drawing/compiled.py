@@ -38,6 +38,7 @@ class CompiledModel:
         count = len(x_t)
         # Callers may bring any number of images; ours never bring more than twice a chunk.
         size = next((size for size in self._sizes if count <= size), count)
+        # Of whole batches too: that makes views contiguous, for which there would be a third graph.
         rows = torch.arange(size, device=x_t.device).clamp(max=count - 1)
         filled = [None if part is None else part[rows] for part in (x_t, t, labels, cls_t)]
         if self._cuda_graphs:
