@@ -13,7 +13,7 @@ from trainings import train_runs
 from srepa_ds.cli import run
 from srepa_ds.data.token_index import read_token_index
 from srepa_ds.distributed import ranks
-from srepa_ds.sampling.sample_set import read_samples
+from srepa_ds.sampling.image_archive import ImageArchive
 from srepa_ds.weights.exported import read_model
 
 HEIGHT, WIDTH, GRID = 16, 24, (8, 12)
@@ -76,8 +76,7 @@ def test_what_was_trained_is_exported_drawn_judged_and_reported(trained):
     model = read_model(folder / "export").model
     assert model.config.grid == GRID
     (samples,) = folder.glob("samples/*")
-    images, _ = read_samples(samples)
-    assert images.shape == (64, HEIGHT, WIDTH, 3)
+    assert ImageArchive(samples / "samples.npz").shape == (64, HEIGHT, WIDTH, 3)
     (results,) = folder.rglob("results.json")
     scores = json.loads(results.read_text())
     assert all(np.isfinite(value) for value in scores["scores"].values())

@@ -20,6 +20,7 @@ from srepa_ds.evaluation.image_sets import open_images
 from srepa_ds.evaluation.opening import open_evaluator
 from srepa_ds.evaluation.saving import save_reference
 from srepa_ds.files import make_folder, sha256_of, write_aside, writing
+from srepa_ds.metrics.fdr import relative_distances
 from srepa_ds.metrics.scores import Scores, printed_names
 from srepa_ds.sampling.sample_set import read_provenance
 from srepa_ds.schema import to_tree
@@ -102,10 +103,16 @@ def _document(
     """Returns the contents of results.json."""
     weights, identity = settings.extractor.weights, evaluator.reference.identity
     further = {name: json.loads(scores.to_json()) for name, scores in result.further.items()}
+    distances = {
+        label: scores.frechet_distance
+        for label, scores in ((settings.extractor.label, result.scores), *result.further.items())
+        if scores.frechet_distance is not None
+    }
     document = {
         "scores": json.loads(result.scores.to_json()),
         "num_images": result.num_images,
         **({"further_scores": further} if further else {}),
+        **relative_distances(distances),
         **({"notes": result.notes} if result.notes else {}),
         "reference_class_accuracy": result.reference_recognised,
         **({"class_precision": result.class_precision} if result.class_precision else {}),

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from srepa_ds.config.experiment import Config, samples_folder
+from srepa_ds.config.experiment import Config
 from srepa_ds.distributed import ranks
 from srepa_ds.drawing.drawing import open_drawing
 from srepa_ds.drawing.job import draw_set
@@ -21,7 +21,7 @@ def sample(config: Config, *, share: Share = EVERYTHING) -> Path:
     """
     rank = ranks.initialize()
     drawing = open_drawing(config, rank)
-    folder = samples_folder(config)
+    folder = drawing.folder
     if draw_set(drawing, folder, config.sample.outputs, share=share, rank=rank):
         log.info("%d images in %s", config.sample.num_samples, folder)
     return folder

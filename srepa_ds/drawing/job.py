@@ -18,7 +18,6 @@ from srepa_ds.files import locked
 from srepa_ds.preparation.estimate import free_bytes, size_text
 from srepa_ds.preparation.share import EVERYTHING, Share
 from srepa_ds.sampling.claims import Claims
-from srepa_ds.sampling.config import count_evaluations
 from srepa_ds.sampling.generate import Chunk
 from srepa_ds.sampling.outputs.table import OUTPUTS
 from srepa_ds.sampling.parts import PARTS, Parts
@@ -110,14 +109,13 @@ class SetJob:
         if not missing:
             log.info("all images are already drawn")
             return
-        evaluations, there = count_evaluations(sampler), len(self.chunks) - missing
+        there = len(self.chunks) - missing
         log.info(
-            "drawing %d images with %s, %d steps: %d model calls each, %d of them guided%s",
+            "drawing %d images with %s, %d steps; function evaluations per image: %s%s",
             _num_images(self.chunks),
             sampler.solver,
             sampler.num_steps,
-            evaluations.total,
-            evaluations.guided,
+            self.drawing.evaluations,
             f"; {there} of {len(self.chunks)} chunks are already drawn" if there else "",
         )
 

@@ -16,94 +16,54 @@ from srepa_ds.data.index_document import INDEX_NAME
 from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.data.sources.image_file import image_file
 from srepa_ds.data.sources.listing import is_image, is_litter
-from srepa_ds.documents.npz_reader import NpzArchive
 from srepa_ds.encoders.published import local_file
 from srepa_ds.errors import DataError, SourceError
 from srepa_ds.evaluation.images import WHOLE, ImageBlock, ImageSet, Stripe
 from srepa_ds.files import looked_for, reason_of
+from srepa_ds.sampling.image_archive import ImageArchive
 from srepa_ds.sampling.sample_set import PROVENANCE, SAMPLES
-
-_IMAGES, _LABELS = "arr_0", "arr_1"
 
 
 class NpzImages:
-    """The images of an archive as ADM's evaluator reads it: `arr_0` (n, height, width, 3)."""
+    """The images of an archive as ADM's evaluator reads it."""
 
     def __init__(self, path: Path):
-        """Reads the headers, and the labels (`arr_1`) if there are any; raises DataError."""
-        self._path = path
-        try:
-            with NpzArchive(path) as archive:
-                self._check(archive)
-                self.shape = archive.arrays[_IMAGES].shape
-                self._labels = self._read_labels(archive)
-        except (OSError, ValueError) as error:
-            raise self._unreadable(error) from error
+        """Reads headers and labels; raises DataError."""
+        self._archive = ImageArchive(path)
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return len(self._archive)
 
     @property
     def where(self) -> str:
         """The path of the archive."""
-        return str(self._path)
+        return str(self._archive.path)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of every image."""
-        return 3, self.shape[1], self.shape[2]
+        _, height, width, channels = self._archive.shape
+        return channels, height, width
 
     @property
     def identity(self) -> dict[str, Any]:
         """Name and size of the file; its contents are read as they are scored."""
-        return {"file": self._path.name, "bytes": self._path.stat().st_size}
+        path = self._archive.path
+        return {"file": path.name, "bytes": path.stat().st_size}
 
     def blocks(self, size: int, stripe: Stripe = WHOLE) -> Iterator[ImageBlock]:
         """Yields the blocks that belong to `stripe`; all others are read past.
 
         Raises DataError if the archive is damaged.
         """
-        try:
-            with NpzArchive(self._path) as archive:
-                start = 0
-                for number, rows in enumerate(archive.blocks(_IMAGES, size)):
-                    ids = torch.arange(start, start + len(rows))
-                    start += len(rows)
-                    if stripe.has(number):
-                        images = torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous()
-                        labels = None if self._labels is None else self._labels[ids]
-                        yield ImageBlock(images, labels, ids)
-        except (OSError, ValueError) as error:
-            raise self._unreadable(error) from error
-
-    def _check(self, archive: NpzArchive) -> None:
-        array = archive.arrays.get(_IMAGES)
-        if array is None:
-            names = ", ".join(sorted(archive.arrays)) or "nothing"
-            raise ValueError(f"it holds {names}, and images should be in {_IMAGES}")
-        if array.dtype != np.uint8 or len(array.shape) != 4 or array.shape[3] != 3:
-            raise ValueError(
-                f"{_IMAGES} is {array.dtype} of shape {array.shape}, and images are uint8 of shape "
-                "(n, height, width, 3)"
-            )
-        if not array.shape[0]:
-            raise ValueError("it holds no images")
-
-    def _read_labels(self, archive: NpzArchive) -> Tensor | None:
-        if _LABELS not in archive.arrays:
-            return None
-        labels = archive.read(_LABELS)
-        if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise ValueError(f"{_LABELS} is not a list of whole numbers")
-        if len(labels) != self.shape[0]:
-            raise ValueError(f"it holds {len(labels)} labels for {self.shape[0]} images")
-        return torch.from_numpy(labels.astype(np.int64))
-
-    def _unreadable(self, error: Exception) -> DataError:
-        return DataError(
-            f"{self._path}: cannot be read as images ({reason_of(error)})"
-            f"{looked_for(self._path)}; give an .npz with {_IMAGES} as ADM's evaluator reads it"
-        )
+        start, labels = 0, self._archive.labels
+        for number, rows in enumerate(self._archive.blocks(size)):
+            ids = torch.arange(start, start + len(rows))
+            start += len(rows)
+            if stripe.has(number):
+                images = torch.from_numpy(rows).permute(0, 3, 1, 2).contiguous()
+                own = None if labels is None else torch.from_numpy(labels)[ids]
+                yield ImageBlock(images, own, ids)
 
 
 class FileImages:

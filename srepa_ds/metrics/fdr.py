@@ -1,6 +1,7 @@
 """Frechet distances relative to those of real images (FDr), and their mean over six encoders."""
 
 from collections.abc import Mapping
+from typing import Any
 
 VALIDATION_DISTANCES: dict[str, float] = {
     "inception": 1.68,
@@ -34,3 +35,11 @@ def mean_relative_distance(distances: Mapping[str, float]) -> float | None:
         return None
     ratios = [distances[name] / real for name, real in VALIDATION_DISTANCES.items()]
     return sum(ratios) / len(ratios)
+
+
+def relative_distances(distances: Mapping[str, float]) -> dict[str, Any]:
+    """Returns `fdr`, FDr by extractor, and `fdr6`, as far as `distances` by extractor suffice."""
+    ratios = {name: relative_distance(name, distance) for name, distance in distances.items()}
+    known = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+    mean = mean_relative_distance(distances)
+    return {**({"fdr": known} if known else {}), **({} if mean is None else {"fdr6": mean})}

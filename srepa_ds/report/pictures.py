@@ -15,7 +15,8 @@ from srepa_ds.errors import DataError
 from srepa_ds.evaluation.image_sets import ShardImages
 from srepa_ds.evaluation.images import ImageSet
 from srepa_ds.report.markup import Markup, element, image, or_note, png_of, section
-from srepa_ds.sampling.sample_set import SAMPLES, read_contact_sheet, read_labels
+from srepa_ds.sampling.image_archive import ImageArchive
+from srepa_ds.sampling.sample_set import SAMPLES, read_contact_sheet
 from srepa_ds.sampling.sheet import SheetBuilder
 
 _LARGEST_SIDE = 1600
@@ -30,7 +31,7 @@ def samples_section(samples: Path, open_real: Callable[[], ImageSet]) -> Markup:
     set.
     """
     # A set drawn into files of other kinds has no archive.
-    labels = read_labels(samples) if (samples / SAMPLES).exists() else None
+    labels = ImageArchive(samples / SAMPLES).labels if (samples / SAMPLES).exists() else None
     drawn = read_contact_sheet(samples)
     count = "images" if labels is None else f"{len(labels):,} images"
     real = or_note("real images", _real, open_real, samples, labels)

@@ -104,13 +104,13 @@ def test_further_extractors_see_the_same_images(small_world, drawn, tmp_path):
     other = {"spec": spec.spec.model_dump(mode="json"), "weights": str(spec.weights)}
     given = f"evaluate.further_extractors={json.dumps([other])}"
     found = evaluated(small_world, drawn, tmp_path / "run", given)
-    further = found["further_scores"][spec.label]
+    further = found["further_scores"][spec.spec.architecture]
     # The second extractor computes in bf16.
     assert further["frechet_distance"] == pytest.approx(
         found["scores"]["frechet_distance"], rel=0.1
     )
     assert set(further) == {"frechet_distance", "kernel_distance"}
-    assert set(found["extractors"]) == {spec.label}
+    assert set(found["extractors"]) == {spec.label, spec.spec.architecture}
 
 
 def test_metrics_that_were_not_asked_for_are_not_computed(small_world, drawn, tmp_path):
@@ -121,7 +121,7 @@ def test_metrics_that_were_not_asked_for_are_not_computed(small_world, drawn, tm
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("evaluate.metrics=[spatial_frechet]", "'vit_tiny_patch16_224' has no such features"),
+        ("evaluate.metrics=[spatial_frechet]", r"'vit_tiny_patch16_224 \(fp32\)' has no such features"),
         ("evaluate.num_manifold_images=900", "subsets of 1,000 images, but there are 900"),
     ],
 )

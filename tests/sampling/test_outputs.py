@@ -21,10 +21,10 @@ from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import DataError, OutputError
 from srepa_ds.sampling.config import SamplerConfig
 from srepa_ds.sampling.generate import ImageBatch, plan_chunks
+from srepa_ds.sampling.image_archive import ImageArchive
 from srepa_ds.sampling.outputs.content import regrouped
 from srepa_ds.sampling.outputs.table import OUTPUTS
 from srepa_ds.sampling.provenance import Provenance
-from srepa_ds.sampling.sample_set import read_samples
 from srepa_ds.sampling.writer import ChunkWriter
 
 CHUNKS = plan_chunks(SamplerConfig(num_samples=23, batch_size=5))
@@ -52,7 +52,8 @@ def finished(folder, *outputs):
 
 
 def read_npz(folder):
-    return read_samples(folder)
+    archive = ImageArchive(folder / "samples.npz")
+    return np.concatenate(list(archive.blocks(5))), archive.labels
 
 
 def read_png(folder):
@@ -187,7 +188,7 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "file", "words"),
     [
-        ("npz", "samples.npz", "samples.npz is not a finished sample set"),
+        ("npz", "samples.npz", "samples.npz: cannot be read .*; remove it and run the same command"),
         ("png", "png/000007.png", "000007.png: .*; remove the folder `png`"),
         ("png", "png/labels.txt", "holds 12 labels for 23 images; remove"),
         ("shards", "shards/shard-00000.safetensors", "shard-00000.safetensors"),
