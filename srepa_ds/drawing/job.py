@@ -1,6 +1,7 @@
 """A set of images, drawn into a folder by the ranks of this command and by other commands."""
 
 import logging
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from srepa_ds.distributed.ranks import Rank
 from srepa_ds.distributed.tally import Tally
 from srepa_ds.drawing.drawing import Drawing
 from srepa_ds.errors import OutputError
-from srepa_ds.files import locked
-from srepa_ds.preparation.estimate import free_bytes, size_text
+from srepa_ds.files import locked, writing
+from srepa_ds.preparation.estimate import size_text
 from srepa_ds.preparation.share import EVERYTHING, Share
 from srepa_ds.sampling.claims import Claims
 from srepa_ds.sampling.generate import Chunk
@@ -79,7 +80,9 @@ def check_space(
     if share.total == 1:
         num_values = drawing.sampler.num_samples * values
         needed += sum(output.bytes_of(num_values) for output in lacking)
-    free = free_bytes(folder)
+    with writing(folder, cure=CURE):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
     if needed > free:
         raise OutputError(
             f"{folder}: parts and outputs need about {size_text(needed)}, and {size_text(free)} "

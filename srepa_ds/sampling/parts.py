@@ -57,6 +57,15 @@ class Parts:
             # A copy: the tensor itself would keep the mapped file, about 2 MB of each, in memory.
             return part.get_tensor(name).clone()
 
+    def image(self, chunk: Chunk, row: int) -> Tensor:
+        """Returns one image of a chunk, of shape (1, height, width, 3).
+
+        Alone: of images kept from whole chunks, each held 10 MB of freed memory between them.
+        Raises OSError or SafetensorError.
+        """
+        with safe_open(self.folder / self.name(chunk), framework="pt") as part:
+            return part.get_slice("images")[row : row + 1].clone()
+
     def damaged(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         """Yields the chunks whose part is there, but not whole or of another set."""
         present = self.present()

@@ -180,8 +180,9 @@ class ChunkWriter:
         labels = [self.parts.read(chunk, "labels") for chunk in chunks]
         sheet = SheetBuilder(torch.cat(labels))
         for chunk, own in zip(chunks, labels, strict=True):
-            if sheet.wants(own):
-                sheet.add(self.parts.read(chunk, "images"), own)
+            for row in range(len(own)):
+                if sheet.wants(own[row : row + 1]):
+                    sheet.add(self.parts.image(chunk, row), own[row : row + 1])
         picture = io.BytesIO()
         sheet.image().save(picture, format="PNG")
         return picture.getvalue()
@@ -196,7 +197,7 @@ class ChunkWriter:
         # Looked at first: meanwhile another process may write the provenance and then parts.
         names = {found.name for found in self.folder.iterdir()} if self.folder.exists() else set()
         if not path.exists():
-            if names & {PARTS, *(output.name for output in OUTPUTS.values())}:
+            if names & {PARTS, SAMPLES}:
                 raise OutputError(
                     f"{self.folder}: holds samples without {PROVENANCE}, so their origin is "
                     "unknown; give another output folder or remove them"
