@@ -121,7 +121,10 @@ def test_metrics_that_were_not_asked_for_are_not_computed(small_world, drawn, tm
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("evaluate.metrics=[spatial_frechet]", r"'vit_tiny_patch16_224 \(fp32\)' has no such features"),
+        (
+            "evaluate.metrics=[spatial_frechet]",
+            r"'vit_tiny_patch16_224 \(fp32\)' has no such features",
+        ),
         ("evaluate.num_manifold_images=900", "subsets of 1,000 images, but there are 900"),
     ],
 )

@@ -188,7 +188,11 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "file", "words"),
     [
-        ("npz", "samples.npz", "samples.npz: cannot be read .*; remove it and run the same command"),
+        (
+            "npz",
+            "samples.npz",
+            "samples.npz: cannot be read .*; remove it and run the same command",
+        ),
         ("png", "png/000007.png", "000007.png: .*; remove the folder `png`"),
         ("png", "png/labels.txt", "holds 12 labels for 23 images; remove"),
         ("shards", "shards/shard-00000.safetensors", "shard-00000.safetensors"),
