@@ -74,7 +74,8 @@ def check_space(
         return
     values, needed = prod(drawing.image_shape), 0
     if not any(output.is_there(folder) for output in OUTPUTS.values()):
-        present = Parts(folder / PARTS, digest=drawing.provenance.digest()).present()
+        with writing(folder, cure=CURE):
+            present = Parts(folder / PARTS, digest=drawing.provenance.digest()).present()
         chunks = _of_share(drawing.chunks, share)
         needed += values * _num_images(chunk for chunk in chunks if chunk.index not in present)
     if share.total == 1:
