@@ -136,6 +136,8 @@ def test_the_time_must_be_a_number_of_seconds(monkeypatch, text):
         ("node-7-12", 5, False),
         ("node-7-12", 500, True),
     ],
+    # Numbers of processes would give each worker of pytest-xdist other tests.
+    ids=["own", "of an ended process", "renewed elsewhere", "left elsewhere"],
 )
 def test_what_a_living_process_writes_is_not_left_over(tmp_path, writer, age, expected):
     path = tmp_path / f"samples.npz.{writer}.partial"
