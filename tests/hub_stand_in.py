@@ -105,7 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
         if token := self.headers.get("Authorization"):
             self.served.tokens.add(token)
         if path in self.served.web:
-            self._send_file(path, self.served.web[path], {})
+            content = self.served.web[path]
+            self._send_file(path, content, {"ETag": f'"{_etag(path, content)}"'})
         elif path.startswith("/api/models/"):
             name, _, revision = path.removeprefix("/api/models/").partition("/revision/")
             self._describe(name, revision or "main")
@@ -153,6 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
         if name.rpartition("/")[2] in self.served.damaged:
             content = bytes([content[0] ^ 1]) + content[1:]
         status, span = 200, self.headers.get("Range")
+        if self.headers.get("If-Range") not in (None, headers.get("ETag")):
+            span = None
         if span and self.served.states_size:
             begin, _, end = span.removeprefix("bytes=").partition("-")
             first, last = int(begin), min(int(end or len(content)), len(content) - 1)

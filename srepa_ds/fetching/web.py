@@ -2,6 +2,7 @@
 
 import http.client
 import shutil
+import ssl
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ _TRIES = 3
 _SECONDS = 60
 _CHUNK = 1 << 20
 
-_LOST = (http.client.HTTPException, TimeoutError, ConnectionError)
+_LOST = (http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class WebPlan:
             partial = path.with_name(path.name + PARTIAL)
             self._complete(partial)
             partial.replace(path)
+            path.with_name(f"{path.name}.version").unlink(missing_ok=True)
         expected = {path.name: self.sha256}
         files = received_files(folder, expected, sizes=[self.num_bytes], advice=self._advice)
         return received(self.source, files)
@@ -85,7 +87,13 @@ class WebPlan:
         begun = partial.stat().st_size if partial.exists() else 0
         if begun >= self.num_bytes:
             return
-        with _answer(self.published, f"bytes={begun}-") as answer:
+        version = partial.with_name(f"{self.published.name}.version")
+        # The server then sends the whole file if it is not the one that was begun.
+        same = version.read_text() if begun and version.exists() else None
+        if begun and same is None and self.sha256 is None:
+            partial.unlink()
+            begun = 0
+        with _answer(self.published, f"bytes={begun}-", same_as=same) as answer:
             # Known before anything is written: parts of two files would make neither.
             if _size_of(answer) not in (None, self.num_bytes):
                 raise DataError(
@@ -94,6 +102,8 @@ class WebPlan:
                 )
             # A server that ignores the range sends everything again.
             mode = "ab" if answer.status == http.client.PARTIAL_CONTENT else "wb"
+            if mark := answer.headers.get("ETag") or answer.headers.get("Last-Modified"):
+                version.write_text(mark)
             with partial.open(mode) as file:
                 shutil.copyfileobj(answer, file, _CHUNK)
 
@@ -127,15 +137,21 @@ def _noted(published: WebFile) -> FetchedFile | None:
     return entry.files.get(published.name) if entry else None
 
 
-def _answer(wanted: WebFile, span: str) -> Any:
-    """Returns the server's answer for a range of the file; raises DataError and `_LOST`."""
-    request = urllib.request.Request(wanted.url, headers={"Range": span})
+def _answer(wanted: WebFile, span: str, *, same_as: str | None = None) -> Any:
+    """Returns the server's answer for a range of the file; raises DataError and `_LOST`.
+
+    With `same_as`, the answer is the whole file if its version is another.
+    """
+    headers = {"Range": span, **({"If-Range": same_as} if same_as else {})}
+    request = urllib.request.Request(wanted.url, headers=headers)
     try:
         return urllib.request.urlopen(request, timeout=_SECONDS)
     except urllib.error.HTTPError as error:
         raise _failed(wanted, f"the server answers with {error.code}") from error
     except urllib.error.URLError as error:
         reason = error.reason
+        if isinstance(reason, _LOST):
+            raise reason from error
         text = reason_of(reason) if isinstance(reason, Exception) else str(reason)
         raise _failed(wanted, text) from error
 

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import urllib.error
+import urllib.request
 
 import pytest
 from builders import contents
@@ -77,6 +79,33 @@ def test_the_next_call_goes_on_too(web, tmp_path, make):
     folder = fetched(make(web))
     assert web.requests[-1].endswith("bytes=300000-")
     assert (folder / "reference.npz").read_bytes() == CONTENT
+
+
+def test_a_file_that_is_replaced_meanwhile_is_fetched_from_its_start(web):
+    plan = web_plan_of(unknown_file_of(web))
+    web.break_after, web.breaks = 100_000, 3
+    with pytest.raises(DataError, match="the answer ends too early"):
+        bring(plan)
+    other = CONTENT[::-1]
+    web.web["/files/reference.npz"] = other
+    folder = fetched(unknown_file_of(web))
+    assert (folder / "reference.npz").read_bytes() == other
+    assert [path.name for path in folder.iterdir()] == ["reference.npz"]
+
+
+def test_a_server_that_comes_back_is_asked_again(web, monkeypatch):
+    lost = [urllib.error.URLError(ConnectionResetError("reset by peer"))] * 2
+
+    def urlopen(*args, **kwargs):
+        if lost:
+            raise lost.pop()
+        return real(*args, **kwargs)
+
+    real = urllib.request.urlopen
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    folder = fetched(file_of(web))
+    assert (folder / "reference.npz").read_bytes() == CONTENT
+    assert not lost
 
 
 def test_other_contents_are_refused(web, tmp_path):
