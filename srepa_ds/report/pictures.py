@@ -19,6 +19,7 @@ from srepa_ds.sampling.image_archive import ImageArchive
 from srepa_ds.sampling.sample_set import SAMPLES, read_contact_sheet
 from srepa_ds.sampling.sheet import SheetBuilder
 
+_CURE = "draw it again with `srepa-ds sample CONFIG`"
 _LARGEST_SIDE = 1600
 _READ_AT_ONCE = 256
 _BY_CLASS = " One class per row."
@@ -31,7 +32,9 @@ def samples_section(samples: Path, open_real: Callable[[], ImageSet]) -> Markup:
     set.
     """
     # A set drawn into files of other kinds has no archive.
-    labels = ImageArchive(samples / SAMPLES).labels if (samples / SAMPLES).exists() else None
+    labels = (
+        ImageArchive(samples / SAMPLES, cure=_CURE).labels if (samples / SAMPLES).exists() else None
+    )
     drawn = read_contact_sheet(samples)
     count = "images" if labels is None else f"{len(labels):,} images"
     real = or_note("real images", _real, open_real, samples, labels)

@@ -25,7 +25,7 @@ CASES = [
     Case("samples where there is no room", exported,
          "sample CONFIG sample.folder=/sys/kernel/samples",
          ("/sys/kernel/samples: parts and outputs need about", "room for the samples")),
-    Case("a share of nothing", exported, "sample CONFIG --share 2/2",
+    Case("a share of samples that is not there", exported, "sample CONFIG --share 2/2",
          ("--share: must be i/n", "given: '2/2'")),
     Case("a shard that is no number", exported, "sample CONFIG --shard first",
          ("--share: must be i/n", "given: 'first'")),
