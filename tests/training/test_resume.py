@@ -34,7 +34,7 @@ def lines_of(config: Config) -> list[str]:
 
 MAY_CHANGE = (
     *("run.folder", "engine.*", "checkpoint.*", "export.*", "sample.*", "evaluate.*", "monitor.*"),
-    "structure.*",
+    *("structure.*", "sweep"),
     *("data.folder", "data.num_workers", "data.prefetch_batches"),
     *("data.read_threads", "data.read_attempts"),
     *("train.steps", "train.log_every_steps", "train.accumulation_steps"),
