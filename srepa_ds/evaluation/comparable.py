@@ -83,7 +83,7 @@ def _of_drawing(results: Mapping[str, Any]) -> Iterator[str]:
     for name, values in deviations.items():
         if name not in _NO_REASONS:
             yield _deviation(name, values, preset)
-    if sampler.get("rounding") == "round" and "rounding" not in deviations:
+    if sampler.get("rounding") == "round" and not preset:
         yield "pixels are rounded to the nearest, and REPA and its family truncate them"
 
 

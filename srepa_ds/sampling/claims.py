@@ -1,8 +1,9 @@
 """Claims: which process works on which unit of a folder that independent processes share.
 
 A claim is a small file. Its owner touches it while it lives, so a claim that is no longer touched
-belongs to a process that is dead, paused or cut off, and another process takes it over. Claims
-only save work: two processes that do the same unit write the same bytes.
+belongs to a process that is dead, paused or cut off, and another process takes it over. The thread
+that touches it may outlive the work of a process that hangs: nobody should wait for a claim without
+end. Claims only save work: two processes that do the same unit write the same bytes.
 """
 
 import json
@@ -132,6 +133,11 @@ class Claims:
             for path in tuple(self._held):
                 self._release(path)
             self._clock.unlink(missing_ok=True)
+
+    @property
+    def seconds(self) -> float:
+        """The seconds without a touch after which a claim is stale."""
+        return self._seconds
 
     @property
     def held(self) -> int:

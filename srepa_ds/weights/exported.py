@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,6 +80,9 @@ class ExportedModel:
 
     sha256: str
     """Hash of the weight file."""
+
+    described: Mapping[str, Any] = field(default_factory=dict)
+    """What the weights do not tell of the model, as JSON values, if nothing beside them does."""
 
     @property
     def config(self) -> Mapping[str, Any]:

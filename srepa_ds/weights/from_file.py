@@ -39,4 +39,11 @@ def read_model_of_file(path: Path, *, weights: str, config: Mapping[str, Any]) -
             f"{path} does not fit the model: {fault}; set the section `model` to the one these "
             "weights were trained with"
         )
-    return ExportedModel(model_of(sizes, tensors, path), document, sha256)
+    return ExportedModel(model_of(sizes, tensors, path), document, sha256, _described(sizes))
+
+
+def _described(sizes: SiTConfig) -> dict[str, Any]:
+    """Returns the sizes of the model, as they are used: the number of heads changes no shape."""
+    latents = {"latent_shape": sizes.latent_shape, "num_classes": sizes.num_classes}
+    further = {"class_token_width": sizes.class_token_width, "qk_norm": sizes.qk_norm}
+    return {**sizes.shape._asdict(), **latents, **further}
