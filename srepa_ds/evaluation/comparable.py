@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from srepa_ds.sampling.presets import PRESETS
+
 PUBLISHED_IMAGES = 50_000
 """The number of images that published scores are of."""
 
@@ -83,7 +85,9 @@ def _of_drawing(results: Mapping[str, Any]) -> Iterator[str]:
     for name, values in deviations.items():
         if name not in _NO_REASONS:
             yield _deviation(name, values, preset)
-    if sampler.get("rounding") == "round" and not preset:
+    row = PRESETS.get(preset) if isinstance(preset, str) else None
+    rounds = row is not None and row.settings["rounding"] == "round"
+    if sampler.get("rounding") == "round" and not rounds and "rounding" not in deviations:
         yield "pixels are rounded to the nearest, and REPA and its family truncate them"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from srepa_ds.errors import TopologyError
-from srepa_ds.files import PARTIAL
+from srepa_ds.files import PARTIAL, process_mark, process_space
 
 CLAIM_SECONDS = "SREPA_CLAIM_SECONDS"
 """Names the seconds without a touch after which a claim is stale; 120 by default."""
@@ -60,7 +60,7 @@ class Process(NamedTuple):
         """Returns this process."""
         pid = os.getpid()
         _, start = _state_of(pid)
-        return cls(socket.gethostname(), _space(), pid, start)
+        return cls(socket.gethostname(), process_space(), pid, start)
 
     @property
     def name(self) -> str:
@@ -69,20 +69,12 @@ class Process(NamedTuple):
 
     def is_dead(self) -> bool:
         """Returns whether the process has certainly ended; False if it is on another machine."""
-        if (self.host, self.space) != (socket.gethostname(), _space()):
+        if (self.host, self.space) != (socket.gethostname(), process_space()):
             return False
         if not _is_running(self.pid):
             return True
         state, start = _state_of(self.pid)
         return state in ("Z", "X") or (start != self.start and bool(start and self.start))
-
-
-def _space() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
 
 
 def _state_of(pid: int) -> tuple[str, str]:
@@ -225,11 +217,11 @@ class Claims:
 def is_left_over(path: Path, *, after_seconds: float) -> bool:
     """Returns whether no living process writes `path`, a file of `write_aside(concurrent=True)`.
 
-    That is certain if its process was on this machine and has ended; of others, one that did not
+    That is certain if its process was in this container and has ended; of others, one that did not
     grow for so long. The folder must be writable: its own clock tells the time. Raises OSError.
     """
-    host, _, pid = path.name.removesuffix(PARTIAL).rpartition("-")
-    if host.endswith(f".{socket.gethostname()}") and pid.isdecimal():
+    place, _, pid = path.name.removesuffix(PARTIAL).rpartition("-")
+    if place.endswith(f".{process_mark().rpartition('-')[0]}") and pid.isdecimal():
         return not _is_running(int(pid))
     clock = path.with_name(f"{path.name}{_CLOCK}")
     try:

@@ -20,11 +20,12 @@ from srepa_ds.files import (
     is_of_the_system,
     locked,
     make_folder,
+    own_aside,
     remove_empty,
     write_aside,
     writing,
 )
-from srepa_ds.sampling.claims import Process, claim_seconds, is_left_over
+from srepa_ds.sampling.claims import claim_seconds, is_left_over
 from srepa_ds.sampling.generate import Chunk, ImageBatch
 from srepa_ds.sampling.outputs.content import Content, Output, PartsContent, SetFacts
 from srepa_ds.sampling.outputs.table import OUTPUTS
@@ -279,7 +280,7 @@ def _write_first(target: Path, content: bytes) -> None:
     """
     if target.exists():
         return
-    aside = target.with_name(f"{target.name}.{Process.own().name}{PARTIAL}")
+    aside = own_aside(target)
     try:
         aside.write_bytes(content)
         flush_to_disk(aside)

@@ -22,6 +22,7 @@ from srepa_ds.errors import CheckpointError, ConfigError, DataError, OutputError
 from srepa_ds.files import sha256_of
 from srepa_ds.model.sit import SiT
 from srepa_ds.objective import official_name
+from srepa_ds.preparation.share import EVERYTHING, Share
 from srepa_ds.schema import replaced, to_tree
 from srepa_ds.weights.exported import write_model
 
@@ -39,10 +40,10 @@ def configured(small_world, tmp_path):
     return load
 
 
-def drawn(config: Config) -> Path:
+def drawn(config: Config, share: Share = EVERYTHING) -> Path:
     """Draws a set in this process and returns its folder."""
     try:
-        return sample(config)
+        return sample(config, share=share)
     finally:
         ranks.close()
 
@@ -161,7 +162,10 @@ def test_a_checkpoint_of_repa_is_drawn_from(configured, tmp_path, weights, seed)
     ("overrides", "words"),
     [
         (("model.hidden_size=24",), r"does not fit the model: .*; set the section `model`"),
-        (("model.depth=2",), r"does not fit|Unexpected key"),
+        (
+            ("model.depth=2",),
+            r"the model has no blocks\.2\.[^\n]* and \d+ more; set the section `model`[^\n]*$",
+        ),
         (("export.weights=ema-0.99",), r"export\.weights: 'ema-0\.99': .* ema or master"),
         (("export.power_sigma=0.1",), r"export\.power_sigma: is made of a run's checkpoints"),
     ],
@@ -304,9 +308,12 @@ def test_images_that_are_not_finite_are_named(configured, tmp_path):
     write_model(
         config.export_folder, model.state_dict(), config=to_tree(config), provenance=provenance
     )
-    with pytest.raises(DataError, match=r"image 5 of the set: its latents are NaN or infinite"):
-        drawn(configured("sample.labels=[1, 2, 4, 5, 6, 3]", "sample.cfg_scale=1"))
-    # The first chunk is drawn already.
+    broken = configured("sample.labels=[1, 2, 4, 5, 6, 3]", "sample.cfg_scale=1")
+    drawn(broken, Share(0, 2))
+    words = r"image 5 of the set: its latents are NaN or infinite; 1 of the 2 images of its chunk;"
+    with pytest.raises(DataError, match=words):
+        drawn(broken)
+    # The first chunk stays.
     assert len(list((samples_folder(config) / "parts").iterdir())) == 1
 
 
@@ -375,3 +382,56 @@ def test_ranks_with_different_weights_are_refused(configured, small_world, tmp_p
     assert messages[0] == messages[1]
     assert "ranks read different weights; give all of them the same files" in messages[0]
     assert "model: " in messages[0]
+
+
+def test_the_heads_of_a_model_that_its_file_does_not_describe_are_a_fact(configured, tmp_path):
+    save_file(official(configured(), 1), tmp_path / "plain.safetensors")
+    own = (f"sample.weights={tmp_path}/plain.safetensors", f"sample.folder={tmp_path}/set")
+    sizes = facts(drawn(configured(*own)))["model"]
+    assert (sizes["num_heads"], sizes["depth"]) == (3, 3)
+    with pytest.raises(OutputError, match=r"model\.num_heads: 3 there, 6 now"):
+        drawn(configured(*own, "model.num_heads=6"))
+
+
+@pytest.mark.parametrize("form", ["file", "repa", "checkpoint"])
+def test_a_guide_is_read_in_every_form(configured, tmp_path, form):
+    config = configured("sample.cfg_scale=2.5", "run.folder=" + str(tmp_path / "weaker"))
+    save_checkpoint(config, 7)
+    places = {
+        "file": tmp_path / "guide.safetensors",
+        "repa": tmp_path / "0400000.pt",
+        "checkpoint": tmp_path / "weaker/checkpoints/step-0000007",
+    }
+    # Of a checkpoint, the average of the step is the guide.
+    guide = {
+        "file": official(config, 2),
+        "repa": official(config, 2),
+        "checkpoint": official(config, 8),
+    }[form]
+    save_file(guide, places["file"])
+    write_repa(places["repa"], config)
+    write_export(configured().export_folder, configured())
+    own = ("sample.cfg_scale=2.5", f"sample.folder={tmp_path}/own")
+    found = drawn(configured(*own, f"sample.guide={places[form]}"))
+    model = {k: v for k, v in guide.items() if not k.startswith("projectors.")}
+    provenance = {"checkpoint": "none", "step": 5, "weights": "ema"}
+    write_model(tmp_path / "as-export", model, config=to_tree(config), provenance=provenance)
+    expected = ("sample.cfg_scale=2.5", f"sample.folder={tmp_path}/expected")
+    exported = drawn(configured(*expected, f"sample.guide={tmp_path}/as-export"))
+    np.testing.assert_array_equal(images(found), images(exported))
+    assert ("guide" in facts(found)) == (form != "checkpoint")
+
+
+def test_a_guide_that_is_nothing_of_the_kind_names_what_would_be(configured, tmp_path):
+    config = configured("sample.cfg_scale=2.5")
+    write_export(config.export_folder, config)
+    (tmp_path / "empty").mkdir()
+    for guide, words in (
+        ("empty", r"sample\.guide: .*does not hold an exported model.* or give a checkpoint"),
+        ("absent", r"sample\.guide: .*absent/config\.json: no such file.* or give a checkpoint"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            drawn(configured("sample.cfg_scale=2.5", f"sample.guide={tmp_path / guide}"))
+    torch.save({"model": official(config, 1), "opt": {}}, tmp_path / "no-ema.pt")
+    with pytest.raises(CheckpointError, match=r"does not hold 'ema'.*set sample\.guide to a file"):
+        drawn(configured("sample.cfg_scale=2.5", f"sample.guide={tmp_path}/no-ema.pt"))

@@ -31,10 +31,10 @@ def writer_of(folder):
     return ChunkWriter(folder, Provenance({"seed": 0}))
 
 
-def draw(folder, *, seconds=0.0, goes_on=lambda: True) -> list[int]:
+def draw(folder, *, seconds=0.0, goes_on=lambda: True, claim_seconds=None) -> list[int]:
     """Draws as one process does, so long for each chunk; returns the numbers of its chunks."""
     writer, own = writer_of(folder), []
-    with Claims(writer.parts.folder) as claims:
+    with Claims(writer.parts.folder, seconds=claim_seconds) as claims:
         units = Units(writer, CHUNKS, claims, goes_on=goes_on)
         for run in units.runs():
             for chunk in run:
@@ -142,3 +142,35 @@ def test_a_file_in_the_place_of_the_parts_is_named(tmp_path):
     writer.parts.folder.write_text("in the way")
     with pytest.raises(OutputError, match=r"cannot write .*(Not a directory|File exists)"):
         draw(tmp_path)
+
+
+def test_a_chunk_whose_owner_hangs_is_drawn_in_the_end(tmp_path):
+    """The claim is touched by its thread all the time, and its chunk is never drawn."""
+    writer = writer_of(tmp_path)
+    with Claims(writer.parts.folder, seconds=0.4) as hanging:
+        assert hanging.take("chunk-000007")
+        assert draw(tmp_path, claim_seconds=0.4)[-1] == 7
+        assert (writer.parts.folder / "chunk-000007.claim").exists()
+        assert not writer.missing(CHUNKS)
+
+
+def test_a_slower_owner_is_waited_for_as_long_as_two_chunks_take(tmp_path):
+    writer = writer_of(tmp_path)
+    with Claims(writer.parts.folder, seconds=30) as slower:
+        assert slower.take("chunk-000003")
+
+        def finish():
+            wait_until(lambda: len(writer.missing(CHUNKS)) == 1)
+            time.sleep(0.3)
+            writer.write(drawn(CHUNKS[3]))
+
+        owner = threading.Thread(target=finish)
+        owner.start()
+        own = draw(tmp_path, seconds=0.3, claim_seconds=0.1)
+        owner.join()
+    assert 3 not in own
+
+
+def wait_until(condition) -> None:
+    while not condition():
+        time.sleep(0.01)
