@@ -100,7 +100,8 @@ def test_deviations_are_said_and_notes_of_a_finished_set_renewed(configured, tmp
         drawn(configured(folder, "sample.cfg_scale=1.5"))
         assert "deviates" not in caplog.text
         drawn(configured(folder, "sample.cfg_scale=1.5", "sample.preset=irepa"))
-    found = "deviates from irepa: cfg_scale 1.5, not 1.0; num_samples 6, not 50000; num_steps 1"
+    found = "num_steps 1, not 250; cfg_scale 1.5, not 1.0; num_samples 6, not 50000"
+    assert "deviates from irepa: " in caplog.text
     assert all(part in caplog.text for part in found.split("; "))
     assert document(tmp_path / "set")["preset"] == "irepa"
 

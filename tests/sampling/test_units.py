@@ -146,31 +146,29 @@ def test_a_file_in_the_place_of_the_parts_is_named(tmp_path):
 
 def test_a_chunk_whose_owner_hangs_is_drawn_in_the_end(tmp_path):
     """The claim is touched by its thread all the time, and its chunk is never drawn."""
-    writer = writer_of(tmp_path)
+    writer, deadline = writer_of(tmp_path), time.monotonic() + 60
     with Claims(writer.parts.folder, seconds=0.4) as hanging:
         assert hanging.take("chunk-000007")
-        assert draw(tmp_path, claim_seconds=0.4)[-1] == 7
+        own = draw(tmp_path, claim_seconds=0.4, goes_on=lambda: time.monotonic() < deadline)
+        assert (own[-1], sorted(own)) == (7, list(range(10)))
         assert (writer.parts.folder / "chunk-000007.claim").exists()
-        assert not writer.missing(CHUNKS)
+    assemble(tmp_path)
 
 
 def test_a_slower_owner_is_waited_for_as_long_as_two_chunks_take(tmp_path):
-    writer = writer_of(tmp_path)
-    with Claims(writer.parts.folder, seconds=30) as slower:
-        assert slower.take("chunk-000003")
-
-        def finish():
-            wait_until(lambda: len(writer.missing(CHUNKS)) == 1)
-            time.sleep(0.3)
-            writer.write(drawn(CHUNKS[3]))
-
-        owner = threading.Thread(target=finish)
-        owner.start()
-        own = draw(tmp_path, seconds=0.3, claim_seconds=0.1)
-        owner.join()
-    assert 3 not in own
-
-
-def wait_until(condition) -> None:
-    while not condition():
-        time.sleep(0.01)
+    writer, begun, deadline = writer_of(tmp_path), {}, time.monotonic() + 60
+    with ExitStack() as stack:
+        slower, own = (
+            stack.enter_context(Claims(writer.parts.folder, seconds=1.0)) for _ in range(2)
+        )
+        assert slower.take("chunk-000002")
+        units = Units(writer, CHUNKS[:3], own, goes_on=lambda: time.monotonic() < deadline)
+        for run in units.runs():
+            for chunk in run:
+                begun[chunk.index] = time.monotonic()
+                time.sleep(0.8)
+                writer.write(drawn(chunk))
+                units.done(chunk)
+    assert list(begun)[-1] == 2
+    # From the end of the last own chunk.
+    assert begun[2] - max(begun[0], begun[1]) > 0.8 + 2 * 0.8
