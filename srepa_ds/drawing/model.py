@@ -1,6 +1,7 @@
 """The weights a set is drawn with, the model's and the guide's, and the settings they allow."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,12 +117,13 @@ def _guide(config: Config) -> ExportedModel | None:
     if config.sample.cfg_scale <= 1:
         log.warning("sample.guide has no effect with cfg_scale 1; set cfg_scale above 1")
         return None
-    if place.is_file():
+    # Unlike the methods of Path, these are False for whatever cannot be looked at.
+    if os.path.isfile(place):
         # Not `export.weights`: that chooses the model's, and a plain file holds but one kind.
         return read_model_of_file(
             place, weights=MAIN_EMA, config=to_tree(config), setting="sample.guide"
         )
-    if (place / STATE).is_file():
+    if os.path.isfile(place / STATE):
         if fault := fault_of(place):
             raise CheckpointError(f"sample.guide: {place} is not valid: {fault}; choose another")
         return read_model_of_checkpoint(place, weights=MAIN_EMA, power_sigma=None, schema=Config)
@@ -132,7 +134,7 @@ def _exported_guide(place: Path) -> ExportedModel:
     try:
         return read_model(place)
     except CheckpointError as error:
-        if (place / DOCUMENT).exists():
+        if os.path.exists(place / DOCUMENT):
             raise
         raise CheckpointError(
             f"sample.guide: {error}, or give a checkpoint (`.../checkpoints/step-0050000`) or a "

@@ -38,9 +38,9 @@ def reasons(results: Mapping[str, Any]) -> list[str]:
     """Returns why the scores of results.json cannot be put beside published ones, if they cannot.
 
     Published scores are those of ADM's evaluator: Inception, 50,000 images, ADM's reference with
-    its stored statistics, distances in half precision, and the sampler of a paper. Which decoder
-    and which weights drew the images is in the provenance, and is not judged here. Takes any
-    document: what is missing counts as not known.
+    its stored statistics, distances in half precision, and the sampler of a paper and its
+    decoder, by name. Which weights drew the images is in the provenance, and is not judged here.
+    Takes any document: what is missing counts as not known.
     """
     return [
         *_of_features(results),

@@ -57,7 +57,9 @@ def facts(folder: Path) -> dict:
     return json.loads((folder / "provenance.json").read_text())
 
 
-def save_checkpoint(config: Config, step: int, *, kinds=("master", "ema")) -> None:
+def save_checkpoint(
+    config: Config, step: int, *, kinds=("master", "ema"), edit=lambda tree: tree
+) -> None:
     """Writes a checkpoint whose weights are random, in pieces as of several ranks."""
     pieces = [
         piece
@@ -68,7 +70,7 @@ def save_checkpoint(config: Config, step: int, *, kinds=("master", "ema")) -> No
             run=1000,
         )
     ]
-    state = {"step": step, "adam_step": step, "config": to_tree(config)}
+    state = {"step": step, "adam_step": step, "config": edit(to_tree(config))}
     saving.save(config.run_folder.checkpoints, step=step, pieces=pieces, state=state, rank=0)
 
 
@@ -435,3 +437,19 @@ def test_a_guide_that_is_nothing_of_the_kind_names_what_would_be(configured, tmp
     torch.save({"model": official(config, 1), "opt": {}}, tmp_path / "no-ema.pt")
     with pytest.raises(CheckpointError, match=r"does not hold 'ema'.*set sample\.guide to a file"):
         drawn(configured("sample.cfg_scale=2.5", f"sample.guide={tmp_path}/no-ema.pt"))
+
+
+def test_the_cure_for_a_configuration_is_that_of_its_source(configured, tmp_path):
+    def broken(tree):
+        tree["codec"] = {"kind": "unheard-of"}
+        return tree
+
+    config = configured()
+    save_checkpoint(config, 7, edit=broken)
+    with pytest.raises(CheckpointError, match="unknown codec") as from_checkpoint:
+        drawn(configured("sample.source=checkpoint"))
+    assert "choose another one" in str(from_checkpoint.value)
+    assert "srepa-ds export" not in str(from_checkpoint.value)
+    write_export(config.export_folder, config, edit=broken)
+    with pytest.raises(CheckpointError, match="unknown codec.*\n.*make it again with `srepa-ds ex"):
+        drawn(config)
