@@ -3,8 +3,6 @@
 Arguments: the folder, and the outputs.
 """
 
-import os
-import resource
 import sys
 from pathlib import Path
 
@@ -19,9 +17,10 @@ SIZE = 256
 CHUNKS = plan_chunks(SamplerConfig(num_samples=640, batch_size=32))
 
 
-def resident() -> int:
-    pages = Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+def memory(name: str) -> int:
+    """Returns bytes; unlike `ru_maxrss`, they do not begin with those of the parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 writer = ChunkWriter(Path(sys.argv[1]), Provenance({"seed": 0}), sys.argv[2:])
@@ -29,7 +28,6 @@ for chunk in CHUNKS:
     ids = chunk.sample_ids()
     images = ids.to(torch.uint8)[:, None, None, None].expand(-1, SIZE, SIZE, 3).contiguous()
     writer.write(ImageBatch(images, ids % 10, ids, chunk))
-before = resident()
+before = memory("VmRSS")
 writer.assemble(CHUNKS, num_classes=10)
-peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(peak - before)
+print(memory("VmHWM") - before)
