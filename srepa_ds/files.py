@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -29,11 +30,10 @@ def write_aside(path: Path, write: Callable[[Path], object], *, concurrent: bool
     """Writes `path` as a whole: `write` fills the file it is given, which then takes the name.
 
     That file is `<path>.partial`; it is flushed to disk before it is renamed, and removed if
-    `write` raises. With `concurrent`, several processes may write the same path at once. Raises
-    what `write` raises, and OSError.
+    `write` raises. With `concurrent`, it is `own_aside(path)`, and several processes may write the
+    same path at once. Raises what `write` raises, and OSError.
     """
-    process = f".{socket.gethostname()}-{os.getpid()}" if concurrent else ""
-    aside = path.with_name(path.name + process + PARTIAL)
+    aside = own_aside(path) if concurrent else path.with_name(path.name + PARTIAL)
     try:
         # A new file: what lies there may be a link that leads elsewhere.
         aside.unlink(missing_ok=True)
@@ -47,6 +47,26 @@ def write_aside(path: Path, write: Callable[[Path], object], *, concurrent: bool
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def own_aside(path: Path) -> Path:
+    """Returns a name beside `path` that nobody else takes; it ends with `process_mark()`."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.{process_mark()}{PARTIAL}")
+
+
+def process_mark() -> str:
+    """Returns a name of this process among those of all machines and containers."""
+    space = hashlib.sha256(process_space().encode()).hexdigest()[:8]
+    return f"{socket.gethostname()}-{space}-{os.getpid()}"
+
+
+def process_space() -> str:
+    """Returns where process numbers have a meaning: the machine's start and the container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def expanded(path: Path) -> Path:

@@ -49,7 +49,7 @@ def measured(
     """Returns the speed of the plain loop, of ours, and of ours compiled if that is asked for.
 
     Each is warmed up and then timed `rounds` times in turns; the fastest round counts. The plain
-    loop guides every step, as REPA's does with its default interval.
+    loop guides every step if the scale is above 1, as REPA's does with its default interval.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = SiTConfig(variant=variant, input_size=latent_size, in_channels=4, num_classes=1000)

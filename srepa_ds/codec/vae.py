@@ -58,6 +58,8 @@ class VaeCodec:
             "shift": self._shift,
             "precision": self._config.precision,
             "tiled": self._config.tiled,
+            # Kernels round otherwise for other numbers of images.
+            "batch_size": self._config.batch_size,
         }
 
     @property
@@ -170,7 +172,7 @@ def _loaded(config: CodecConfig) -> Autoencoder:
     # What diffusers raises depends on the fault, and none of it is ours.
     except Exception as error:
         raise DataError(
-            f"codec.weights {folder}: not a readable AutoencoderKL: {reason_of(error)}; give a "
+            f"{folder}: not a readable AutoencoderKL: {reason_of(error)}; give a "
             "folder with config.json and diffusion_pytorch_model.safetensors"
         ) from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from srepa_ds.codec.config import CodecConfig
-from srepa_ds.config.sections import EvaluateConfig
+from srepa_ds.config.sections import EvaluateConfig, SampleConfig
 from srepa_ds.encoders.extractors import ExtractorConfig
 from srepa_ds.encoders.fetched import fetched_folder, read_fetched
 from srepa_ds.encoders.publications import PUBLISHED, WEB_FILES, HubFiles, Published
@@ -75,6 +75,8 @@ def named_weights(section: Section, place: str = "") -> Iterator[Named]:
         yield from _of_encoder(section, section.row.published, place)
     if isinstance(section, TeacherConfig):
         yield from _of_encoder(section, _published_of_teacher, place)
+    if isinstance(section, SampleConfig) and section.decoder is not None:
+        yield _of_vae(section.decoder, f"{place}.decoder")
     if isinstance(section, EvaluateConfig):
         yield from _of_evaluation(section, place)
     for name in type(section).model_fields:
@@ -87,14 +89,15 @@ def named_weights(section: Section, place: str = "") -> Iterator[Named]:
 
 
 def _of_codec(codec: CodecConfig, place: str) -> Iterator[Named]:
-    if codec.weights is None:
-        return
-    setting = f"{place}.weights"
-    if codec.weights.is_dir():
-        yield Named(setting, codec.weights)
-        return
+    if codec.weights is not None:
+        yield _of_vae(codec.weights, f"{place}.weights")
+
+
+def _of_vae(weights: Path, setting: str) -> Named:
+    if weights.is_dir():
+        return Named(setting, weights)
     try:
-        yield Named(setting, PUBLISHED["vae"](str(codec.weights)))
+        return Named(setting, PUBLISHED["vae"](str(weights)))
     except DataError as error:
         raise DataError(f"{setting}: {error}") from error
 

@@ -123,8 +123,7 @@ def _facts(drawing: Drawing) -> dict[str, Any]:
 
 def _per_image(sampler: SamplerConfig) -> int:
     """Returns function evaluations per image; a guided call is two."""
-    counted = count_evaluations(sampler)
-    return counted.total + counted.guided
+    return count_evaluations(sampler).total
 
 
 @contextmanager

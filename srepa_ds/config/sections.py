@@ -143,8 +143,14 @@ class SampleConfig(SamplerConfig):
     writes it) of the model that the section `model` describes; without it `<run.folder>/export`."""
 
     guide: Path | None = None
-    """Autoguidance: the exported folder of a weaker model, whose velocity for the same class takes
-    the place of the unconditional one."""
+    """Autoguidance: a weaker model, whose velocity for the same class takes the place of the
+    unconditional one. An exported folder, a run's checkpoint (`.../checkpoints/step-0050000`, of
+    which `ema` is taken), or a file of weights of the model that the section `model` describes."""
+
+    decoder: Path | None = None
+    """The VAE whose decoder draws, as `codec.weights` names one; null takes `codec.weights`. It has
+    to be one for the same latents: REPA trains on those of `stabilityai/sd-vae-ft-mse` and draws
+    with `stabilityai/sd-vae-ft-ema`."""
 
     label_file: Path | None = None
     """A text file with the class of each image, one number per line, instead of `labels`;

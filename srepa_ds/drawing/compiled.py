@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from srepa_ds.config.machine_checks import missing_compiler
 from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.model.sit import SiT, SiTOutput
 from srepa_ds.model.variants import SiTConfig
@@ -50,6 +51,13 @@ class CompiledModel:
             outputs = [None if part is None else part.clone() for part in outputs]
         assert outputs[0] is not None
         return SiTOutput(outputs[0], (), outputs[1])
+
+
+def check_compiler(wanted: bool, device: torch.device) -> None:
+    """Raises ConfigError if compiled models are wanted where torch.compile cannot work."""
+    if wanted and (missing := missing_compiler(device)):
+        reason = f"torch.compile cannot work here: {missing}; or set it to false"
+        raise ConfigError("configuration", [Fault("sample.compile", reason)])
 
 
 def check_cuda_graphs(wanted: bool, device: torch.device) -> None:

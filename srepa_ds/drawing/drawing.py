@@ -2,21 +2,21 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from srepa_ds.codec.config import CodecConfig
 from srepa_ds.codec.latent_codec import LatentCodec
 from srepa_ds.codec.table import build_codec
 from srepa_ds.config.experiment import Config
 from srepa_ds.config.sections import SampleConfig
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
-from srepa_ds.drawing.compiled import CompiledModel, check_cuda_graphs
+from srepa_ds.drawing.compiled import CompiledModel, check_compiler, check_cuda_graphs
+from srepa_ds.drawing.decoder import as_drawn, check_decoder, decoder_name
 from srepa_ds.drawing.model import Models, open_models
 from srepa_ds.errors import DataError
 from srepa_ds.interpolant import INTERPOLANTS, Interpolant
@@ -26,7 +26,7 @@ from srepa_ds.sampling.generate import Chunk, ImageBatch, generate, plan_chunks
 from srepa_ds.sampling.labels import hash_of_labels, labels_of_set
 from srepa_ds.sampling.provenance import Further, Provenance, describe
 from srepa_ds.sampling.state import SamplingModel
-from srepa_ds.telemetry.environment import environment
+from srepa_ds.telemetry.environment import device_name, environment
 from srepa_ds.weights.exported import ExportedModel
 
 log = logging.getLogger("srepa_ds")
@@ -90,17 +90,19 @@ def open_drawing(config: Config, rank: Rank) -> Drawing:
 
     Raises SRepaError on all ranks alike.
     """
+    ranks.together(check_compiler, config.sample.compile, rank.device)
     ranks.together(check_cuda_graphs, config.sample.cuda_graphs, rank.device)
     models = open_models(config)
     codec = ranks.together(_codec, config, models, rank)
     labels = ranks.together(_labels, config.sample, models.model)
+    devices = ranks.gather(device_name(rank.device))
     objective = models.model.document.section(ObjectiveConfig, "objective")
     return Drawing(
         model=_on_device(models.model, config.sample, rank),
         codec=codec,
         interpolant=INTERPOLANTS[objective.interpolant.path],
         sampler=_sampler(config.sample),
-        provenance=_provenance(config.sample, models, codec, labels),
+        provenance=_provenance(config, models, codec, labels, devices),
         device=rank.device,
         folder=config.sample.folder or config.run_folder.samples(models.step),
         guide=None if models.guide is None else _on_device(models.guide, config.sample, rank),
@@ -134,9 +136,13 @@ def _labels(config: SampleConfig, model: ExportedModel) -> Tensor | None:
 
 
 def _codec(config: Config, models: Models, rank: Rank) -> LatentCodec:
-    """Returns the codec that the model was trained with; raises DataError."""
-    trained_with = models.model.document.section(CodecConfig, "codec")
-    codec = build_codec(trained_with.as_used_here(config.codec), device=rank.device)
+    """Returns the codec that the model was trained with, with the decoder that is to draw.
+
+    Raises DataError, and ConfigError for a decoder where none is of use.
+    """
+    drawn = as_drawn(config, models.model)
+    check_decoder(config)
+    codec = build_codec(drawn, device=rank.device)
     _check_space(config, models.place, models.model, codec)
     if models.guide is not None and config.sample.guide is not None:
         _check_space(config, config.sample.guide, models.guide, codec)
@@ -151,29 +157,34 @@ def _check_space(config: Config, place: Path, model: ExportedModel, codec: Laten
     noted = model.document.provenance.get("codec")
     trained_in = json.loads(noted) if isinstance(noted, str) else {}
     space = json.loads(json.dumps(codec.space))
+    given = config.sample.decoder or config.codec.weights
     for name in ("kind", "scale", "shift"):
         if name in trained_in and trained_in[name] != space.get(name):
             raise DataError(
                 f"{place}: was trained with codec.{name} {trained_in[name]}, and "
-                f"{config.codec.weights or 'this codec'} has {space.get(name)}; give the VAE it "
+                f"{given or 'this codec'} has {space.get(name)}; give the VAE it "
                 "was trained with, or one with another decoder for the same latents"
             )
     if trained_in and trained_in.get("encoder_sha256") != space.get("encoder_sha256"):
         log.warning(
             "%s: was trained on latents of an encoder other than that in %s",
             place,
-            config.codec.weights,
+            given,
         )
 
 
 def _provenance(
-    config: SampleConfig, models: Models, codec: LatentCodec, labels: Tensor | None
+    config: Config,
+    models: Models,
+    codec: LatentCodec,
+    labels: Tensor | None,
+    devices: Sequence[str],
 ) -> Provenance:
     """Returns everything that decides the pixels; paths and the number of ranks do not."""
     versions = environment()
     document = models.model.document
     return describe(
-        _sampler(config),
+        _sampler(config.sample),
         checkpoint_sha256=models.model.sha256,
         ema=document.weights,
         path=document.section(ObjectiveConfig, "objective").interpolant.path,
@@ -182,7 +193,11 @@ def _provenance(
         versions={name: versions[name] for name in ("srepa_ds", "torch")},
         further=Further(
             guide_sha256=None if models.guide is None else models.guide.sha256,
+            model=models.model.described,
+            guide={} if models.guide is None else models.guide.described,
             labels_sha256=None if labels is None else hash_of_labels(labels),
-            compiled=config.compile,
+            compiled=config.sample.compile,
         ),
+        decoder=decoder_name(as_drawn(config, models.model)),
+        devices=devices,
     )

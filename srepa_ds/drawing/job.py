@@ -3,10 +3,11 @@
 import logging
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from srepa_ds.console import Progress
 from srepa_ds.distributed import ranks
@@ -22,6 +23,7 @@ from srepa_ds.sampling.claims import Claims
 from srepa_ds.sampling.generate import Chunk
 from srepa_ds.sampling.outputs.table import OUTPUTS
 from srepa_ds.sampling.parts import PARTS, Parts
+from srepa_ds.sampling.provenance import DEVICES
 from srepa_ds.sampling.units import Units
 from srepa_ds.sampling.writer import CURE, ChunkWriter
 
@@ -109,10 +111,13 @@ class SetJob:
         """Removes damaged parts and says what is to be done; raises OutputError."""
         if damaged := self.writer.remove_damaged(self.chunks):
             log.warning("%s: damaged parts, which are drawn again: %d", self.writer.folder, damaged)
+        for sentence in _deviations(self.drawing.provenance.notes):
+            log.info("%s", sentence)
         missing, sampler = len(self.writer.missing(self.chunks)), self.drawing.sampler
         if not missing:
             log.info("all images are already drawn")
             return
+        self._note_devices()
         there = len(self.chunks) - missing
         log.info(
             "drawing %d images with %s, %d steps; function evaluations per image: %s%s",
@@ -122,6 +127,18 @@ class SetJob:
             self.drawing.evaluations,
             f"; {there} of {len(self.chunks)} chunks are already drawn" if there else "",
         )
+
+    def _note_devices(self) -> None:
+        """Warns if others have drawn on another device, which rounds otherwise."""
+        own = self.drawing.provenance.notes.get(DEVICES, [])
+        before = self.writer.note_devices()
+        if before and (others := sorted(set(before) ^ set(own))):
+            log.warning(
+                "%s: drawn on several kinds of devices (%s), which round otherwise: the same set "
+                "drawn on one kind may differ in single levels of pixels",
+                self.writer.folder,
+                ", ".join(sorted({*before, *others})),
+            )
 
     def run(self) -> None:
         """Draws chunks until all are drawn, and assembles the set. Collective.
@@ -225,6 +242,16 @@ class _Outlook:
         if there >= self._next_sheet or now - self._sheet_at >= _SECONDS_BETWEEN_SHEETS:
             self._writer.write_sheet(self._chunks)
             self._next_sheet, self._sheet_at = 2 * there, now
+
+
+def _deviations(notes: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is set otherwise than by the preset, as one sentence."""
+    found = notes.get("deviations")
+    if found:
+        words = [
+            f"{name} {values['here']}, not {values['preset']}" for name, values in found.items()
+        ]
+        yield f"deviates from {notes['preset']}: {'; '.join(words)}"
 
 
 def _of_share(chunks: Iterable[Chunk], share: Share) -> tuple[Chunk, ...]:

@@ -1,19 +1,22 @@
 """The weights a set is drawn with, the model's and the guide's, and the settings they allow."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from srepa_ds.checkpoint.folder import STATE, fault_of
 from srepa_ds.codec.config import CodecConfig
 from srepa_ds.config.experiment import Config
 from srepa_ds.config.sections import SampleConfig
 from srepa_ds.distributed import ranks
 from srepa_ds.errors import CheckpointError, ConfigError, Fault, listed
 from srepa_ds.objective import ObjectiveConfig
+from srepa_ds.optim.ema import MAIN_EMA
 from srepa_ds.sampling.state import StateLayout
 from srepa_ds.schema import to_tree
-from srepa_ds.weights.exported import ExportedModel, read_model
+from srepa_ds.weights.exported import DOCUMENT, ExportedModel, read_model
 from srepa_ds.weights.from_checkpoint import chosen_checkpoint, read_model_of_checkpoint
 from srepa_ds.weights.from_file import KINDS, read_model_of_file
 
@@ -66,7 +69,7 @@ def _read(config: Config, place: Path) -> Models:
         # Only these two: others name files that may be absent where the model is used.
         model.document.section(schema, name)
     _refuse_broken(model, place)
-    guide = _guide(config.sample)
+    guide = _guide(config)
     if guide is not None:
         assert config.sample.guide is not None
         _refuse_broken(guide, config.sample.guide)
@@ -106,14 +109,37 @@ _READERS: Mapping[str, Callable[[Config, Path], ExportedModel]] = {
 }
 
 
-def _guide(config: SampleConfig) -> ExportedModel | None:
+def _guide(config: Config) -> ExportedModel | None:
     """Returns the guide, if one is given and used; raises CheckpointError."""
-    if config.guide is None:
+    place = config.sample.guide
+    if place is None:
         return None
-    if config.cfg_scale <= 1:
+    if config.sample.cfg_scale <= 1:
         log.warning("sample.guide has no effect with cfg_scale 1; set cfg_scale above 1")
         return None
-    return read_model(config.guide)
+    # Unlike the methods of Path, these are False for whatever cannot be looked at.
+    if os.path.isfile(place):
+        # Not `export.weights`: that chooses the model's, and a plain file holds but one kind.
+        return read_model_of_file(
+            place, weights=MAIN_EMA, config=to_tree(config), setting="sample.guide"
+        )
+    if os.path.isfile(place / STATE):
+        if fault := fault_of(place):
+            raise CheckpointError(f"sample.guide: {place} is not valid: {fault}; choose another")
+        return read_model_of_checkpoint(place, weights=MAIN_EMA, power_sigma=None, schema=Config)
+    return _exported_guide(place)
+
+
+def _exported_guide(place: Path) -> ExportedModel:
+    try:
+        return read_model(place)
+    except CheckpointError as error:
+        if os.path.exists(place / DOCUMENT):
+            raise
+        raise CheckpointError(
+            f"sample.guide: {error}, or give a checkpoint (`.../checkpoints/step-0050000`) or a "
+            "file of weights"
+        ) from error
 
 
 def _refuse_broken(found: ExportedModel, place: Path) -> None:

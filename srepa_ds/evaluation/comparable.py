@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from srepa_ds.sampling.presets import PRESETS
+
 PUBLISHED_IMAGES = 50_000
 """The number of images that published scores are of."""
 
@@ -36,9 +38,9 @@ def reasons(results: Mapping[str, Any]) -> list[str]:
     """Returns why the scores of results.json cannot be put beside published ones, if they cannot.
 
     Published scores are those of ADM's evaluator: Inception, 50,000 images, ADM's reference with
-    its stored statistics, distances in half precision, and the sampler of a paper. Which decoder
-    and which weights drew the images is in the provenance, and is not judged here. Takes any
-    document: what is missing counts as not known.
+    its stored statistics, distances in half precision, and the sampler of a paper and its
+    decoder, by name. Which weights drew the images is in the provenance, and is not judged here.
+    Takes any document: what is missing counts as not known.
     """
     return [
         *_of_features(results),
@@ -83,7 +85,9 @@ def _of_drawing(results: Mapping[str, Any]) -> Iterator[str]:
     for name, values in deviations.items():
         if name not in _NO_REASONS:
             yield _deviation(name, values, preset)
-    if sampler.get("rounding") == "round" and "rounding" not in deviations:
+    row = PRESETS.get(preset) if isinstance(preset, str) else None
+    rounds = row is not None and row.settings["rounding"] == "round"
+    if sampler.get("rounding") == "round" and not rounds and "rounding" not in deviations:
         yield "pixels are rounded to the nearest, and REPA and its family truncate them"
 
 

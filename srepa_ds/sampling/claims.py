@@ -1,8 +1,9 @@
 """Claims: which process works on which unit of a folder that independent processes share.
 
 A claim is a small file. Its owner touches it while it lives, so a claim that is no longer touched
-belongs to a process that is dead, paused or cut off, and another process takes it over. Claims
-only save work: two processes that do the same unit write the same bytes.
+belongs to a process that is dead, paused or cut off, and another process takes it over. The thread
+that touches it may outlive the work of a process that hangs: nobody should wait for a claim without
+end. Claims only save work: two processes that do the same unit write the same bytes.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from srepa_ds.errors import TopologyError
-from srepa_ds.files import PARTIAL
+from srepa_ds.files import PARTIAL, process_mark, process_space
 
 CLAIM_SECONDS = "SREPA_CLAIM_SECONDS"
 """Names the seconds without a touch after which a claim is stale; 120 by default."""
@@ -59,7 +60,7 @@ class Process(NamedTuple):
         """Returns this process."""
         pid = os.getpid()
         _, start = _state_of(pid)
-        return cls(socket.gethostname(), _space(), pid, start)
+        return cls(socket.gethostname(), process_space(), pid, start)
 
     @property
     def name(self) -> str:
@@ -68,20 +69,12 @@ class Process(NamedTuple):
 
     def is_dead(self) -> bool:
         """Returns whether the process has certainly ended; False if it is on another machine."""
-        if (self.host, self.space) != (socket.gethostname(), _space()):
+        if (self.host, self.space) != (socket.gethostname(), process_space()):
             return False
         if not _is_running(self.pid):
             return True
         state, start = _state_of(self.pid)
         return state in ("Z", "X") or (start != self.start and bool(start and self.start))
-
-
-def _space() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
 
 
 def _state_of(pid: int) -> tuple[str, str]:
@@ -132,6 +125,11 @@ class Claims:
             for path in tuple(self._held):
                 self._release(path)
             self._clock.unlink(missing_ok=True)
+
+    @property
+    def seconds(self) -> float:
+        """The seconds without a touch after which a claim is stale."""
+        return self._seconds
 
     @property
     def held(self) -> int:
@@ -219,11 +217,11 @@ class Claims:
 def is_left_over(path: Path, *, after_seconds: float) -> bool:
     """Returns whether no living process writes `path`, a file of `write_aside(concurrent=True)`.
 
-    That is certain if its process was on this machine and has ended; of others, one that did not
+    That is certain if its process was in this container and has ended; of others, one that did not
     grow for so long. The folder must be writable: its own clock tells the time. Raises OSError.
     """
-    host, _, pid = path.name.removesuffix(PARTIAL).rpartition("-")
-    if host.endswith(f".{socket.gethostname()}") and pid.isdecimal():
+    place, _, pid = path.name.removesuffix(PARTIAL).rpartition("-")
+    if place.endswith(f".{process_mark().rpartition('-')[0]}") and pid.isdecimal():
         return not _is_running(int(pid))
     clock = path.with_name(f"{path.name}{_CLOCK}")
     try:

@@ -160,6 +160,11 @@ class Evaluations:
 
     @property
     def total(self) -> int:
+        """All function evaluations of an image."""
+        return self.conditional + self.unconditional + self.guide
+
+    @property
+    def calls(self) -> int:
         """The solver's calls, guided or not."""
         return self.conditional
 

@@ -178,8 +178,8 @@ def _decoded(
     except BrokenImagesError as error:
         first = chunk.start + error.rows[0]
         raise DataError(
-            f"image {first} of the set: its {error.what} are NaN or infinite, as are those of "
-            f"{len(error.rows)} of {len(latents)} images in its chunk; draw with "
+            f"image {first} of the set: its {error.what} are NaN or infinite; "
+            f"{len(error.rows)} of the {len(latents)} images of its chunk; draw with "
             "sample.precision=fp32 and codec.precision=fp32, or with weights from before the run "
             "diverged. Images that are already drawn stay"
         ) from error

@@ -29,14 +29,16 @@ _ORDINARY_PRECISIONS = ("fp32", "tf32")
 class Preset:
     """A row of `PRESETS`: how one paper draws the images it scores, and where it says so.
 
-    The autoencoder is not part of it: all rows decode with `stabilityai/sd-vae-ft-ema`, and the
-    provenance of a set holds the hash of the decoder that was used.
+    The decoder is `sample.decoder`, which no preset sets: another one is a deviation.
     """
 
     source: str
     """The paper or code, and the place in it."""
 
     changes: Mapping[str, Any] = field(default_factory=dict)
+
+    decoder: str = "stabilityai/sd-vae-ft-ema"
+    """The VAE that decodes the images."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -60,13 +62,27 @@ PRESETS: dict[str, Preset] = {
         "REG, eval.sh of its code: cfg-scale and cls-cfg-scale 2.3 up to guidance-high 0.85",
         {"cfg_scale": 2.3, "cls_cfg_scale": 2.3, "guidance_high": 0.85},
     ),
-    "irepa": Preset("iREPA, the defaults of its code: SDE with 250 steps, no guidance"),
+    "irepa": Preset(
+        "iREPA, the defaults of its code: SDE with 250 steps, no guidance, the decoder of ft-mse",
+        decoder="stabilityai/sd-vae-ft-mse",
+    ),
     "sit": Preset(
-        "SiT, Ma et al. 2024: SDE, Euler-Maruyama with 250 steps, guidance 1.5; the first SiT "
-        "guides 3 of 4 channels (guided_channels), which REPA's form of it does not",
-        {"cfg_scale": 1.5},
+        "SiT, Ma et al. 2024, and its code: SDE, Euler-Maruyama with 250 steps, guidance 1.5 of "
+        "the first 3 of 4 channels; pixels are 127.5 x + 128, cut off: rounded to the nearest",
+        {"cfg_scale": 1.5, "guided_channels": 3, "rounding": "round"},
     ),
 }
+
+
+def decoder_deviation(preset: str | None, decoder: str) -> dict[str, dict[str, Any]]:
+    """Returns the name of the decoder, if it is not that of the preset, as `deviations` does.
+
+    The last part of a name counts: a folder `sd-vae-ft-ema` is taken for what its name says.
+    """
+    row = PRESETS.get(preset or "")
+    if row is None or decoder.split("/")[-1] == row.decoder.split("/")[-1]:
+        return {}
+    return {"decoder": {"preset": row.decoder, "here": decoder}}
 
 
 def deviations(config: Section) -> dict[str, dict[str, Any]]:

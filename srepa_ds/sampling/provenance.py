@@ -2,28 +2,30 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from srepa_ds import trees
 from srepa_ds.sampling.config import SamplerConfig, count_evaluations
-from srepa_ds.sampling.presets import deviations
+from srepa_ds.sampling.presets import decoder_deviation, deviations
 from srepa_ds.schema import to_tree
 
-NOTES = ("evaluations", "preset", "deviations")
-"""What is stored beside the facts and follows from them, so that it decides nothing."""
+DEVICES = "devices"
+NOTES = ("evaluations", "preset", "deviations", "decoder", DEVICES)
+"""What is stored beside the facts and is not compared."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """The facts a sample set was made with, and notes that follow from them, as JSON values."""
+    """The facts a sample set was made with, and notes beside them, as JSON values."""
 
     facts: Mapping[str, Any]
     """Everything that decides the pixels."""
 
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """Function evaluations per image; the preset, and the settings that deviate from it."""
+    """Function evaluations per image; the preset, and the settings that deviate from it; the
+    decoder's name, and the devices that drew."""
 
     def text(self) -> str:
         """Returns the JSON text that is stored beside the samples."""
@@ -51,10 +53,22 @@ class Further:
     compiled: bool = False
     """Whether torch.compile made the model's kernels, which round otherwise."""
 
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """The sizes of a model that a file of weights does not describe."""
+
+    guide: Mapping[str, Any] = field(default_factory=dict)
+    """Those of the guide."""
+
     @property
     def facts(self) -> dict[str, Any]:
         """The facts that differ from those of ordinary sets."""
         return {name: value for name, value in vars(self).items() if value}
+
+    @property
+    def deviations(self) -> dict[str, dict[str, Any]]:
+        """What no paper has, as `presets.deviations` does; rounding and sizes are none."""
+        found = {name: getattr(self, name) for name in ("guide_sha256", "labels_sha256")}
+        return {name: {"preset": None, "here": here} for name, here in found.items() if here}
 
 
 def describe(
@@ -67,12 +81,15 @@ def describe(
     class_token: bool,
     versions: Mapping[str, str],
     further: Further = Further(),
+    decoder: str | None = None,
+    devices: Sequence[str] = (),
 ) -> Provenance:
     """Returns the provenance of the set that `config` draws from a checkpoint.
 
     `ema` names the weights ("none" for the trained ones), `path` the interpolant, `versions` the
     libraries whose arithmetic decides the pixels, `codec` what decides them in the decoder.
-    `class_token` tells whether the model has one; only then is its guidance a fact.
+    `class_token` tells whether the model has one; only then is its guidance a fact. The name of the
+    `decoder`, if it is a VAE, and the `devices` that draw are noted.
     """
     sampler = to_tree(config)
     preset = sampler.pop("preset")
@@ -96,9 +113,14 @@ def describe(
     notes: dict[str, Any] = {
         "evaluations": vars(count_evaluations(config, autoguided=autoguided)),
     }
+    if decoder is not None:
+        notes["decoder"] = decoder
+    if devices:
+        notes[DEVICES] = sorted(set(devices))
     if preset is not None:
-        others = {name: {"preset": None, "here": value} for name, value in further.facts.items()}
-        notes |= {"preset": preset, "deviations": {**deviations(config), **others}}
+        of_decoder = {} if decoder is None else decoder_deviation(preset, decoder)
+        found = {**deviations(config), **of_decoder, **further.deviations}
+        notes |= {"preset": preset, "deviations": found}
     return Provenance(json.loads(json.dumps(facts)), json.loads(json.dumps(notes)))
 
 

@@ -35,6 +35,8 @@ class Units:
         self._claims = claims
         self._goes_on = goes_on
         self._wait = _SHORTEST_WAIT
+        self._longest = 0.0
+        self._begun: dict[int, float] = {}
         # Processes begin at different places, and seldom reach for the same chunk.
         name = f"{Process.own().name}"
         self._begin = zlib.crc32(name.encode()) / 2**32
@@ -43,15 +45,25 @@ class Units:
         """Yields runs of chunks to draw, until every chunk is drawn by this process or another.
 
         Each run is to be drawn to its end, and holds one chunk at least. Between runs, while others
-        hold all the chunks that are left, `look` is called now and then: their owners may die.
-        Raises OutputError.
+        hold all the chunks that are left, `look` is called now and then: their owners may die. An
+        owner may also hang, or be much slower: after the time of a stale claim, and at least twice
+        that of the longest chunk so far, chunks that others hold are drawn too. Raises OutputError.
         """
+        waits_since = time.monotonic()
         while self._goes_on() and (missing := self._writer.missing(self._chunks)):
             run = self._taken(missing)
             first = next(run, None)
             if first is not None:
                 self._wait = _SHORTEST_WAIT
                 yield _chained(first, run)
+                waits_since = time.monotonic()
+                continue
+            patience = max(self._claims.seconds, 2 * self._longest)
+            if time.monotonic() - waits_since > patience:
+                # Not the same one as all others that wait.
+                held = random.choice(missing)
+                self._begun[held.index] = time.monotonic()
+                yield iter((held,))
                 continue
             moved()
             look()
@@ -60,6 +72,8 @@ class Units:
 
     def done(self, chunk: Chunk) -> None:
         """Gives the claim on a chunk back, whose part is written; raises OutputError."""
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._begun.pop(chunk.index, now))
         with writing(self._writer.folder, cure=CURE):
             self._claims.release(self._name(chunk))
 
@@ -70,6 +84,7 @@ class Units:
             if not self._goes_on():
                 return
             if self._take(chunk):
+                self._begun[chunk.index] = time.monotonic()
                 yield chunk
 
     def _take(self, chunk: Chunk) -> bool:

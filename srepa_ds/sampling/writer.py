@@ -6,9 +6,10 @@ of them, under the folder's lock, makes the outputs of all parts.
 
 import io
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,16 +20,17 @@ from srepa_ds.files import (
     is_of_the_system,
     locked,
     make_folder,
+    own_aside,
     remove_empty,
     write_aside,
     writing,
 )
-from srepa_ds.sampling.claims import Process, claim_seconds, is_left_over
+from srepa_ds.sampling.claims import claim_seconds, is_left_over
 from srepa_ds.sampling.generate import Chunk, ImageBatch
 from srepa_ds.sampling.outputs.content import Content, Output, PartsContent, SetFacts
 from srepa_ds.sampling.outputs.table import OUTPUTS
 from srepa_ds.sampling.parts import PARTS, Parts
-from srepa_ds.sampling.provenance import Provenance, differences
+from srepa_ds.sampling.provenance import DEVICES, Provenance, differences
 from srepa_ds.sampling.sample_set import CONTACT_SHEET, PROVENANCE, SAMPLES, read_provenance
 from srepa_ds.sampling.sheet import SheetBuilder
 
@@ -63,6 +65,7 @@ class ChunkWriter:
                 _write_first(folder / PROVENANCE, provenance.text().encode())
                 # Another process may have been faster, with other settings.
                 self._refuse_foreign()
+                self._renew_notes()
                 self.make_room()
             except OSError:
                 remove_empty(made)
@@ -165,6 +168,35 @@ class ChunkWriter:
             with suppress(OSError), locked(self.folder):
                 self._tidy_up()
 
+    def note_devices(self) -> list[str]:
+        """Notes the devices of this drawing beside those that drew before, which it returns.
+
+        Raises OutputError or DataError.
+        """
+        stored = dict(read_provenance(self.folder))
+        before, own = (_devices_in(notes) for notes in (stored, self.provenance.notes))
+        if set(own) - set(before):
+            with writing(self.folder, cure=CURE):
+                self._rewrite({**stored, DEVICES: sorted({*before, *own})})
+        return before
+
+    def _renew_notes(self) -> None:
+        """Replaces the notes of a set with the same facts; whoever draws adds its device.
+
+        A finished set in a folder that cannot be written to keeps its notes.
+        """
+        stored = dict(read_provenance(self.folder))
+        notes = {name: value for name, value in self.provenance.notes.items() if name != DEVICES}
+        kept = {DEVICES: stored[DEVICES]} if DEVICES in stored else {}
+        wanted = {**self.provenance.facts, **notes, **kept}
+        if wanted != stored:
+            with suppress(OSError) if self.is_complete() else nullcontext():
+                self._rewrite(wanted)
+
+    def _rewrite(self, document: Mapping[str, Any]) -> None:
+        text = Provenance(document).text()
+        write_aside(self.folder / PROVENANCE, lambda to: to.write_text(text), concurrent=True)
+
     def _make_outputs(self, content: Content, *, num_images: int, num_classes: int) -> None:
         facts = SetFacts(self.provenance, num_classes)
         if self.missing_outputs() and len(content.labels) != num_images:
@@ -236,6 +268,11 @@ class ChunkWriter:
             self.parts.folder.rmdir()
 
 
+def _devices_in(document: Mapping[str, Any]) -> list[str]:
+    found = document.get(DEVICES)
+    return [str(name) for name in found] if isinstance(found, list) else []
+
+
 def _write_first(target: Path, content: bytes) -> None:
     """Writes `target` unless it is there; of several processes at once, one writes it.
 
@@ -243,7 +280,7 @@ def _write_first(target: Path, content: bytes) -> None:
     """
     if target.exists():
         return
-    aside = target.with_name(f"{target.name}.{Process.own().name}{PARTIAL}")
+    aside = own_aside(target)
     try:
         aside.write_bytes(content)
         flush_to_disk(aside)

@@ -5,11 +5,11 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from srepa_ds.documents.json_reader import read_json
@@ -25,8 +25,9 @@ from srepa_ds.files import (
 )
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
-from srepa_ds.schema import Section, replaced, validated
+from srepa_ds.schema import Section, validated
 from srepa_ds.weight_file import other_kind, plain_tensors, read_weight_file
+from srepa_ds.weights.fit import model_of
 
 FORMAT = "srepa_ds.model"
 VERSION = 1
@@ -34,19 +35,22 @@ WEIGHTS = "model.safetensors"
 DOCUMENT = "config.json"
 # Files of an export that is under way or was killed; the last is safetensors' own.
 _UNFINISHED = re.compile(rf"({WEIGHTS}|{DOCUMENT}){PARTIAL}|\.tmp\w{{6}}")
-_METADATA = {"format": "pt"}
-# Weights that sampling does not need.
-_TRAINING_ONLY = ("projectors.",)
+METADATA = {"format": "pt"}
+"""What the weight file says of itself."""
+_EXPORT_AGAIN = "make it again with `srepa-ds export CONFIG`"
 
 S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True)
 class ExportDocument:
-    """The contents of an export's `config.json`, of which the types are checked."""
+    """What is said of a model's weights, of which the types are checked.
+
+    By an export's `config.json`, a checkpoint, or the experiment that draws from a file.
+    """
 
     path: Path
-    """The file that holds it."""
+    """The file or folder that it comes from, or that it describes."""
 
     config: Mapping[str, Any]
     """The experiment's configuration, as a tree."""
@@ -56,6 +60,9 @@ class ExportDocument:
 
     sha256: str | None
     """Hash of the weight file; None in exports of the first release."""
+
+    cure: str = _EXPORT_AGAIN
+    """What to do about a configuration that cannot be used."""
 
     @property
     def weights(self) -> str:
@@ -68,18 +75,21 @@ class ExportDocument:
         try:
             return validated(schema, tree, source=f"{self.path}: config.{name}")
         except ConfigError as error:
-            raise CheckpointError(f"{error}\n{_EXPORT_AGAIN}") from error
+            raise CheckpointError(f"{error}\n{self.cure}") from error
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A model read from a folder, with its configuration and provenance."""
+    """A model read from a folder or a file, with its configuration and provenance."""
 
     model: SiT
     document: ExportDocument
 
     sha256: str
-    """Hash of the weight file."""
+    """Hash of the weight file; of a checkpoint, of that which its export would have."""
+
+    described: Mapping[str, Any] = field(default_factory=dict)
+    """What the weights do not tell of the model, as JSON values, if nothing beside them does."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -125,7 +135,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
     def both(aside: Path) -> None:
         # No provenance here: safetensors writes several keys in an order that changes from run to
         # run, and sample sets identify their model by the hash of this file.
-        save_file(contiguous, aside, _METADATA)
+        save_file(contiguous, aside, METADATA)
         mark = {"format": FORMAT, "version": VERSION, "sha256": sha256_of(aside)}
         # A new file: what lies there may be a link that leads elsewhere.
         document.unlink(missing_ok=True)
@@ -277,54 +287,7 @@ def read_model(folder: Path) -> ExportedModel:
     except CheckpointError as error:
         raise _without_model(folder, str(error)) from error
     config = document.section(SiTConfig, "model")
-    return ExportedModel(model_of(config, tensors, path), document, sha256)
-
-
-def model_of(config: SiTConfig, tensors: Mapping[str, Tensor], path: Path) -> SiT:
-    """Returns the model with these weights under official names, frozen, in evaluation mode.
-
-    Projectors are left out. Raises CheckpointError about `path` if the weights do not fit.
-    """
-    tensors = {k: v for k, v in tensors.items() if not k.startswith(_TRAINING_ONLY)}
-    if fault := misfit_of(config, tensors):
-        raise _misfit(path, fault)
-    try:
-        # The attention backend is not part of a model: the one that trained it may not run here.
-        model = SiT(replaced(config, attention="sdpa"), None)
-        model.load_state_dict(dict(tensors))
-    except (RuntimeError, ValueError) as error:
-        raise _misfit(path, str(error)) from error
-    return model.eval().requires_grad_(False)
-
-
-def misfit_of(config: SiTConfig, tensors: Mapping[str, Tensor]) -> str | None:
-    """Returns why weights cannot be a model's by the shapes of a few, or None.
-
-    It is found before a model is built, which may be of any size.
-    """
-    hidden_size, last = config.shape.hidden_size, f"blocks.{config.shape.depth - 1}.attn.qkv.weight"
-    patch = (config.in_channels, config.shape.patch_size, config.shape.patch_size)
-    shapes: dict[str, tuple[int, ...]] = {
-        "pos_embed": (1, config.num_prefix_tokens + config.num_tokens, hidden_size),
-        "x_embedder.proj.weight": (hidden_size, *patch),
-        "y_embedder.embedding_table.weight": (config.num_classes + 1, hidden_size),
-        last: (3 * hidden_size, hidden_size),
-    }
-    if config.class_token_width is not None:
-        shapes["cls_projectors2.weight"] = (hidden_size, config.class_token_width)
-    for name, shape in shapes.items():
-        found = tuple(tensors[name].shape) if name in tensors else "missing"
-        if found != shape:
-            return f"{name} is {found}, but should be {shape}"
-    return None
-
-
-def serialised(tensors: Mapping[str, Tensor]) -> bytes:
-    """Returns the bytes of the weight file that `write_model` writes for `tensors`."""
-    return save({name: tensor.contiguous() for name, tensor in tensors.items()}, _METADATA)
-
-
-_EXPORT_AGAIN = "make it again with `srepa-ds export CONFIG`"
+    return ExportedModel(model_of(config, tensors, path, cure=_EXPORT_AGAIN), document, sha256)
 
 
 def _without_model(folder: Path, reason: str) -> CheckpointError:
@@ -343,7 +306,3 @@ def _interrupted(folder: Path) -> CheckpointError:
         f"{folder} holds an interrupted export, or one that another process has not finished; wait "
         f"for it, or {_EXPORT_AGAIN}"
     )
-
-
-def _misfit(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path} does not fit its config: {reason}")

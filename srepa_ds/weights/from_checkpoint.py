@@ -1,6 +1,5 @@
 """The weights in a run's checkpoint, of any ZeRO stage, under the names of other programs."""
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,9 +18,12 @@ from srepa_ds.objective import official_name
 from srepa_ds.optim.ema import MAIN_EMA, power_kind
 from srepa_ds.optim.power_ema import PowerAverage, combination, gamma_of
 from srepa_ds.schema import Section, validated, with_current_names
-from srepa_ds.weights.exported import ExportDocument, ExportedModel, model_of, serialised
+from srepa_ds.weights.exported import METADATA, ExportDocument, ExportedModel
+from srepa_ds.weights.file_hash import hash_of_weight_file
+from srepa_ds.weights.fit import model_of
 
 log = logging.getLogger("srepa_ds")
+_ANOTHER = "the checkpoint was changed, or is of another release; choose another one"
 LARGEST_ERROR = 0.3
 """Largest relative error of a reconstructed profile; above it the wanted length means nothing."""
 
@@ -98,9 +100,10 @@ def read_model_of_checkpoint(
     CheckpointError.
     """
     found = read_checkpoint_weights(folder, weights=weights, power_sigma=power_sigma, schema=schema)
-    sha256 = hashlib.sha256(serialised(found.tensors)).hexdigest()
-    document = ExportDocument(folder, found.config, found.provenance, sha256)
-    model = model_of(document.section(SiTConfig, "model"), found.tensors, folder)
+    sha256 = hash_of_weight_file(found.tensors, METADATA)
+    document = ExportDocument(folder, found.config, found.provenance, sha256, cure=_ANOTHER)
+    sizes = document.section(SiTConfig, "model")
+    model = model_of(sizes, found.tensors, folder, cure=_ANOTHER)
     return ExportedModel(model, document, sha256)
 
 

@@ -8,35 +8,48 @@ from srepa_ds.errors import CheckpointError
 from srepa_ds.files import sha256_of
 from srepa_ds.model.sit import fixed_position_embedding
 from srepa_ds.model.variants import SiTConfig
-from srepa_ds.weights.exported import ExportDocument, ExportedModel, misfit_of, model_of
+from srepa_ds.weights.exported import ExportDocument, ExportedModel
+from srepa_ds.weights.fit import misfit_of, model_of
 from srepa_ds.weights.initial import WeightsKind, read_initial_weights
 
+_CURE = "set the section `model` to the one these weights were trained with"
 KINDS: Mapping[str, WeightsKind] = {"ema": "ema", "master": "model"}
 """The kinds of weights in such a file, as the section `export` and as REPA call them."""
+_CHOICES = {
+    "sample.weights": "export.weights (ema, or master for `model`)",
+    "sample.guide": "sample.guide to a file with one kind of weights,",
+}
 
 
-def read_model_of_file(path: Path, *, weights: str, config: Mapping[str, Any]) -> ExportedModel:
+def read_model_of_file(
+    path: Path, *, weights: str, config: Mapping[str, Any], setting: str = "sample.weights"
+) -> ExportedModel:
     """Returns the model in a `.safetensors` file or a file of torch.save, on the CPU.
 
     `weights` is one of `KINDS`, if the file holds both. `config` is the experiment's tree: the file
-    itself does not describe its model. Names, wrappers and pickles are treated as in training from
-    such a file; projectors are left out. Raises CheckpointError if the file cannot be read, holds
-    NaN, or is of another model.
+    itself does not describe its model. `setting` names the file. Names, wrappers and
+    pickles are treated as in training from such a file; projectors are left out. Raises
+    CheckpointError if the file cannot be read, holds NaN, or is of another model.
     """
     tensors = read_initial_weights(
         path,
         which=KINDS[weights],
-        setting="sample.weights",
-        choice="export.weights (ema, or master for `model`)",
+        setting=setting,
+        choice=_CHOICES[setting],
     )
     provenance = {"checkpoint": path.name, "step": None, "weights": weights}
     sha256 = sha256_of(path)
-    document = ExportDocument(path, config, provenance, sha256)
+    document = ExportDocument(path, config, provenance, sha256, cure=_CURE)
     sizes = document.section(SiTConfig, "model")
     tensors["pos_embed"] = fixed_position_embedding(sizes)
     if fault := misfit_of(sizes, tensors):
-        raise CheckpointError(
-            f"{path} does not fit the model: {fault}; set the section `model` to the one these "
-            "weights were trained with"
-        )
-    return ExportedModel(model_of(sizes, tensors, path), document, sha256)
+        raise CheckpointError(f"{path} does not fit the model: {fault}; {_CURE}")
+    model = model_of(sizes, tensors, path, cure=_CURE)
+    return ExportedModel(model, document, sha256, _described(sizes))
+
+
+def _described(sizes: SiTConfig) -> dict[str, Any]:
+    """Returns the sizes of the model, as they are used: the number of heads changes no shape."""
+    latents = {"latent_shape": sizes.latent_shape, "num_classes": sizes.num_classes}
+    further = {"class_token_width": sizes.class_token_width, "qk_norm": sizes.qk_norm}
+    return {**sizes.shape._asdict(), **latents, **further}

@@ -64,6 +64,8 @@ CASES = [
     Case("guidance without label dropout", exported_without_dropout, "sample CONFIG",
          ("sample.cfg_scale: guides by the velocity without a class", "label_dropout is 0",
           "sample.guide")),
+    Case("a decoder of pixels", exported, "sample CONFIG sample.decoder=some/vae",
+         ("sample.decoder: decodes latents of a VAE", "'identity'; set null")),
     Case("a guide that is no model", exported, "sample CONFIG sample.guide={folder}/shards",
          ("shards does not hold an exported model",)),
     Case("more guided channels than there are", exported, "sample CONFIG sample.guided_channels=4",

@@ -172,7 +172,7 @@ def test_settings_of_a_vae_belong_to_a_vae():
 
 def test_a_folder_without_a_vae_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    with pytest.raises(DataError, match=r"codec\.weights .*: not a readable AutoencoderKL"):
+    with pytest.raises(DataError, match=rf"{tmp_path}: not a readable AutoencoderKL"):
         codec_of(tmp_path)
 
 
@@ -188,3 +188,9 @@ def test_a_trained_codec_is_used_with_the_weights_of_today(tmp_path):
     used = trained.as_used_here(given)
     assert (used.weights, used.precision, used.scale) == (tmp_path / "here", "bf16", 0.5)
     assert trained.as_used_here(CodecConfig()) == trained
+
+
+def test_the_images_at_once_are_a_fact_of_decoding(folder):
+    sixteen, one = codec_of(folder), codec_of(folder, batch_size=1)
+    assert (sixteen.decoding["batch_size"], one.decoding["batch_size"]) == (16, 1)
+    assert sixteen.space == one.space

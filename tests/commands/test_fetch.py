@@ -323,3 +323,11 @@ def test_a_killed_fetch_goes_on(hub, config, tmp_path):
     assert run(["fetch", str(config)]) == 0
     assert hub.gets("diffusion_pytorch_model.safetensors") == done
     assert not list((tmp_path / "fetched").glob("*.partial"))
+
+
+@pytest.mark.parametrize("size", ["256", "512", "1024"])
+def test_the_decoder_of_the_shipped_configurations_is_found(size):
+    config = load_config(ROOT / f"configs/imagenet{size}/sit-xl2-srepa-mse.yaml")
+    found = {named.setting: named.published for named in named_weights(config)}
+    assert found["codec.weights"] == PUBLISHED["vae"]("stabilityai/sd-vae-ft-mse")
+    assert found["sample.decoder"] == PUBLISHED["vae"]("stabilityai/sd-vae-ft-ema")

@@ -1,6 +1,5 @@
-"""The weights a set is drawn with: exports, checkpoints, files, guides; and what is refused."""
+"""The weights a set is drawn with: exports, checkpoints; and what is refused."""
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -8,76 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import objective_of, pieces_of, randomised
+from drawn_sets import drawn, facts, images, save_checkpoint, without_dropout, write_export
 from ranks import run_function
 from safetensors.torch import load_file, save_file
 
-from srepa_ds.checkpoint import saving
 from srepa_ds.commands.export import export
-from srepa_ds.commands.sample import sample
-from srepa_ds.config.experiment import Config, load_config, samples_folder
+from srepa_ds.config.experiment import load_config, samples_folder
 from srepa_ds.distributed import ranks
 from srepa_ds.drawing.model import open_models
 from srepa_ds.errors import CheckpointError, ConfigError, DataError, OutputError
 from srepa_ds.files import sha256_of
-from srepa_ds.model.sit import SiT
-from srepa_ds.objective import official_name
-from srepa_ds.schema import replaced, to_tree
+from srepa_ds.preparation.share import Share
+from srepa_ds.schema import to_tree
 from srepa_ds.weights.exported import write_model
-
-QUICK = ("sample.num_steps=2", "sample.batch_size=4", "sample.num_samples=6")
-
-
-@pytest.fixture
-def configured(small_world, tmp_path):
-    """Returns a function that loads the configuration with overrides, in its own folder."""
-
-    def load(*overrides: str) -> Config:
-        own = (f"run.folder={tmp_path}/run", *QUICK, *overrides)
-        return load_config(small_world.config, own)
-
-    return load
-
-
-def drawn(config: Config) -> Path:
-    """Draws a set in this process and returns its folder."""
-    try:
-        return sample(config)
-    finally:
-        ranks.close()
-
-
-def images(folder: Path) -> np.ndarray:
-    with np.load(folder / "samples.npz") as archive:
-        return archive["arr_0"]
-
-
-def facts(folder: Path) -> dict:
-    return json.loads((folder / "provenance.json").read_text())
-
-
-def save_checkpoint(config: Config, step: int, *, kinds=("master", "ema")) -> None:
-    """Writes a checkpoint whose weights are random, in pieces as of several ranks."""
-    pieces = [
-        piece
-        for number, kind in enumerate(kinds)
-        for piece in pieces_of(
-            dict(randomised(objective_of(config), seed=step + number).named_parameters()),
-            kind=kind,
-            run=1000,
-        )
-    ]
-    state = {"step": step, "adam_step": step, "config": to_tree(config)}
-    saving.save(config.run_folder.checkpoints, step=step, pieces=pieces, state=state, rank=0)
-
-
-def write_export(folder: Path, config: Config, *, seed: int = 0, edit=lambda tree: tree) -> SiT:
-    """Writes an exported model with random weights, and returns the model."""
-    model = randomised(SiT(config.model), seed=seed)
-    provenance = {"checkpoint": "none", "step": 5, "weights": "ema"}
-    tree = edit(to_tree(config))
-    write_model(folder, model.state_dict(), config=tree, provenance=provenance)
-    return model
 
 
 @pytest.mark.parametrize("weights", ["ema", "master"])
@@ -124,60 +66,6 @@ def test_faults_of_checkpoints_are_those_of_export(configured):
             drawn(configured("sample.source=checkpoint", "sample.folder=set", override))
 
 
-def official(config: Config, seed: int) -> dict[str, torch.Tensor]:
-    objective = randomised(objective_of(config), seed=seed)
-    return {official_name(name): value for name, value in objective.state_dict().items()}
-
-
-def write_repa(path: Path, config: Config) -> None:
-    """Writes a checkpoint as REPA's training does: weights, averages, pickled settings."""
-    content = {
-        "model": official(config, 1),
-        "ema": official(config, 2),
-        "opt": {"state": {}, "param_groups": []},
-        "args": argparse.Namespace(model="SiT-XL/2"),
-        "steps": 400_000,
-    }
-    torch.save(content, path)
-
-
-@pytest.mark.parametrize(("weights", "seed"), [("ema", 2), ("master", 1)])
-def test_a_checkpoint_of_repa_is_drawn_from(configured, tmp_path, weights, seed):
-    config = configured(f"sample.weights={tmp_path}/0400000.pt", f"export.weights={weights}")
-    write_repa(tmp_path / "0400000.pt", config)
-    save_file(official(config, seed), tmp_path / "plain.safetensors")
-    folder = drawn(config)
-    assert folder == config.run.folder / "samples"
-    found = facts(folder)
-    assert found["checkpoint_sha256"] == sha256_of(tmp_path / "0400000.pt")
-    assert found["ema"] == weights
-    plain = configured(
-        f"sample.weights={tmp_path}/plain.safetensors", f"sample.folder={tmp_path}/plain"
-    )
-    np.testing.assert_array_equal(images(drawn(plain)), images(folder))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (("model.hidden_size=24",), r"does not fit the model: .*; set the section `model`"),
-        (("model.depth=2",), r"does not fit|Unexpected key"),
-        (("export.weights=ema-0.99",), r"export\.weights: 'ema-0\.99': .* ema or master"),
-        (("export.power_sigma=0.1",), r"export\.power_sigma: is made of a run's checkpoints"),
-    ],
-)
-def test_files_of_another_model_or_kind_are_refused(configured, tmp_path, overrides, words):
-    write_repa(tmp_path / "repa.pt", configured())
-    with pytest.raises((CheckpointError, ConfigError), match=words):
-        drawn(configured(f"sample.weights={tmp_path}/repa.pt", *overrides))
-
-
-def test_a_file_without_the_wanted_kind_names_the_setting(configured, tmp_path):
-    torch.save({"model": official(configured(), 1), "opt": {}}, tmp_path / "no-ema.pt")
-    with pytest.raises(CheckpointError, match=r"does not hold 'ema'.*set export\.weights"):
-        drawn(configured(f"sample.weights={tmp_path}/no-ema.pt"))
-
-
 def with_nan(place: Path) -> None:
     file = place / "model.safetensors"
     tensors = load_file(file)
@@ -201,11 +89,6 @@ def test_weights_that_are_not_finite_are_refused(configured, tmp_path):
         drawn(config)
 
 
-def without_dropout(tree):
-    tree["objective"]["label_dropout"] = 0.0
-    return tree
-
-
 def test_no_guidance_by_a_null_label_that_was_never_trained(configured, tmp_path):
     config = configured("sample.cfg_scale=1.5")
     write_export(config.export_folder, config, edit=without_dropout)
@@ -220,79 +103,6 @@ def test_no_guidance_by_a_null_label_that_was_never_trained(configured, tmp_path
     assert facts(guided)["guide_sha256"] == sha256_of(tmp_path / "guide" / "model.safetensors")
 
 
-def test_the_guide_of_another_size_decides_the_images(configured, tmp_path):
-    config = configured("sample.cfg_scale=2.5")
-    write_export(config.export_folder, config)
-    write_export(
-        tmp_path / "guide", replaced(config, model=replaced(config.model, depth=1)), seed=1
-    )
-    guide = f"sample.guide={tmp_path}/guide"
-    sets = [
-        drawn(configured(*overrides, f"sample.folder={tmp_path}/set-{number}"))
-        for number, overrides in enumerate(
-            [
-                ("sample.cfg_scale=2.5", guide),
-                ("sample.cfg_scale=2.5",),
-                ("sample.cfg_scale=1", guide),
-                ("sample.cfg_scale=1",),
-                ("sample.cfg_scale=2.5", guide, "sample.guidance_high=0.3"),
-            ]
-        )
-    ]
-    guided, by_label, at_one, plain, late = map(images, sets)
-    assert not np.array_equal(guided, by_label)
-    assert not np.array_equal(guided, plain)
-    assert not np.array_equal(guided, late)
-    np.testing.assert_array_equal(at_one, plain)
-    assert facts(sets[0])["evaluations"] == {"conditional": 2, "unconditional": 0, "guide": 2}
-    # Steps begin at 1 and 0.04.
-    assert facts(sets[4])["evaluations"] == {"conditional": 2, "unconditional": 0, "guide": 1}
-    assert "guide_sha256" not in facts(sets[2])
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"input_size": 8}, r"latents of \(3, 8, 8\), not \(3, 16, 16\)"),
-        ({"num_classes": 4}, "number of classes 4, not 10"),
-        ({"class_token_width": 32}, "class_token_width 32, not None"),
-    ],
-)
-def test_a_guide_of_other_images_is_refused(configured, tmp_path, changes, words):
-    config = configured()
-    write_export(config.export_folder, config)
-    other = replaced(config, model=replaced(config.model, **changes))
-    write_export(tmp_path / "guide", other)
-    with pytest.raises(ConfigError, match=rf"sample\.guide: .* has {words}; give a guide"):
-        drawn(configured(f"sample.guide={tmp_path}/guide"))
-
-
-def test_a_guide_of_another_path_is_refused(configured, tmp_path):
-    config = configured()
-    write_export(config.export_folder, config)
-
-    def cosine(tree):
-        tree["objective"]["interpolant"]["path"] = "cosine"
-        return tree
-
-    write_export(tmp_path / "guide", config, edit=cosine)
-    with pytest.raises(ConfigError, match=r"sample\.guide: .* has path cosine, not linear"):
-        drawn(configured(f"sample.guide={tmp_path}/guide"))
-
-
-def test_a_class_token_is_autoguided_with_its_own_scale(configured, tmp_path):
-    overrides = ("model.class_token_width=32", "sample.cfg_scale=2")
-    config = configured(*overrides)
-    write_export(config.export_folder, config)
-    write_export(tmp_path / "guide", config, seed=1)
-    sets = [
-        images(drawn(configured(*overrides, f"sample.cls_cfg_scale={scale}",
-                                f"sample.guide={tmp_path}/guide", f"sample.folder={tmp_path}/{n}")))
-        for n, scale in enumerate((0, 9))
-    ]  # fmt: skip
-    assert not np.array_equal(*sets)
-
-
 def test_images_that_are_not_finite_are_named(configured, tmp_path):
     config = configured("sample.solver=euler")
     model = write_export(config.export_folder, config)
@@ -304,9 +114,12 @@ def test_images_that_are_not_finite_are_named(configured, tmp_path):
     write_model(
         config.export_folder, model.state_dict(), config=to_tree(config), provenance=provenance
     )
-    with pytest.raises(DataError, match=r"image 5 of the set: its latents are NaN or infinite"):
-        drawn(configured("sample.labels=[1, 2, 4, 5, 6, 3]", "sample.cfg_scale=1"))
-    # The first chunk is drawn already.
+    broken = configured("sample.labels=[1, 2, 4, 5, 6, 3]", "sample.cfg_scale=1")
+    drawn(broken, Share(0, 2))
+    words = r"image 5 of the set: its latents are NaN or infinite; 1 of the 2 images of its chunk;"
+    with pytest.raises(DataError, match=words):
+        drawn(broken)
+    # The first chunk stays.
     assert len(list((samples_folder(config) / "parts").iterdir())) == 1
 
 
@@ -375,3 +188,21 @@ def test_ranks_with_different_weights_are_refused(configured, small_world, tmp_p
     assert messages[0] == messages[1]
     assert "ranks read different weights; give all of them the same files" in messages[0]
     assert "model: " in messages[0]
+
+
+def test_the_cure_for_a_configuration_is_that_of_its_source(configured, tmp_path):
+    def broken(tree):
+        tree["codec"] = {"kind": "unheard-of"}
+        return tree
+
+    config = configured()
+    save_checkpoint(config, 7, edit=broken)
+    with pytest.raises(CheckpointError, match="unknown codec") as from_checkpoint:
+        drawn(configured("sample.source=checkpoint"))
+    assert "choose another one" in str(from_checkpoint.value)
+    assert "srepa-ds export" not in str(from_checkpoint.value)
+    write_export(config.export_folder, config, edit=broken)
+    with pytest.raises(
+        CheckpointError, match=r"unknown codec.*\n.*make it again with `srepa-ds ex"
+    ):
+        drawn(config)

@@ -102,6 +102,12 @@ def test_a_rounding_that_deviates_is_told_once():
     assert reasons(document) == ["rounding is round, and repa has truncate"]
 
 
+def test_a_preset_that_rounds_is_followed_by_rounding():
+    document = changed("samples.sampler", {"rounding": "round", "num_samples": 50_000})
+    document["samples"]["preset"] = "sit"
+    assert reasons(document) == []
+
+
 NAMES = st.sampled_from((*PUBLISHABLE, *PUBLISHABLE["samples"], *PUBLISHABLE["settings"], "name"))
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from srepa_ds.errors import TopologyError
+from srepa_ds.files import process_mark
 from srepa_ds.sampling.claims import (
     CLAIM_SECONDS,
     Claims,
@@ -25,6 +26,10 @@ def of_a_process_that_has_ended() -> int:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
+
+
+def _mark_of(pid: int) -> str:
+    return f"{process_mark().rpartition('-')[0]}-{pid}"
 
 
 def claim_of(owner: Process | None, path, *, age: float = 0.0, content: bytes = b"") -> None:
@@ -131,13 +136,21 @@ def test_the_time_must_be_a_number_of_seconds(monkeypatch, text):
 @pytest.mark.parametrize(
     ("writer", "age", "expected"),
     [
-        (OWN.name, 500, False),
-        (f"{OWN.host}-{of_a_process_that_has_ended()}", 0, True),
+        (process_mark(), 500, False),
+        (_mark_of(of_a_process_that_has_ended()), 0, True),
+        # Another container on this machine, with its own numbers of processes.
+        (f"{OWN.host}-0badcafe-{of_a_process_that_has_ended()}", 5, False),
         ("node-7-12", 5, False),
         ("node-7-12", 500, True),
     ],
     # Numbers of processes would give each worker of pytest-xdist other tests.
-    ids=["own", "of an ended process", "renewed elsewhere", "left elsewhere"],
+    ids=[
+        "own",
+        "of an ended process",
+        "of another container",
+        "renewed elsewhere",
+        "left elsewhere",
+    ],
 )
 def test_what_a_living_process_writes_is_not_left_over(tmp_path, writer, age, expected):
     path = tmp_path / f"samples.npz.{writer}.partial"

@@ -1,11 +1,13 @@
 """Settings named after papers."""
 
 import pytest
+import torch
 
+from srepa_ds.codec.quantised import quantised
 from srepa_ds.config.sections import SampleConfig
 from srepa_ds.errors import ConfigError
 from srepa_ds.sampling.config import SamplerConfig, count_evaluations
-from srepa_ds.sampling.presets import PRESETS, deviations
+from srepa_ds.sampling.presets import PRESETS, decoder_deviation, deviations
 from srepa_ds.schema import to_tree, validated
 
 
@@ -31,8 +33,12 @@ def test_a_preset_draws_as_its_paper(name):
     found = (config.cfg_scale, config.cls_cfg_scale, config.guidance_low, config.guidance_high)
     assert found == GUIDANCE[name]
     assert (config.solver, config.num_steps) == ("euler_maruyama", 250)
-    assert (config.label_mode, config.labels, config.rounding) == ("random", None, "truncate")
-    assert (config.num_samples, config.seed, config.guided_channels) == (50_000, 0, None)
+    assert (config.label_mode, config.labels, config.seed) == ("random", None, 0)
+    assert (config.num_samples, config.guidance_low) == (50_000, 0)
+    # SiT's code guides the first three channels and adds 128 where REPA's adds 127.5.
+    pixels = ("round", 3) if name == "sit" else ("truncate", None)
+    assert (config.rounding, config.guided_channels) == pixels
+    assert PRESETS[name].decoder == f"stabilityai/sd-vae-ft-{'mse' if name == 'irepa' else 'ema'}"
     assert deviations(config) == {}
     assert PRESETS[name].source
 
@@ -48,6 +54,7 @@ def test_the_interval_of_repa_guides_172_of_250_steps():
     found = count_evaluations(sampler(preset="repa"))
     assert (found.conditional, found.unconditional, found.guide) == (250, 172, 0)
     assert str(found) == "250 conditional + 172 unconditional"
+    assert (found.total, found.calls, found.guided) == (422, 250, 172)
 
 
 def test_what_is_given_is_kept_and_deviates_if_its_value_differs():
@@ -63,6 +70,23 @@ def test_what_is_given_is_kept_and_deviates_if_its_value_differs():
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
 def test_the_papers_arithmetic_and_exact_arithmetic_do_not_deviate(precision):
     assert deviations(sampler(preset="repa", precision=precision)) == {}
+
+
+def test_another_decoder_deviates():
+    ema, mse = PRESETS["repa"].decoder, PRESETS["irepa"].decoder
+    assert decoder_deviation("repa", ema) == decoder_deviation("irepa", mse) == {}
+    assert decoder_deviation("repa", "sd-vae-ft-ema") == decoder_deviation(None, mse) == {}
+    assert decoder_deviation("repa", mse) == {"decoder": {"preset": ema, "here": mse}}
+
+
+def test_the_pixels_of_sit_are_rounded_values():
+    decoded = torch.linspace(-1.2, 1.2, 2001)
+    of_sit = (127.5 * decoded + 128).clamp(0, 255).to(torch.uint8)
+    rounding = sampler(preset="sit").rounding
+    found = quantised(decoded[None, None, None].expand(1, 3, 1, -1), rounding)[0, 0, :, 0]
+    differing = found != of_sit
+    # At exact halves the last bit decides.
+    assert differing.float().mean() < 0.002
 
 
 def test_chosen_classes_deviate():

@@ -71,9 +71,24 @@ def test_a_guide_listed_labels_and_compiled_models_decide():
     ):
         digests.add(described(further=further).digest())
     assert len(digests) == 4
+    assert (
+        described(SamplerConfig(preset="repa"), further=Further(compiled=True)).notes["deviations"]
+        == {}
+    )
+    heads = [described(further=Further(model={"num_heads": heads})).digest() for heads in (2, 4)]
+    assert len({*digests, *heads}) == 6
     config = SamplerConfig(preset="repa")
     guided = described(config, further=Further(guide_sha256="g"))
     assert guided.notes["evaluations"] == {"conditional": 250, "unconditional": 0, "guide": 172}
     assert guided.notes["deviations"] == {"guide_sha256": {"preset": None, "here": "g"}}
     [line] = differences(described(config).facts, guided.facts)
     assert line == "guide_sha256: None there, 'g' now"
+
+
+def test_decoder_and_devices_are_noted_and_decide_nothing():
+    config = SamplerConfig(preset="repa")
+    noted = described(config, decoder="some/vae", devices=("cuda B", "cuda A", "cuda B"))
+    assert noted.notes["devices"] == ["cuda A", "cuda B"]
+    assert noted.notes["decoder"] == noted.notes["deviations"]["decoder"]["here"] == "some/vae"
+    assert noted.digest() == described(config).digest()
+    assert differences(json.loads(noted.text()), described(config).facts) == []

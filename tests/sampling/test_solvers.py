@@ -170,7 +170,8 @@ def test_the_sde_keeps_the_marginal_of_gaussian_data():
 def test_counts_evaluations_of_the_paper_settings(high, guided):
     config = SamplerConfig(cfg_scale=1.8, guidance_high=high)
     evaluations = count_evaluations(config)
-    assert (evaluations.total, evaluations.guided) == (250, guided)
+    assert (evaluations.calls, evaluations.guided) == (250, guided)
+    assert evaluations.total == 250 + guided
 
 
 def test_counts_the_second_evaluation_of_heun():

@@ -31,10 +31,10 @@ def writer_of(folder):
     return ChunkWriter(folder, Provenance({"seed": 0}))
 
 
-def draw(folder, *, seconds=0.0, goes_on=lambda: True) -> list[int]:
+def draw(folder, *, seconds=0.0, goes_on=lambda: True, claim_seconds=None) -> list[int]:
     """Draws as one process does, so long for each chunk; returns the numbers of its chunks."""
     writer, own = writer_of(folder), []
-    with Claims(writer.parts.folder) as claims:
+    with Claims(writer.parts.folder, seconds=claim_seconds) as claims:
         units = Units(writer, CHUNKS, claims, goes_on=goes_on)
         for run in units.runs():
             for chunk in run:
@@ -142,3 +142,33 @@ def test_a_file_in_the_place_of_the_parts_is_named(tmp_path):
     writer.parts.folder.write_text("in the way")
     with pytest.raises(OutputError, match=r"cannot write .*(Not a directory|File exists)"):
         draw(tmp_path)
+
+
+def test_a_chunk_whose_owner_hangs_is_drawn_in_the_end(tmp_path):
+    """The claim is touched by its thread all the time, and its chunk is never drawn."""
+    writer, deadline = writer_of(tmp_path), time.monotonic() + 60
+    with Claims(writer.parts.folder, seconds=0.4) as hanging:
+        assert hanging.take("chunk-000007")
+        own = draw(tmp_path, claim_seconds=0.4, goes_on=lambda: time.monotonic() < deadline)
+        assert (own[-1], sorted(own)) == (7, list(range(10)))
+        assert (writer.parts.folder / "chunk-000007.claim").exists()
+    assemble(tmp_path)
+
+
+def test_a_slower_owner_is_waited_for_as_long_as_two_chunks_take(tmp_path):
+    writer, begun, deadline = writer_of(tmp_path), {}, time.monotonic() + 60
+    with ExitStack() as stack:
+        slower, own = (
+            stack.enter_context(Claims(writer.parts.folder, seconds=1.0)) for _ in range(2)
+        )
+        assert slower.take("chunk-000002")
+        units = Units(writer, CHUNKS[:3], own, goes_on=lambda: time.monotonic() < deadline)
+        for run in units.runs():
+            for chunk in run:
+                begun[chunk.index] = time.monotonic()
+                time.sleep(0.8)
+                writer.write(drawn(chunk))
+                units.done(chunk)
+    assert list(begun)[-1] == 2
+    # From the end of the last own chunk.
+    assert begun[2] - max(begun[0], begun[1]) > 0.8 + 2 * 0.8

@@ -229,3 +229,30 @@ def test_a_sheet_of_what_is_drawn_so_far(tmp_path):
     final = (tmp_path / "contact_sheet.png").read_bytes()
     writer.write_sheet(CHUNKS)
     assert (tmp_path / "contact_sheet.png").read_bytes() == final
+
+
+def notes_in(folder):
+    return json.loads((folder / "provenance.json").read_text())
+
+
+def test_notes_are_renewed_and_facts_stay(tmp_path):
+    plain = finished(tmp_path).provenance
+    preset = provenance(SamplerConfig(preset="unguided", num_samples=23, batch_size=5))
+    assert preset.digest() == plain.digest()
+    assert "preset" not in notes_in(tmp_path)
+    ChunkWriter(tmp_path, preset)
+    assert notes_in(tmp_path) == json.loads(preset.text())
+    ChunkWriter(tmp_path, plain)
+    assert notes_in(tmp_path) == json.loads(plain.text())
+    assert files_in(tmp_path) == ["contact_sheet.png", "provenance.json", "samples.npz"]
+
+
+def test_devices_of_all_that_drew_are_noted(tmp_path):
+    first = ChunkWriter(tmp_path, provenance(devices=["cuda A"]))
+    assert first.note_devices() == ["cuda A"]
+    second = ChunkWriter(tmp_path, provenance(devices=["cpu B"]))
+    # One that finds nothing to draw says nothing of its device.
+    assert notes_in(tmp_path)["devices"] == ["cuda A"]
+    assert second.note_devices() == ["cuda A"]
+    assert notes_in(tmp_path)["devices"] == ["cpu B", "cuda A"]
+    assert first.note_devices() == ["cpu B", "cuda A"]

@@ -24,22 +24,26 @@ def tool(monkeypatch):
     return importlib.import_module
 
 
-def test_the_plain_loop_draws_the_images_of_the_sampler(tool, monkeypatch):
+@pytest.mark.parametrize("scale", [1.8, 1.0])
+def test_the_plain_loop_draws_the_images_of_the_sampler(tool, monkeypatch, scale):
     sizes = {"input_size": 4, "in_channels": 4, "num_classes": 5}
     config = SiTConfig(variant="SiT-S/2", depth=1, hidden_size=24, num_heads=2, **sizes)
     model, labels = randomised(SiT(config), seed=1), torch.tensor([3, 0, 1])
+    sizes_of_batches = []
+    model.register_forward_pre_hook(lambda _, given: sizes_of_batches.append(len(given[0])))
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(3, 4, 4, 4, generator=generator)
     draws = torch.randn(6, 3, 4, 4, 4, generator=generator, dtype=torch.float64)
     plain, rows = tool("plain_sampler"), iter(draws)
     monkeypatch.setattr(plain.torch, "randn", lambda *shape, device: start)
     monkeypatch.setattr(plain.torch, "randn_like", lambda state: next(rows))
-    found = plain.plain_batch(model, labels, num_steps=6, cfg_scale=1.8, dtype=torch.float32)
+    found = plain.plain_batch(model, labels, num_steps=6, cfg_scale=scale, dtype=torch.float32)
+    assert sizes_of_batches == [6 if scale > 1 else 3] * 6
 
     def velocity(x_t, t, labels):
         return model(x_t, t, labels).velocity
 
-    guided = GuidedModel(velocity, labels, 5, Guidance(1.8))
+    guided = GuidedModel(velocity, labels, 5, Guidance(scale))
     with torch.no_grad():
         expected = integrate(
             Dynamics(guided, INTERPOLANTS["linear"].score, lambda step: draws[step]),

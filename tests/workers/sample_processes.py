@@ -41,8 +41,16 @@ def code_of(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def has_ended(child: int) -> bool:
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+def is_stopped_with_a_claim(child: int, folder: Path) -> bool:
+    """Stops a process; lets it go on if it holds no chunk that another would have to draw."""
+    os.kill(child, signal.SIGSTOP)
+    os.waitpid(child, os.WUNTRACED)
+    claims = (folder / "parts").glob("*.claim")
+    lacking = [path for path in claims if not path.with_suffix(".safetensors").exists()]
+    if any(f'"pid": {child},' in path.read_text() for path in lacking):
+        return True
+    os.kill(child, signal.SIGCONT)
+    return False
 
 
 def wait_until(condition) -> None:
@@ -87,12 +95,11 @@ def paused() -> dict:
     folder = ROOT / "paused"
     first = started(folder)
     wait_until(lambda: parts_of(folder))
-    os.kill(first, signal.SIGSTOP)
+    wait_until(partial(is_stopped_with_a_claim, first, folder))
     code = code_of(started(folder))
     finished = (folder / "samples.npz").is_file()
-    ended = has_ended(first)
     os.kill(first, signal.SIGCONT)
-    return {"codes": [code, code_of(first)], "finished": finished, "ended": ended}
+    return {"codes": [code, code_of(first)], "finished": finished}
 
 
 torch.set_num_threads(1)

@@ -109,7 +109,9 @@ def regrouped(blocks: Iterator[Block], rows: int) -> Iterator[Block]:
             waiting.append(piece)
             count += len(piece)
             if count == rows:
-                yield np.concatenate(waiting)
+                group = np.concatenate(waiting)
+                # Before the group is worked on: the pieces are as large.
                 waiting, count = [], 0
+                yield group
     if waiting:
         yield np.concatenate(waiting)

@@ -18,7 +18,8 @@ from srepa_ds.sampling.sample_set import PROVENANCE
 
 SHARDS = "shards"
 _MOST_IMAGES = 1000
-_MOST_BYTES = 64 << 20
+# Three blocks of this size are in memory at once.
+_MOST_BYTES = 16 << 20
 _ROWS = 64
 
 
