@@ -221,7 +221,7 @@ def test_rows_are_regrouped():
 
 
 def test_a_set_is_assembled_in_little_memory(tmp_path):
-    """Of 126 MB, a block at a time: it grew by 124 MB, and by 318 MB with blocks of 64 MiB."""
+    """Of 126 MB, a block at a time: it grew by 114 to 124 MB."""
     command = [sys.executable, ROOT / "tests/workers/assembly_memory.py", tmp_path / "set"]
     done = subprocess.run(
         [*command, "npz", "shards"], capture_output=True, text=True, check=True, timeout=100
