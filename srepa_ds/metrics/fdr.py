@@ -61,8 +61,12 @@ def fdr_note(reference: str) -> str:
     )
 
 
-def printed_ratios(document: Mapping[str, Any]) -> dict[str, float]:
+def printed_ratios(document: Mapping[str, Any]) -> dict[str, Any]:
     """Returns by printed names what `relative_distances` put into a document."""
     ratios, mean = document.get("fdr"), document.get("fdr6")
-    found = {f"FDr-{name}": value for name, value in ratios.items()} if ratios else {}
+    found = (
+        {f"FDr-{name.removeprefix('fdr-')}": value for name, value in ratios.items()}
+        if ratios
+        else {}
+    )
     return found if mean is None else {**found, "FDr6": mean}
