@@ -288,6 +288,20 @@ def remove_empty(folders: list[Path]) -> None:
             return
 
 
+def try_writing(path: Path) -> None:
+    """Checks that a file `path` could be written, and leaves no trace; raises OSError."""
+    made = make_folder(path.parent)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        process = f".{socket.gethostname()}-{os.getpid()}"
+        aside = path.with_name(path.name + process + PARTIAL)
+        aside.touch()
+        aside.unlink()
+    finally:
+        remove_empty(made)
+
+
 @contextmanager
 def writing(place: Path | str, *, cure: str) -> Iterator[None]:
     """Turns an OSError or SafetensorError in the block into an OutputError.

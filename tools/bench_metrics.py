@@ -46,7 +46,8 @@ def one_row(name: str, options: argparse.Namespace) -> dict[str, object]:
     sets = [{k: features(k, n, options.width, seed=n) for k in kinds} for n in counts]
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     if name.endswith(BY_SCIPY):
-        values = {"frechet_distance": by_scipy(*(s.popitem()[1] for s in sets))}
+        (field,) = METRICS[metrics[0]].fields
+        values = {field: by_scipy(*(s.popitem()[1] for s in sets))}
     else:
         ours = [{kind: FeatureSet(rows=rows) for kind, rows in one.items()} for one in sets]
         conventions = Conventions(arithmetic="fp16", subset_size=min(1000, *counts))

@@ -19,13 +19,15 @@ from srepa_ds.evaluation.evaluator import Evaluator, Result
 from srepa_ds.evaluation.image_sets import open_images
 from srepa_ds.evaluation.opening import open_evaluator
 from srepa_ds.evaluation.saving import save_reference
-from srepa_ds.files import make_folder, sha256_of, write_aside, writing
-from srepa_ds.metrics.fdr import relative_distances
+from srepa_ds.files import make_folder, sha256_of, try_writing, write_aside, writing
+from srepa_ds.metrics.fdr import fdr_note, printed_ratios, relative_distances
 from srepa_ds.metrics.scores import Scores, printed_names
-from srepa_ds.sampling.sample_set import read_provenance
+from srepa_ds.sampling.sample_set import SAMPLES, read_provenance
 from srepa_ds.schema import to_tree
 
 log = logging.getLogger("srepa_ds")
+
+_CURE = "choose another run.folder or fix its permissions"
 
 
 def evaluate(config: Config) -> Scores:
@@ -42,9 +44,9 @@ def evaluate(config: Config) -> Scores:
     else:
         result, evaluator, provenance = _scores_of_set(config, settings, rank)
     document = _document(settings, result, evaluator, provenance)
+    # First, because what cannot be written has still been measured.
+    _say(result, settings, document)
     ranks.on_main(_write, config.run_folder.results, document)
-    _say(result, settings)
-    log.info("%s", in_words(document["comparable"]))
     return result.scores
 
 
@@ -70,12 +72,11 @@ def _scores_of_set(
     named = settings.samples or ranks.together(samples_folder, config)
     folder = ranks.together(local_file, named, setting="evaluate.samples")
     images = ranks.together(open_images, folder, setting="evaluate.samples")
-    # An archive may lie beside its provenance, or a folder hold it.
-    beside = folder if folder.is_dir() else folder.parent
-    provenance = ranks.together(read_provenance, beside)
+    provenance = ranks.together(_provenance_of, folder)
     evaluator = open_evaluator(
         settings, image_shape=images.image_shape, count=len(images), rank=rank
     )
+    ranks.on_main(_check_place, config.run_folder.results)
     compare_small(evaluator, images)
     return evaluator.measure_set(images), evaluator, provenance
 
@@ -87,10 +88,9 @@ def _scores_of_drawn(
     count = drawing.sampler.num_samples
     shape = ranks.together(lambda: drawing.image_shape)
     evaluator = open_evaluator(settings, image_shape=shape, count=count, rank=rank)
+    ranks.on_main(_check_place, config.run_folder.results)
     compare_small(evaluator)
-    result = evaluator.measure(
-        drawn_blocks(drawing, rank), count, block_size=drawing.sampler.batch_size
-    )
+    result = evaluator.measure(drawn_blocks(drawing, rank), count)
     return result, evaluator, json.loads(drawing.provenance.text())
 
 
@@ -108,12 +108,14 @@ def _document(
         for label, scores in ((settings.extractor.label, result.scores), *result.further.items())
         if scores.frechet_distance is not None
     }
+    fdr = relative_distances(distances, num_images=result.num_images)
+    notes = [*result.notes, *([fdr_note(str(settings.reference))] if fdr else [])]
     document = {
         "scores": json.loads(result.scores.to_json()),
         "num_images": result.num_images,
         **({"further_scores": further} if further else {}),
-        **relative_distances(distances),
-        **({"notes": result.notes} if result.notes else {}),
+        **fdr,
+        **({"notes": notes} if notes else {}),
         "reference_class_accuracy": result.reference_recognised,
         **({"class_precision": result.class_precision} if result.class_precision else {}),
         "settings": to_tree(settings),
@@ -127,18 +129,34 @@ def _document(
     return {**document, "comparable": comparable(document)}
 
 
+def _provenance_of(images: Path) -> Mapping[str, Any]:
+    """Returns the provenance of a sample set; that beside another archive is not its own."""
+    if images.is_dir():
+        return read_provenance(images)
+    return read_provenance(images.parent) if images.name == SAMPLES else {}
+
+
+def _check_place(path: Path) -> None:
+    """Raises OutputError if the results could not be written, before they are measured."""
+    with writing(path, cure=_CURE):
+        try_writing(path)
+
+
 def _write(path: Path, document: Mapping[str, Any]) -> None:
     text = json.dumps(document, indent=2) + "\n"
-    with writing(path, cure="choose another run.folder or fix its permissions"):
+    with writing(path, cure=_CURE):
         make_folder(path.parent)
         # Two evaluations may end at once: the later one's scores stay, and neither fails.
         write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"), concurrent=True)
 
 
-def _say(result: Result, settings: EvaluateConfig) -> None:
+def _say(result: Result, settings: EvaluateConfig, document: Mapping[str, Any]) -> None:
     for label, scores in ((settings.extractor.label, result.scores), *result.further.items()):
         names = printed_names(label)
         values = json.loads(scores.to_json())
         log.info("  ".join(f"{names[name]} {value:.4f}" for name, value in values.items()))
-    for sentence in result.notes:
+    if ratios := [f"{name} {value:.4f}" for name, value in printed_ratios(document).items()]:
+        log.info("%s", "  ".join(ratios))
+    for sentence in document.get("notes", ()):
         log.warning("%s", sentence)
+    log.info("%s", in_words(document["comparable"]))

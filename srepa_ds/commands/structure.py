@@ -14,7 +14,7 @@ from srepa_ds.data.masks import find_mask, has_both_regions, read_mask
 from srepa_ds.data.shards import Parts, ShardDataset
 from srepa_ds.distributed import devices
 from srepa_ds.errors import ConfigError, DataError, Fault
-from srepa_ds.files import make_folder, write_aside, writing
+from srepa_ds.files import make_folder, try_writing, write_aside, writing
 from srepa_ds.report.markup import element
 from srepa_ds.report.page import page, require_matplotlib
 from srepa_ds.report.probe import (
@@ -26,6 +26,8 @@ from srepa_ds.schema import to_tree
 from srepa_ds.weights.exported import WEIGHTS, ExportedModel, read_model
 
 log = logging.getLogger("srepa_ds")
+
+_CURE = "choose another run.folder or fix its permissions"
 
 
 def structure(config: Config) -> Path:
@@ -45,6 +47,9 @@ def structure(config: Config) -> Path:
     devices.use_exact_float32()
     device = devices.take_device()
     data = _open(settings.images or config.data.folder, has_student=exported is not None)
+    for path in (config.run_folder.structure, config.run_folder.structure_page):
+        with writing(path, cure=_CURE):
+            try_writing(path)
     indices = spread_over_classes(data.labels, settings.num_images)
     masks = _found_masks(settings, data, indices)
     if exported is None:
@@ -59,6 +64,11 @@ def structure(config: Config) -> Path:
     maps = source.maps(spread_over_classes(data.labels, NUM_IMAGES))
     measured = list(layers.values())
     notes = [*_notes(measured, masks), *([] if exported else [_without_student(config)])]
+    # First, because what cannot be written has still been measured.
+    for line in (HEADER, *rows_of(measured)):
+        log.info("%s", f"{line[0]:36} " + " ".join(f"{cell:>9}" for cell in line[1:]))
+    for sentence in notes:
+        log.warning("%s", sentence)
     _write(config, measured, notes, data, exported)
     title = f"{config.run.folder.name}: spatial structure"
     sections = [structure_section(measured, notes, images=len(indices)), maps]
@@ -66,10 +76,6 @@ def structure(config: Config) -> Path:
     path = config.run_folder.structure_page
     # A file's name may be no Unicode.
     _write_file(path, text.encode("utf-8", errors="replace"))
-    for line in (HEADER, *rows_of(measured)):
-        log.info("%s", f"{line[0]:36} " + " ".join(f"{cell:>9}" for cell in line[1:]))
-    for sentence in notes:
-        log.warning("%s", sentence)
     log.info("wrote %s", path)
     return path
 
@@ -154,6 +160,6 @@ def _write(
 
 
 def _write_file(path: Path, content: bytes) -> None:
-    with writing(path, cure="choose another run.folder or fix its permissions"):
+    with writing(path, cure=_CURE):
         make_folder(path.parent)
         write_aside(path, lambda aside: aside.write_bytes(content), concurrent=True)

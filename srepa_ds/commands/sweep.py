@@ -66,7 +66,7 @@ def _score(drawing: Drawing, scorer: PointScorer, folder: Path, rank: Rank) -> N
         return
     first = FirstImages(_SHOWN)
     blocks = drawn_blocks(drawing, rank)
-    scorer.score(blocks, facts, first, block_size=drawing.sampler.batch_size)
+    scorer.score(blocks, facts, first)
     images = first.on_main()
     ranks.on_main(publish, folder, scorer.rows, scorer.done, scorer.labels, images=images)
 

@@ -116,6 +116,21 @@ def _extractors_are_available(evaluate: EvaluateConfig | None) -> Iterator[Fault
             yield Fault(f"evaluate.{place}.{fault.path}", fault.message)
 
 
+def _extractors_differ(evaluate: EvaluateConfig | None) -> Iterator[Fault]:
+    """Scores are called after their extractor, so two of one name could not be told apart."""
+    if evaluate is None:
+        return
+    known = {evaluate.extractor.label}
+    for number, extractor in enumerate(evaluate.further_extractors):
+        if extractor.label in known:
+            yield Fault(
+                f"evaluate.further_extractors.{number}",
+                f"two extractors are called '{extractor.label}', by which their scores are told "
+                "apart; leave one out, and use it in an evaluation of its own",
+            )
+        known.add(extractor.label)
+
+
 def _monitor_has_a_reference(
     monitor: MonitorConfig, evaluate: EvaluateConfig | None
 ) -> Iterator[Fault]:
@@ -181,7 +196,7 @@ CROSS_CHECKS: Mapping[tuple[str, ...], Iterable[CrossCheck]] = {
     ("model", "engine"): (_checkpointing_finds_a_block,),
     ("data", "alignments"): (_mirrored_pixels_reach_the_teachers,),
     ("alignments",): (_weights_are_available,),
-    ("evaluate",): (_extractors_are_available,),
+    ("evaluate",): (_extractors_are_available, _extractors_differ),
     ("monitor", "evaluate"): (_monitor_has_a_reference,),
     ("codec", "monitor"): (_codec_decodes,),
     ("monitor",): (_monitor_has_heldout_data,),

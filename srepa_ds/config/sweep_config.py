@@ -55,7 +55,8 @@ class SweepConfig(Section):
 
     metrics: tuple[Annotated[str, one_of("metric", METRICS)], ...] | None = None
     """Rows of the table of metrics; without it `frechet`, and with Inception also
-    `spatial_frechet` and `inception_score`, which cost next to nothing."""
+    `spatial_frechet` and `inception_score`, which cost next to nothing. Points are ordered by the
+    first that was measured of FID, sFID, Inception score, precision, recall, KID."""
 
     folder: Path | None = None
     """The folder for `sweep.json`, `sweep.md` and `sweep.html`; without it `<run.folder>/sweep`."""
@@ -66,6 +67,13 @@ class SweepConfig(Section):
         twins = [value for value in dict.fromkeys(values) if values.count(value) > 1]
         if twins:
             raise ValueError(f"{twins[0]} is given twice; remove one")
+        return values
+
+    @field_validator("metrics")
+    @classmethod
+    def _measures_something(cls, values: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if values == ():
+            raise ValueError("is empty, so points could not be compared; name one, or leave it out")
         return values
 
     @model_validator(mode="after")

@@ -133,20 +133,29 @@ class Collector:
             self._hits += int((features.logits.argmax(1).cpu() == labels).sum())
             self._asked += len(labels)
 
-    def seen(self) -> Seen:
-        """Returns the features of all ranks' images. Collective.
+    def seen(self, count: int) -> Seen:
+        """Returns the features of all ranks' images, which are `count`. Collective.
 
-        Raises DataError on all ranks if images are missing.
+        Raises DataError on all ranks if images are missing, or came more than once.
         """
+        pooled = _over_ranks(self._statistics, self._rank)
+        ranks.together(_check_count, pooled.count, count)
         counts = torch.tensor([self._hits, self._asked], device=self._rank.device)
         hits, asked = ranks.summed(counts).tolist()
         features: dict[FeatureKind, FeatureSet] = {
-            "pooled": FeatureSet(_over_ranks(self._statistics, self._rank), _table(self._pooled)),
+            "pooled": FeatureSet(pooled, _table(self._pooled)),
             "logits": FeatureSet(None, _table(self._logits)),
         }
         if self._spatial is not None:
             features["spatial"] = FeatureSet(_over_ranks(self._spatial, self._rank))
         return Seen(features, hits / asked if asked else None)
+
+
+def _check_count(found: int, count: int) -> None:
+    if found < count:
+        raise DataError(f"{count - found} of {count} images were not seen")
+    if found > count:
+        raise DataError(f"{found} images were seen, and the set has {count}")
 
 
 def _table(rows: Rows | None) -> Tensor | None:

@@ -3,15 +3,13 @@
 The images may lie in files or be drawn while they are scored; every rank sees a share of them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from srepa_ds.config.sections import EvaluateConfig
-from srepa_ds.console import steps_shown
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.heartbeat import moved
 from srepa_ds.distributed.ranks import Rank
@@ -30,6 +28,7 @@ from srepa_ds.metrics.scores import (
     measure,
     notes_on,
 )
+from srepa_ds.preparation.progress import run_through
 
 
 @dataclass(frozen=True)
@@ -98,12 +97,11 @@ class Evaluator:
         stripe = Stripe(self._rank.number, self._rank.world_size)
         return self.measure(images.blocks(size, stripe), len(images))
 
-    def measure(
-        self, blocks: Iterable[ImageBlock], count: int, *, block_size: int | None = None
-    ) -> Result:
+    def measure(self, blocks: Iterable[ImageBlock], count: int, *, in_step: bool = False) -> Result:
         """Returns the scores of `count` images, of which `blocks` are this rank's.
 
-        The progress counts blocks of `block_size` images, by default of `evaluate.batch_size`.
+        A rank that fails ends the others at their next block. With `in_step`, the ranks make
+        their blocks by collectives, equally many each: all are taken, also after a failure.
         Raises DataError on all ranks if images are missing, cannot be read, or do not suffice.
         """
         reference = self._reference_features()
@@ -116,7 +114,7 @@ class Evaluator:
                     labels.append((block.sample_ids, block.labels))
                 yield block
 
-        seen = self._look(with_labels(blocks), numbers, count, "images", block_size)
+        seen = self._look(with_labels(blocks), numbers, count, "images", in_step=in_step)
         return ranks.on_main(self._scored, seen, reference, self._labels(labels, count), count)
 
     def see_reference(self) -> list[Seen]:
@@ -148,7 +146,9 @@ class Evaluator:
                 for judge, one in zip(self.judges[1:], measured[1:], strict=True)
             },
             reference_recognised=reference[0].recognised,
-            class_precision=_by_class(inside, labels),
+            class_precision=(
+                {} if inside is None or labels is None else precision_by_class(inside, labels)
+            ),
             num_images=count,
             notes=self.notes(count),
         )
@@ -207,23 +207,29 @@ class Evaluator:
         wanted: Tensor,
         count: int,
         what: str,
-        block_size: int | None = None,
+        *,
+        in_step: bool = False,
     ) -> list[Seen]:
         """Returns the features of this rank's `blocks` and those of all other ranks."""
         collectors = [self._collector(judge, wanted, what) for judge in self.judges]
-        per_round = (block_size or self._settings.batch_size) * self._rank.world_size
-        shown = steps_shown(
-            blocks, total=-(-count // per_round), what=what, is_main=self._rank.is_main
-        )
-        ranks.together(self._look_at_own, shown, collectors)
-        return [collector.seen() for collector in collectors]
+        run_through(self._counts(blocks, collectors, in_step=in_step), total=count, what=what)
+        return [collector.seen(count) for collector in collectors]
 
-    def _look_at_own(self, blocks: Iterable[ImageBlock], collectors: list[Collector]) -> None:
-        for block in blocks:
-            moved()
-            images = block.images.to(self._device)
-            for judge, collector in zip(self.judges, collectors, strict=True):
-                collector.add(judge.extractor.features(images), block.sample_ids, block.labels)
+    def _counts(
+        self, blocks: Iterable[ImageBlock], collectors: list[Collector], *, in_step: bool
+    ) -> Generator[int, None, None]:
+        """Collects the features of this rank's blocks, and yields their numbers of images."""
+        own = iter(blocks)
+        try:
+            for block in own:
+                images = block.images.to(self._device)
+                for judge, collector in zip(self.judges, collectors, strict=True):
+                    collector.add(judge.extractor.features(images), block.sample_ids, block.labels)
+                yield len(block.sample_ids)
+        finally:
+            # The other ranks wait for this one in each of its blocks.
+            for _ in own if in_step else ():
+                moved()
 
     def _collector(self, judge: Judge, wanted: Tensor, what: str) -> Collector:
         is_sample = what == "images"
@@ -252,11 +258,3 @@ class Evaluator:
         for ids, some in given:
             labels[ids] = some
         return labels
-
-
-def _by_class(inside: Bool[Tensor, " samples"] | None, labels: Tensor | None) -> dict[int, float]:
-    """Returns the precision of each class that has images; empty without labels."""
-    if inside is None or labels is None:
-        return {}
-    precision = precision_by_class(inside, labels, num_classes=int(labels.max()) + 1)
-    return {number: value for number, value in enumerate(precision.tolist()) if value == value}

@@ -14,7 +14,13 @@ from srepa_ds.distributed import ranks
 from srepa_ds.evaluation.evaluator import Evaluator
 from srepa_ds.evaluation.first_images import FirstImages
 from srepa_ds.evaluation.images import ImageBlock
-from srepa_ds.evaluation.sweep_rows import SweepRow, best_first, read_rows, with_row
+from srepa_ds.evaluation.sweep_rows import (
+    SweepRow,
+    best_first,
+    deciding_score,
+    read_rows,
+    with_row,
+)
 from srepa_ds.metrics.scores import Scores, printed_names
 
 log = logging.getLogger("srepa_ds")
@@ -61,17 +67,13 @@ class PointScorer:
         blocks: Iterable[ImageBlock],
         facts: Mapping[str, Any],
         first: FirstImages,
-        *,
-        block_size: int,
     ) -> None:
         """Scores a point; `facts` are the fields of its row, and `first` keeps some of its images.
-
-        The progress counts blocks of `block_size`.
 
         Raises DataError on all ranks as `Evaluator.measure` does.
         """
         began = time.perf_counter()
-        result = self._evaluator.measure(first.passing(blocks), self._count, block_size=block_size)
+        result = self._evaluator.measure(first.passing(blocks), self._count)
         seconds = time.perf_counter() - began
         self._spent.append((seconds, facts["evaluations"]))
         row = SweepRow(
@@ -86,8 +88,12 @@ class PointScorer:
 
     def say_best(self) -> None:
         """Logs the best point of this sweep."""
-        best = best_first(self.done)[0]
-        log.info("best of %d points: %s: %s", self._total, best.described, self._scores(best))
+        best, name = best_first(self.done)[0], deciding_score(self.done)
+        score = printed_names(self.labels[0])[name]
+        log.info(
+            "best of %d points by %s: %s: %s",
+            *(self._total, score, best.described, self._scores(best)),
+        )
 
     def _finish(self, row: SweepRow, how: str) -> None:
         self.done.append(row)

@@ -8,6 +8,7 @@ from typing import Any
 from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import ConfigError, DataError
 from srepa_ds.files import reason_of, write_aside
+from srepa_ds.metrics.scores import SMALLER_IS_BETTER
 from srepa_ds.schema import Section, to_tree, validated
 
 DOCUMENT = "sweep.json"
@@ -67,11 +68,6 @@ class SweepRow(Section):
         """The number of images that were scored."""
         return int(self.measured_with["num_images"])
 
-    @property
-    def frechet(self) -> float:
-        """The distance by which points are ordered; infinite if it was not measured."""
-        return self.scores.get("frechet_distance", float("inf"))
-
     def is_of(self, digest: str, measured_with: Mapping[str, Any]) -> bool:
         """Returns whether the same images were scored in the same way."""
         return self.digest == digest and self.measured_with == measured_with
@@ -110,9 +106,17 @@ def with_row(rows: Sequence[SweepRow], row: SweepRow) -> tuple[SweepRow, ...]:
     return (*others, row)
 
 
-def best_first(rows: Iterable[SweepRow]) -> list[SweepRow]:
-    """Returns rows by their Frechet distance, the smallest first."""
-    return sorted(rows, key=lambda row: row.frechet)
+def deciding_score(rows: Iterable[SweepRow]) -> str:
+    """Returns the field of `Scores` by which rows are ordered, the first that was measured."""
+    measured = {name for row in rows for name in row.scores}
+    return next((name for name in SMALLER_IS_BETTER if name in measured), "frechet_distance")
+
+
+def best_first(rows: Sequence[SweepRow]) -> list[SweepRow]:
+    """Returns rows by their `deciding_score`, the best first; those without it last."""
+    name = deciding_score(rows)
+    sign = 1 if SMALLER_IS_BETTER[name] else -1
+    return sorted(rows, key=lambda row: sign * row.scores.get(name, sign * float("inf")))
 
 
 def _mapping(document: Any) -> Mapping[str, Any]:

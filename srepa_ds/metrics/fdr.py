@@ -14,6 +14,9 @@ VALIDATION_DISTANCES: dict[str, float] = {
 """Per extractor, the distance of ImageNet's 50,000 validation images from its training images, as
 published to two decimals: that of `fdr-mae`, and so its ratio, is known to 12 % only."""
 
+NUM_IMAGES = 50_000
+"""Images that FDr is defined for; distances of fewer are larger."""
+
 
 def relative_distance(extractor: str, distance: float) -> float | None:
     """Returns FDr, the distance as a multiple of the validation images'; None for other extractors.
@@ -37,9 +40,33 @@ def mean_relative_distance(distances: Mapping[str, float]) -> float | None:
     return sum(ratios) / len(ratios)
 
 
-def relative_distances(distances: Mapping[str, float]) -> dict[str, Any]:
-    """Returns `fdr`, FDr by extractor, and `fdr6`, as far as `distances` by extractor suffice."""
+def relative_distances(distances: Mapping[str, float], *, num_images: int) -> dict[str, Any]:
+    """Returns `fdr`, FDr by extractor, and `fdr6`, as far as `distances` by extractor suffice.
+
+    Empty for another number of images than FDr is defined for.
+    """
+    if num_images != NUM_IMAGES:
+        return {}
     ratios = {name: relative_distance(name, distance) for name, distance in distances.items()}
     known = {name: ratio for name, ratio in ratios.items() if ratio is not None}
     mean = mean_relative_distance(distances)
     return {**({"fdr": known} if known else {}), **({} if mean is None else {"fdr6": mean})}
+
+
+def fdr_note(reference: str) -> str:
+    """Returns what has to be said beside `relative_distances` from a reference."""
+    return (
+        "FDr is relative to the distance of ImageNet's validation images from all its training "
+        f"images, so it can be compared only if these are the reference; here it is {reference}"
+    )
+
+
+def printed_ratios(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns by printed names what `relative_distances` put into a document."""
+    ratios, mean = document.get("fdr"), document.get("fdr6")
+    found = (
+        {f"FDr-{name.removeprefix('fdr-')}": value for name, value in ratios.items()}
+        if ratios
+        else {}
+    )
+    return found if mean is None else {**found, "FDr6": mean}

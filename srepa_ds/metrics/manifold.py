@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from srepa_ds.errors import DataError
@@ -40,15 +40,12 @@ class PrecisionRecall:
 def precision_by_class(
     in_reference: Bool[Tensor, " samples"],
     labels: Int64[Tensor, " samples"],
-    *,
-    num_classes: int,
-) -> Float64[Tensor, " num_classes"]:
-    """Returns each class's fraction of samples inside the reference's manifold.
-
-    NaN for classes without samples.
-    """
-    inside = torch.bincount(labels[in_reference], minlength=num_classes)
-    return inside.double() / torch.bincount(labels, minlength=num_classes)
+) -> dict[int, float]:
+    """Returns the fraction of samples inside the reference's manifold by class, as far as a class
+    has samples, in ascending order."""
+    classes, places, counts = labels.unique(return_inverse=True, return_counts=True)
+    inside = places[in_reference].bincount(minlength=len(classes))
+    return dict(zip(classes.tolist(), (inside.double() / counts).tolist(), strict=True))
 
 
 def precision_recall(

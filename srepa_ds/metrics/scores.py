@@ -66,6 +66,18 @@ class Scores:
         return cls(**{name: float(value) for name, value in values.items()})
 
 
+SMALLER_IS_BETTER: dict[str, bool] = {
+    "frechet_distance": True,
+    "spatial_frechet_distance": True,
+    "inception_score": False,
+    "precision": False,
+    "recall": False,
+    "kernel_distance": True,
+    "class_accuracy": False,
+}
+"""The direction of each field of `Scores`."""
+
+
 def printed_names(extractor: str) -> dict[str, str]:
     """Returns the name of each field of `Scores` in tables, for an extractor's label.
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from srepa_ds.evaluation.comparable import comparable
+from srepa_ds.metrics.fdr import printed_ratios
 from srepa_ds.metrics.scores import printed_names
 from srepa_ds.report.markup import Markup, element, joined, note, section, table
 from srepa_ds.report.record import is_drawable, part
@@ -19,6 +20,7 @@ _MEANINGS = {
     "kernel_distance": "squared maximum mean discrepancy; smaller is better",
     "class_accuracy": "share of the samples recognised as the class asked for",
 }
+_RATIO = "distance as a multiple of the validation images'; smaller is better"
 _DIGEST = 12
 """Digits shown of a hash, enough to tell files apart."""
 _SHOWN_CLASSES = 5
@@ -38,6 +40,8 @@ def score_table(results: Mapping[str, Any]) -> Markup:
             if name == "class_accuracy" and real is not None:
                 meaning += f"; for the real images it is {number(real)}"
             rows.append((names.get(name, name.replace("_", " ")), number(value), meaning))
+    ratios = {"fdr": part(results, "fdr"), "fdr6": results.get("fdr6")}
+    rows += [(name, number(value), _RATIO) for name, value in printed_ratios(ratios).items()]
     said = results.get("notes")
     notes = [note(text) for text in said if isinstance(text, str)] if isinstance(said, list) else []
     return element("div", table(rows), *notes, class_="scores")

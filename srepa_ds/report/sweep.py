@@ -9,8 +9,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from srepa_ds.evaluation.sweep_rows import SweepRow, best_first
-from srepa_ds.metrics.scores import printed_names
+from srepa_ds.evaluation.sweep_rows import SweepRow, best_first, deciding_score
+from srepa_ds.metrics.scores import SMALLER_IS_BETTER, printed_names
 from srepa_ds.report.markup import Markup, element, image, joined, note, png_of, section
 from srepa_ds.report.page import page
 from srepa_ds.report.tables import duration
@@ -33,17 +33,19 @@ def markdown(rows: Sequence[SweepRow], labels: Sequence[str]) -> str:
 
 def sweep_page(rows: Sequence[SweepRow], labels: Sequence[str], *, folder: Path) -> str:
     """Returns the page: table, plot, and the first images of each point, from `folder`."""
-    ordered = best_first(rows)
+    ordered, field = best_first(rows), deciding_score(rows)
+    extreme = "smallest" if SMALLER_IS_BETTER[field] else "largest"
     text = (
         f"{len(rows)} points of {rows[0].num_images:,} images each, of the same seed, labels and "
-        "start noise. The smallest distance is first. NFE are function evaluations per image."
+        f"start noise. The {extreme} {_deciding_name(rows, labels)} is first. NFE are function "
+        "evaluations per image."
     )
     # A run's sweep lies in the run's folder.
     title = f"Sweep: {folder.absolute().parent.name}"
     sections = (
         section("points", "Points", element("p", text), _table(ordered, labels)),
         section("plot", "Plot", _plot(ordered, labels)),
-        section("images", "The same images at each point", _sheets(ordered, folder)),
+        section("images", "The same images at each point", _sheets(ordered, labels, folder)),
     )
     return page(title, header=element("h1", title), sections=sections)
 
@@ -109,6 +111,10 @@ def _score_names(rows: Iterable[SweepRow], labels: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in _scores(row, labels)))
 
 
+def _deciding_name(rows: Iterable[SweepRow], labels: Sequence[str]) -> str:
+    return printed_names(labels[0])[deciding_score(rows)]
+
+
 def _plot(rows: Sequence[SweepRow], labels: Sequence[str]) -> Markup:
     if importlib.util.find_spec("matplotlib") is None:
         return note("No plot: matplotlib is not installed (pip install 'srepa_ds[demo]').")
@@ -117,18 +123,21 @@ def _plot(rows: Sequence[SweepRow], labels: Sequence[str]) -> Markup:
     found = plot_of(rows)
     if found is None:
         return note("No plot: neither the guidance scale nor the number of steps varies.")
-    score = printed_names(labels[0])["frechet_distance"]
+    score = _deciding_name(rows, labels)
     light, dark = (draw_plot(found, score=score, theme=theme) for theme in ("light", "dark"))
     alt = f"{score} against {found.axis}, {len(found.lines)} lines"
     return element("figure", image(light, alt=alt, dark=dark))
 
 
-def _sheets(rows: Iterable[SweepRow], folder: Path) -> Markup:
-    return joined(*(_sheet(row, folder / row.picture) for row in rows))
+def _sheets(rows: Sequence[SweepRow], labels: Sequence[str], folder: Path) -> Markup:
+    name = _deciding_name(rows, labels)
+    return joined(
+        *(_sheet(row, name, _scores(row, labels).get(name), folder / row.picture) for row in rows)
+    )
 
 
-def _sheet(row: SweepRow, path: Path) -> Markup:
-    caption = f"{row.described}: {row.frechet:.4g}"
+def _sheet(row: SweepRow, name: str, value: float | None, path: Path) -> Markup:
+    caption = row.described if value is None else f"{row.described}: {name} {value:.4g}"
     try:
         with Image.open(path) as picture:
             png = png_of(picture.convert("RGB"))

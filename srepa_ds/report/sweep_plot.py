@@ -8,7 +8,7 @@ from typing import NamedTuple
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from srepa_ds.evaluation.sweep_rows import SweepRow
+from srepa_ds.evaluation.sweep_rows import SweepRow, deciding_score
 from srepa_ds.report.curves import THEMES, Theme
 
 _INCHES, _DOTS_PER_INCH = (8.4, 4.2), 120
@@ -35,11 +35,12 @@ class Plot:
 
 
 def plot_of(rows: Sequence[SweepRow]) -> Plot | None:
-    """Returns the score against the guidance scale, or the steps if these alone vary.
+    """Returns the score that decides against the guidance scale, or the steps if these alone vary.
 
     None if neither varies. A point without guidance belongs to the lines of all intervals.
     """
-    measured = [row for row in rows if row.frechet < float("inf")]
+    score = deciding_score(rows)
+    measured = [row for row in rows if score in row.scores]
     axis = next((a for a in _AXES if len({getattr(r, a) for r in measured}) > 1), None)
     if axis is None:
         return None
@@ -48,7 +49,7 @@ def plot_of(rows: Sequence[SweepRow]) -> Plot | None:
     for row in measured:
         for interval in {row.interval} if row.cfg_scale > 1 else intervals:
             line = found.setdefault(_name(row, interval, axis, rows), {})
-            line[getattr(row, axis)] = row.frechet
+            line[getattr(row, axis)] = row.scores[score]
     return Plot(
         _AXES[axis],
         tuple(

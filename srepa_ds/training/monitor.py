@@ -149,7 +149,7 @@ class Monitor:
             for batch in self._drawn(engine, count)
             if int(batch.sample_ids[0]) < count
         )
-        distance = self._evaluator.measure(blocks, count).scores.frechet_distance
+        distance = self._evaluator.measure(blocks, count, in_step=True).scores.frechet_distance
         # Between evaluations the student needs its memory.
         self._evaluator.to("cpu")
         assert distance is not None

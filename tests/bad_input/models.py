@@ -137,6 +137,13 @@ CASES = [
          'sweep CONFIG sweep.num_steps=[1] sweep.num_samples=9 sample.labels={{"3":5}} '
          "sample.num_samples=5",
          ("sweep.num_samples: is 9, and sample.labels asks for 5 images",)),
+    Case("a sweep that measures nothing", exported,
+         "sweep CONFIG sweep.num_steps=[1] sweep.metrics=[]",
+         ("sweep.metrics: is empty, so points could not be compared",)),
+    Case("two extractors of one name", exported,
+         'evaluate CONFIG evaluate.extractor={{"name":"dinov2-vit-b"}} '
+         'evaluate.further_extractors=[{{"name":"dinov2-vit-b","weights":"own.pt"}}]',
+         ("evaluate.further_extractors.0: two extractors are called 'dinov2-vit-b'",)),
     Case("a sweep of fewer images than the metrics take", exported,
          "sweep CONFIG sweep.num_steps=[1] sweep.num_samples=3 sweep.metrics=[precision_recall]",
          ("sample images, got 3",)),

@@ -1,11 +1,13 @@
 import hashlib
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 import timm
 import torch
-from builders import TEACHER
+from builders import TEACHER, largest_file
 from safetensors.torch import load_file
 
 from srepa_ds.commands.evaluate import evaluate
@@ -192,6 +194,44 @@ def test_results_that_cannot_be_written(experiment, drawn):
     with pytest.raises(OutputError, match=r"cannot write .*results\.json"):
         evaluate(config)
     assert [path.name for path in config.run.folder.iterdir()] == ["results.json"]
+
+
+def test_results_that_cannot_be_written_are_refused_before_images_are_looked_at(
+    experiment, drawn, tmp_path
+):
+    config = experiment()
+    config.run_folder.results.mkdir(parents=True)
+    samples = tmp_path / "samples" / "samples.npz"
+    content = bytearray(samples.read_bytes())
+    # In the pixels: whoever reads them finds it.
+    content[len(content) // 3] ^= 255
+    samples.write_bytes(content)
+    with pytest.raises(OutputError, match=r"cannot write .*results\.json"):
+        evaluate(config)
+    config.run_folder.results.rmdir()
+    with pytest.raises(DataError, match=r"samples\.npz"):
+        evaluate(config)
+    # Trying the place has left nothing there.
+    assert list(config.run.folder.iterdir()) == []
+
+
+def test_scores_are_said_before_they_are_written(experiment, drawn, caplog):
+    caplog.set_level("INFO", "srepa_ds")
+    config = experiment()
+
+    # An empty file fits, and the results do not.
+    with largest_file(100), pytest.raises(OutputError, match=r"cannot write .*results\.json"):
+        evaluate(config)
+    assert re.search(r"FD-vit\S* .*\d\.\d{4}  precision 0\.\d{4}", caplog.text)
+
+
+def test_the_provenance_of_a_set_is_not_that_of_an_archive_beside_it(experiment, drawn, tmp_path):
+    folder = tmp_path / "samples"
+    shutil.copy(folder / "samples.npz", folder / "theirs.npz")
+    for name, expected in (("theirs.npz", {}), ("samples.npz", PROVENANCE), (".", PROVENANCE)):
+        config = experiment(f"evaluate.samples={folder / name}")
+        evaluate(config)
+        assert json.loads(config.run_folder.results.read_text())["samples"] == expected, name
 
 
 def test_few_images_are_noted_beside_the_scores(experiment, drawn, reference, tmp_path, caplog):

@@ -158,11 +158,29 @@ def test_five_faults_are_named_at_once_across_sections():
 def test_every_extractor_needs_weights_that_can_be_had():
     unpublished, fetched = {"name": "mocov3-vit-b"}, {"name": "inception"}
     section = {"reference": "real", "extractor": unpublished}
-    further = [fetched, {**unpublished, "weights": "own.pt"}, unpublished]
+    further = [fetched, {**unpublished, "weights": "own.pt", "dtype": "fp32"}]
     assert paths_of_faults(tree(evaluate={**section, "further_extractors": further})) == [
-        "evaluate.extractor.weights",
-        "evaluate.further_extractors.2.weights",
+        "evaluate.extractor.weights"
     ]
+    section = {"reference": "real", "extractor": fetched}
+    further = [{"name": "dinov2-vit-b"}, unpublished]
+    assert paths_of_faults(tree(evaluate={**section, "further_extractors": further})) == [
+        "evaluate.further_extractors.1.weights"
+    ]
+
+
+def test_two_extractors_of_one_name_are_refused():
+    spec = {"architecture": "vit_tiny_patch16_224", "width": 192, "patch_size": 16}
+    spec["input_size"] = 224
+    section = {"reference": "real", "extractor": {"name": "inception"}}
+
+    def found(*further):
+        return paths_of_faults(tree(evaluate={**section, "further_extractors": further}))
+
+    one, other = ({"spec": spec, "weights": name} for name in ("one.pt", "other.pt"))
+    built(evaluate={**section, "further_extractors": [one, {**other, "dtype": "fp32"}]})
+    assert found(one, other) == ["evaluate.further_extractors.1"]
+    assert found({"name": "inception", "weights": "own.pt"}) == ["evaluate.further_extractors.0"]
 
 
 def test_a_depth_is_held_against_the_overridden_model():

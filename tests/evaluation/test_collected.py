@@ -31,7 +31,7 @@ def seen(order, *, rank, wanted=None):
     )
     for ids in order:
         collector.add(features(ids), ids, ids % 4)
-    return collector.seen()
+    return collector.seen(COUNT)
 
 
 @pytest.fixture
@@ -70,6 +70,23 @@ def test_some_rows_are_kept_and_all_images_summed(alone):
 def test_images_that_were_not_seen_are_counted(alone):
     with pytest.raises(DataError, match="10 of 1500 images were not seen"):
         seen([torch.arange(10, COUNT)], rank=alone)
+
+
+@pytest.mark.parametrize(
+    ("seen_of_1500", "message"),
+    [
+        (1490, "10 of 1500 images were not seen"),
+        (1501, "1501 images were seen, and the set has 1500"),
+    ],
+)
+def test_sums_alone_are_counted_too(alone, seen_of_1500, message):
+    collector = Collector(
+        Kept(), width=WIDTH, spatial=None, classes=0, compares_labels=False, rank=alone
+    )
+    for ids in torch.arange(seen_of_1500).split(64):
+        collector.add(Features(features(ids % COUNT).pooled, None), ids, None)
+    with pytest.raises(DataError, match=message):
+        collector.seen(COUNT)
 
 
 def on_ranks(shares: list[list[int]]) -> None:

@@ -3,7 +3,9 @@ import pytest
 from srepa_ds.metrics.fdr import (
     VALIDATION_DISTANCES,
     mean_relative_distance,
+    printed_ratios,
     relative_distance,
+    relative_distances,
 )
 
 
@@ -37,3 +39,15 @@ def test_the_mean_needs_all_six():
     assert mean_relative_distance({**distances, "dinov2-vit-b": 9.0}) == pytest.approx(27 / 6)
     for name in published:
         assert mean_relative_distance({k: v for k, v in distances.items() if k != name}) is None
+
+
+def test_ratios_are_those_of_fifty_thousand_images():
+    distances = dict(VALIDATION_DISTANCES)
+    assert relative_distances(distances, num_images=49_999) == {}
+    found = relative_distances(distances, num_images=50_000)
+    assert found == {"fdr": dict.fromkeys(VALIDATION_DISTANCES, 1.0), "fdr6": 1.0}
+    names = ("inception", "convnext", "dinov2", "mae", "siglip", "clip")
+    assert printed_ratios(found) == {**{f"FDr-{name}": 1.0 for name in names}, "FDr6": 1.0}
+    assert printed_ratios({}) == {}
+    few = relative_distances({"inception": 3.36, "dinov2-vit-b": 9.0}, num_images=50_000)
+    assert few == {"fdr": {"inception": 2.0}}

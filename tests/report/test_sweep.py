@@ -1,10 +1,13 @@
 """The table, the plot and the pictures of a sweep."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
 
-from srepa_ds.evaluation.sweep_rows import SweepRow
+from srepa_ds.evaluation.sweep_rows import SweepRow, best_first, deciding_score
+from srepa_ds.metrics.scores import SMALLER_IS_BETTER, Scores
 from srepa_ds.report.sweep import contact_strip, markdown, sweep_page
 from srepa_ds.report.sweep_plot import draw_plot, plot_of
 
@@ -93,3 +96,36 @@ def test_images_lie_in_rows_of_eight(count, shape):
 def test_large_images_are_reduced():
     images = torch.zeros(16, 3, 512, 512, dtype=torch.uint8)
     assert contact_strip(images).size == (1024, 256)
+
+
+@pytest.mark.parametrize(
+    ("scores", "first", "name"),
+    [
+        (({"inception_score": 90.0}, {"inception_score": 200.0}), 1, "largest IS"),
+        (
+            ({"precision": 0.7, "recall": 0.1}, {"precision": 0.6, "recall": 0.9}),
+            0,
+            "largest precision",
+        ),
+        (({"kernel_distance": 0.2}, {"kernel_distance": 0.1}), 1, "smallest KID"),
+        (
+            ({"recall": 0.9, "frechet_distance": 3.0}, {"recall": 0.8, "frechet_distance": 2.0}),
+            1,
+            "smallest FID",
+        ),
+    ],
+)
+def test_points_are_ordered_by_the_first_score_in_its_direction(tmp_path, scores, first, name):
+    rows = [row(0.0, scores=one, cfg_scale=2.0 + n) for n, one in enumerate(scores)]
+    assert best_first(rows)[0] is rows[first]
+    page = sweep_page(rows, ["inception"], folder=tmp_path / "run" / "sweep")
+    assert f"The {name} is first." in page
+    score = name.split()[1]
+    assert f"{score} against guidance scale" in page
+    assert f"<td><b>{rows[first].cfg_scale:g}</b></td>" in page
+    field = deciding_score(rows)
+    assert plot_of(rows).lines[0].scores == tuple(one[field] for one in scores)
+
+
+def test_every_score_has_a_direction():
+    assert list(SMALLER_IS_BETTER) == [field.name for field in fields(Scores)]

@@ -12,7 +12,7 @@ NAMES = st.sampled_from(
         *("scores", "settings", "samples", "extractor", "spec", "sampler", "class_accuracy", "ema"),
         *("reference_class_accuracy", "reference_id", "extractor_sha256", "reference", "train"),
         *("further_scores", "class_precision", "preset", "deviations", "evaluations", "notes"),
-        *("extractors", "num_images", "rounding", "precision", "here", "3"),
+        *("extractors", "num_images", "rounding", "precision", "here", "3", "fdr", "fdr6"),
     )
 )
 VALUES = st.recursive(
@@ -30,3 +30,13 @@ VALUES = st.recursive(
 @given(document=st.dictionaries(NAMES, VALUES, max_size=8))
 def test_no_document_is_an_error(build, document):
     assert "<table" in build(document)
+
+
+def test_relative_distances_stand_beside_the_scores():
+    scores = {"frechet_distance": 3.36}
+    text = score_table({"scores": scores, "fdr": {"fdr-mae": 2.5}, "fdr6": 4.25})
+    assert "FDr-mae" in text
+    assert "2.5" in text
+    assert "FDr6" in text
+    assert "4.25" in text
+    assert "FDr" not in score_table({"scores": scores})

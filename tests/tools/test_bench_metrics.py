@@ -45,3 +45,10 @@ def test_each_row_is_printed():
         "frechet", "spatial_frechet", "inception_score", "precision_recall", "kernel_distance",
     ]  # fmt: skip
     assert all("GB in all" in line for line in lines[1:])
+    for name in ("frechet", "spatial_frechet"):
+        ours, theirs = (
+            next(line for line in lines if line[:26].strip() == label).split("features: ")[1]
+            for label in (name, f"{name} by scipy")
+        )
+        assert theirs.startswith(f"{name}_distance ")
+        assert theirs == ours
