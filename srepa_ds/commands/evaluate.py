@@ -74,7 +74,7 @@ def _scores_of_set(
     beside = folder if folder.is_dir() else folder.parent
     provenance = ranks.together(read_provenance, beside)
     evaluator = open_evaluator(
-        settings, image_shape=images.image_shape, count=len(images), rank=rank
+        settings, image_shape=images.image_shape, count=len(images), rank=rank, samples=images
     )
     compare_small(evaluator, images)
     return evaluator.measure_set(images), evaluator, provenance
