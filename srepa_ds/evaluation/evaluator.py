@@ -62,7 +62,7 @@ class Result:
     num_images: int
     """The number of images that were scored."""
     notes: list[str] = field(default_factory=list)
-    """What keeps these scores from being comparable with others."""
+    """What keeps these scores from being comparable with others, and why some are missing."""
 
 
 class Evaluator:
