@@ -74,7 +74,7 @@ def _scores_of_set(
     images = ranks.together(open_images, folder, setting="evaluate.samples")
     provenance = ranks.together(_provenance_of, folder)
     evaluator = open_evaluator(
-        settings, image_shape=images.image_shape, count=len(images), rank=rank
+        settings, image_shape=images.image_shape, count=len(images), rank=rank, samples=images
     )
     ranks.on_main(_check_place, config.run_folder.results)
     compare_small(evaluator, images)

@@ -117,7 +117,12 @@ def parity(config: ParityConfig) -> Parity:
     images = open_images(path, setting="evaluate.samples")
     metrics = [name for name, row in METRICS.items() if config.published.keys() & {*row.fields}]
     evaluator = open_evaluator(
-        settings, image_shape=images.image_shape, count=len(images), rank=rank, metrics=metrics
+        settings,
+        image_shape=images.image_shape,
+        count=len(images),
+        rank=rank,
+        metrics=metrics,
+        samples=images,
     )
     scores = evaluator.measure_set(images).scores
     heading = f"{len(images):,} images of {path} against {settings.reference}"

@@ -23,12 +23,12 @@ def drawn_blocks(drawing: Drawing, rank: Rank) -> Iterator[ImageBlock]:
 
 
 def compare_small(evaluator: Evaluator, *images: ImageSet) -> None:
-    """Compares small data sets with their indices, and logs which metrics are left out.
+    """Compares small data sets with their indices, and logs the remarks.
 
     Collective; raises DataError on all ranks.
     """
     for one in (evaluator.reference.images, *images):
         if isinstance(one, ShardImages):
             ranks.on_main(one.dataset.compare_if_small)
-    for sentence in evaluator.left_out:
+    for sentence in evaluator.remarks:
         log.info("%s", sentence)

@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from srepa_ds.encoders.extractors import ExtractorConfig
 from srepa_ds.errors import ConfigError
@@ -190,6 +190,19 @@ class SampleConfig(SamplerConfig):
         return self
 
 
+def _without_repeats(metrics: tuple[str, ...]) -> tuple[str, ...]:
+    if repeated := next((name for name in metrics if metrics.count(name) > 1), None):
+        raise ValueError(f"{repeated} is given twice; remove one")
+    return metrics
+
+
+_Metrics = Annotated[
+    tuple[Annotated[str, one_of("metric", METRICS)], ...],
+    Field(min_length=1),
+    AfterValidator(_without_repeats),
+]
+
+
 class EvaluateConfig(Section):
     """The images that `srepa-ds evaluate` compares, and the feature space."""
 
@@ -213,7 +226,7 @@ class EvaluateConfig(Section):
     further_extractors: tuple[ExtractorConfig, ...] = ()
     """Encoders for further Frechet and kernel distances, such as FD-DINOv2."""
 
-    metrics: tuple[Annotated[str, one_of("metric", METRICS)], ...] | None = None
+    metrics: _Metrics | None = None
     """Rows of the table of metrics: frechet, spatial_frechet, inception_score, precision_recall,
     kernel_distance. Without it, all that the extractor has features for and that the images are
     enough for."""

@@ -58,6 +58,11 @@ class NpzArchive:
     def __exit__(self, *exception: object) -> None:
         self._zip.close()
 
+    @property
+    def checksums(self) -> dict[str, tuple[int, int]]:
+        """CRC-32 and number of bytes of every array, which are compared when it is read whole."""
+        return {name: (entry.CRC, entry.file_size) for name, entry in self._entries.items()}
+
     def read(self, name: str) -> ndarray:
         """Returns an array; raises KeyError without it, ValueError if it is damaged."""
         array = self.arrays[name]

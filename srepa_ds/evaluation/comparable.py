@@ -3,10 +3,17 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from srepa_ds.encoders.publications import WEB_FILES
 from srepa_ds.sampling.presets import PRESETS
 
 PUBLISHED_IMAGES = 50_000
 """The number of images that published scores are of."""
+
+MANIFOLD_IMAGES = 10_000
+"""The number of real images that published precision and recall are of."""
+
+_ADM_FILES = tuple(WEB_FILES[name].name for name in ("adm-imagenet256", "adm-imagenet512"))
+"""Names of ADM's references, whose hashes nobody publishes."""
 
 _NO_REASONS = ("num_samples", "seed")
 """Deviations from a preset that are counted otherwise, or do not matter: any seed is as good."""
@@ -37,10 +44,11 @@ def in_words(verdict: Mapping[str, Any]) -> str:
 def reasons(results: Mapping[str, Any]) -> list[str]:
     """Returns why the scores of results.json cannot be put beside published ones, if they cannot.
 
-    Published scores are those of ADM's evaluator: Inception, 50,000 images, ADM's reference with
-    its stored statistics, distances in half precision, and the sampler of a paper and its
-    decoder, by name. Which weights drew the images is in the provenance, and is not judged here.
-    Takes any document: what is missing counts as not known.
+    Published scores are those of ADM's evaluator: Inception with its published weights, 50,000
+    images, ADM's reference with its stored statistics and images, distances in half precision, the
+    sampler of a paper and its decoder. Reference and decoder are known by their names. Which
+    weights drew the images is in the provenance, and is not judged here. Takes any document: what
+    is missing counts as not known.
     """
     return [
         *_of_features(results),
@@ -55,6 +63,12 @@ def _of_features(results: Mapping[str, Any]) -> Iterator[str]:
     name = extractor.get("name") or _part(extractor, "spec").get("architecture")
     if name != "inception":
         yield f"the features are those of {name or 'an unknown encoder'}, not of Inception"
+        return
+    weights = _part(_part(results, "extractors"), "inception").get("weights_sha256")
+    if not weights:
+        yield "which weights Inception has is not known"
+    elif weights != WEB_FILES["inception"].sha256:
+        yield f"Inception has other weights than the published ones (sha256 {weights})"
 
 
 def _of_images(results: Mapping[str, Any]) -> Iterator[str]:
@@ -66,11 +80,35 @@ def _of_images(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_measuring(results: Mapping[str, Any]) -> Iterator[str]:
-    if "pooled_statistics" not in _part(results, "reference"):
+    reference, scores = _part(results, "reference"), _part(results, "scores")
+    file, settings = reference.get("file"), _part(results, "settings")
+    if "pooled_statistics" not in reference:
         yield "the reference has no stored statistics, and ADM's has those of all training images"
-    is_measured = _part(results, "scores").keys() & {"precision", "recall"}
-    if is_measured and _part(results, "settings").get("distance_arithmetic") == "fp32":
+    elif file not in _ADM_FILES:
+        called = f"it is called {file}" if file else "it holds no images"
+        yield f"the reference is not known to be ADM's ({called}, not {' or '.join(_ADM_FILES)})"
+    elif "spatial_frechet_distance" in scores and "spatial_statistics" not in reference:
+        yield "the reference has no stored statistics for sFID, and ADM's has"
+    if not scores.keys() & {"precision", "recall"}:
+        return
+    if settings.get("distance_arithmetic") == "fp32":
         yield "precision and recall are of distances in fp32, and ADM's are of fp16"
+    yield from _of_real_images(reference, settings.get("num_manifold_images"))
+
+
+def _of_real_images(reference: Mapping[str, Any], most: Any) -> Iterator[str]:
+    """Yields a reason unless precision and recall are of as many real images as published ones."""
+    available = reference.get("num_images")
+    if not isinstance(available, int) or not isinstance(most, int):
+        yield "the number of real images for precision and recall is not known"
+        return
+    # ADM's reference of 512 px is said to hold fewer, which published scores are of then.
+    is_adms = reference.get("file") in _ADM_FILES
+    published = min(available, MANIFOLD_IMAGES) if is_adms else MANIFOLD_IMAGES
+    if (used := min(available, most)) != published:
+        yield (
+            f"precision and recall are of {used:,} real images, and published ones of {published:,}"
+        )
 
 
 def _of_drawing(results: Mapping[str, Any]) -> Iterator[str]:

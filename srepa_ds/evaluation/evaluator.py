@@ -61,7 +61,7 @@ class Result:
     num_images: int
     """The number of images that were scored."""
     notes: list[str] = field(default_factory=list)
-    """What keeps these scores from being comparable with others."""
+    """What keeps these scores from being comparable with others, and why some are missing."""
 
 
 class Evaluator:
@@ -74,12 +74,12 @@ class Evaluator:
         reference: ReferenceImages,
         *,
         rank: Rank,
-        left_out: Sequence[str] = (),
+        remarks: Sequence[str] = (),
     ):
-        """Takes what `open_evaluator` has opened and checked."""
+        """Takes what `open_evaluator` has opened and checked, and its `remarks` on the scores."""
         self.judges = tuple(judges)
         self.reference = reference
-        self.left_out = tuple(left_out)
+        self.remarks = tuple(remarks)
         self._settings = settings
         self._rank = rank
         self._device: torch.device | str = rank.device
@@ -150,7 +150,7 @@ class Evaluator:
                 {} if inside is None or labels is None else precision_by_class(inside, labels)
             ),
             num_images=count,
-            notes=self.notes(count),
+            notes=[*self.notes(count), *self.remarks],
         )
 
     def _measured(self, judge: Judge, drawn: Seen, real: Seen) -> Measured:
@@ -185,10 +185,14 @@ class Evaluator:
     def _needs_reference_images(self) -> bool:
         """Returns whether anything is computed that the stored statistics do not give."""
         return any(
-            METRICS[name].takes_reference and (METRICS[name].takes_rows or not self._stored(judge))
+            METRICS[name].takes_reference
+            and (METRICS[name].takes_rows or not self._is_stored(judge, METRICS[name].features))
             for judge in self.judges
             for name in judge.metrics
         )
+
+    def _is_stored(self, judge: Judge, kind: FeatureKind) -> bool:
+        return self._stored(judge) is not None and self.reference.stored.of(kind) is not None
 
     def _with_stored(self, judge: Judge, seen: Seen) -> Seen:
         pooled = self._stored(judge)

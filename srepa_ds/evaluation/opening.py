@@ -1,19 +1,18 @@
 """Opens an evaluator: checks all that can be checked before an image is looked at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from srepa_ds.config.sections import EvaluateConfig
 from srepa_ds.distributed import ranks
 from srepa_ds.distributed.ranks import Rank
-from srepa_ds.encoders.extractors import ExtractorConfig, load_extractor
+from srepa_ds.encoders.extractors import load_extractor
+from srepa_ds.encoders.publications import WEB_FILES
 from srepa_ds.errors import DataError
+from srepa_ds.evaluation.choosing import Choosing
 from srepa_ds.evaluation.evaluator import Evaluator, Judge
+from srepa_ds.evaluation.images import ImageSet
 from srepa_ds.evaluation.reference import ReferenceImages, open_reference
-from srepa_ds.metrics.scores import METRICS, check_counts
-
-_OF_FURTHER = ("frechet", "kernel_distance")
-# Without enough images for it, the others are still those of ADM's evaluator.
-_LEFT_OUT = ("kernel_distance",)
 
 
 def open_evaluator(
@@ -24,14 +23,22 @@ def open_evaluator(
     rank: Rank,
     metrics: Sequence[str] | None = None,
     most_reference: int | None = None,
+    samples: ImageSet | None = None,
 ) -> Evaluator:
     """Returns an evaluator for `count` images of `image_shape`. Collective.
 
-    `metrics` replace those of the settings; of a reference of shards, at most `most_reference`
-    images are taken. All that can be checked is checked before an image is looked at. Raises
-    DataError on all ranks for a reference or extractor that cannot be used, or too few images.
+    `metrics` replace those of the settings; of the reference, at most `most_reference` images are
+    taken. All that can be checked is checked before an image is looked at, also that all ranks have
+    the same reference, extractors and, where they are given, `samples`. Raises DataError on all
+    ranks for a reference or extractor that cannot be used, or too few images, and ConfigError for
+    ranks that differ.
     """
-    return ranks.together(_open, settings, image_shape, count, rank, metrics, most_reference)
+    evaluator = ranks.together(_open, settings, image_shape, count, rank, metrics, most_reference)
+    facts = ranks.together(_facts, evaluator, count, samples)
+    ranks.check_same(
+        facts, what="ranks evaluate with different files; give all of them the same files"
+    )
+    return evaluator
 
 
 def _open(
@@ -52,74 +59,61 @@ def _open(
             f"{_size(image_shape)}; give a reference of the same size"
         )
     asked = settings.metrics if metrics is None else tuple(metrics)
+    choosing = Choosing(settings, reference, count, asked)
     configs = (settings.extractor, *settings.further_extractors)
-    chosen, left_out = [], []
-    for number, config in enumerate(configs):
-        own, others = _metrics_of(config, asked, settings, reference, count, number == 0)
-        chosen.append(own)
-        left_out += others
-    resolution = image_shape[1:]
+    # Before weights are read.
+    chosen = [choosing.metrics_of(config, is_first=not n) for n, config in enumerate(configs)]
     judges = [
-        Judge(config.label, load_extractor(config, resolution=resolution, device=rank.device), own)
+        Judge(
+            config.label,
+            load_extractor(config, resolution=image_shape[1:], device=rank.device),
+            own,
+        )
         for config, own in zip(configs, chosen, strict=True)
     ]
-    return Evaluator(settings, judges, reference, rank=rank, left_out=left_out)
+    remarks = list(choosing.remarks)
+    for judge in judges:
+        if judge.label == "inception":
+            _check_widths(judge, reference)
+            remarks += _on_weights(judge)
+    return Evaluator(settings, judges, reference, rank=rank, remarks=remarks)
 
 
-def _metrics_of(
-    config: ExtractorConfig,
-    asked: tuple[str, ...] | None,
-    settings: EvaluateConfig,
-    reference: ReferenceImages,
-    count: int,
-    is_first: bool,
-) -> tuple[tuple[str, ...], list[str]]:
-    """Returns the metrics to compute with an extractor, and why others are left out.
-
-    Raises DataError for metrics that were asked for and cannot be had.
-    """
-    is_inception = config.label == "inception"
-    possible = [name for name in METRICS if _suits(name, is_inception, is_first)]
-    stored = reference.stored if is_inception else None
-    chosen, notes = [], []
-    for name in possible if asked is None else [name for name in asked if name in possible]:
-        try:
-            _check_enough(name, settings, reference, count, stored is not None)
-        except DataError as error:
-            if asked is not None or name not in _LEFT_OUT:
-                raise
-            notes.append(f"{name} is left out: {error}")
-        else:
-            chosen.append(name)
-    if is_first and asked is not None and (missing := [n for n in asked if n not in possible]):
-        raise DataError(
-            f"evaluate.metrics: {', '.join(missing)}: the extractor '{config.label}' has no such "
-            "features; use the extractor inception, or leave them out"
-        )
-    return tuple(chosen), notes
+def _check_widths(judge: Judge, reference: ReferenceImages) -> None:
+    """Raises DataError for stored statistics of other features than Inception's."""
+    stored, extractor = reference.stored, judge.extractor
+    for name, found, width in (
+        ("mu", stored.pooled, extractor.width),
+        ("mu_s", stored.spatial, extractor.spatial_width),
+    ):
+        if found is not None and len(found.mean) != width:
+            raise DataError(
+                f"evaluate.reference: {reference.where}: {name} has {len(found.mean):,} values, "
+                f"and {width:,} are needed, one for each feature of Inception; give statistics of "
+                "Inception's features, as ADM publishes them, or the images"
+            )
 
 
-def _suits(name: str, is_inception: bool, is_first: bool) -> bool:
-    if not is_first:
-        return name in _OF_FURTHER
-    return is_inception or name not in ("spatial_frechet", "inception_score")
+def _on_weights(judge: Judge) -> list[str]:
+    """Returns a sentence if Inception's weights are not the published ones."""
+    found = judge.extractor.identity.get("weights_sha256")
+    if found == WEB_FILES["inception"].sha256:
+        return []
+    return [
+        f"Inception has other weights than the published ones (sha256 {found}): its scores compare "
+        "with those of the same weights alone, and stored statistics have to be of them too"
+    ]
 
 
-def _check_enough(
-    name: str, settings: EvaluateConfig, reference: ReferenceImages, count: int, is_stored: bool
-) -> None:
-    """Raises DataError unless both sets have the images that a metric needs."""
-    row = METRICS[name]
-    if row.takes_reference and not row.takes_rows and is_stored:
-        available = reference.stored.spatial if name == "spatial_frechet" else True
-        if available is not None and reference.stored.pooled is not None:
-            check_counts([name], samples=count, reference=count)
-            return
-    images = reference.images
-    real = 0 if images is None else len(images)
-    if row.takes_rows:
-        real = min(real, settings.num_manifold_images)
-    check_counts([name], samples=count, reference=real)
+def _facts(evaluator: Evaluator, count: int, samples: ImageSet | None) -> dict[str, Any]:
+    """Returns what all ranks must share, by names that a message can show."""
+    parts: dict[str, Mapping[str, Any]] = {"evaluate.reference": evaluator.reference.identity}
+    if samples is not None:
+        parts["evaluate.samples"] = samples.identity
+    for judge in evaluator.judges:
+        parts[f"extractor {judge.label}"] = judge.extractor.identity
+    named = {f"{part}: {key}": fact for part, facts in parts.items() for key, fact in facts.items()}
+    return {**named, "number of images to score": count}
 
 
 def _size(shape: tuple[int, int, int]) -> str:

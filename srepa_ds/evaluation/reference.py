@@ -12,9 +12,10 @@ from torch import Tensor
 from srepa_ds.documents.npz_reader import NpzArchive
 from srepa_ds.encoders.published import local_file
 from srepa_ds.errors import DataError
-from srepa_ds.evaluation.image_sets import ShardImages, open_images
+from srepa_ds.evaluation.image_sets import open_images
 from srepa_ds.evaluation.images import ImageSet
 from srepa_ds.files import reason_of
+from srepa_ds.metrics.scores import FeatureKind
 from srepa_ds.metrics.statistics import FeatureStatistics
 from srepa_ds.weight_file import hash_of_tensors
 
@@ -29,6 +30,10 @@ class StoredStatistics:
     pooled: FeatureStatistics | None
     spatial: FeatureStatistics | None
 
+    def of(self, kind: FeatureKind) -> FeatureStatistics | None:
+        """Returns the statistics of a kind of features, None for those that are not stored."""
+        return {"pooled": self.pooled, "spatial": self.spatial}.get(kind)
+
 
 @dataclass(frozen=True)
 class ReferenceImages:
@@ -37,29 +42,36 @@ class ReferenceImages:
     images: ImageSet | None
     """None for an archive with statistics alone."""
     stored: StoredStatistics
+    where: str
+    """The place, for messages."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells this reference from others, as plain JSON values."""
-        return {**(self.images.identity if self.images else {}), **_hashes(self.stored)}
+        """What tells this reference from others by its contents, as plain JSON values.
+
+        Raises DataError for images that cannot be read.
+        """
+        images = self.images
+        of_images = {**images.identity, "num_images": len(images)} if images else {}
+        return {**of_images, **_hashes(self.stored)}
 
 
 def open_reference(path: Path, *, setting: str, most: int | None = None) -> ReferenceImages:
     """Returns the reference at `path`; raises DataError, which names the `setting`.
 
-    A name of `WEB_FILES` stands for what was fetched. Of shards with more images than `most`, so
-    many are taken, evenly spread.
+    A name of `WEB_FILES` stands for what was fetched. Of more images than `most`, so many are
+    taken, evenly spread.
     """
     path = local_file(path, setting=setting)
+    stored, has_images = StoredStatistics(None, None), True
     if path.is_file():
         stored, has_images = _read_stored(path, setting=setting)
-        if stored.pooled is not None and not has_images:
-            return ReferenceImages(None, stored)
-        return ReferenceImages(open_images(path, setting=setting), stored)
+    if stored.pooled is not None and not has_images:
+        return ReferenceImages(None, stored, str(path))
     images = open_images(path, setting=setting)
-    if most is not None and isinstance(images, ShardImages) and len(images) > most:
-        images = ShardImages(path, chosen=evenly_spread(most, len(images)))
-    return ReferenceImages(images, StoredStatistics(None, None))
+    if most is not None and len(images) > most:
+        images = images.chosen(evenly_spread(most, len(images)))
+    return ReferenceImages(images, stored, str(path))
 
 
 def _read_stored(path: Path, *, setting: str) -> tuple[StoredStatistics, bool]:
@@ -67,6 +79,8 @@ def _read_stored(path: Path, *, setting: str) -> tuple[StoredStatistics, bool]:
     try:
         with NpzArchive(path) as archive:
             stored = StoredStatistics(_gaussian(archive, *_POOLED), _gaussian(archive, *_SPATIAL))
+            if stored.spatial is not None and stored.pooled is None:
+                raise ValueError("it holds mu_s and sigma_s without mu and sigma")
             return stored, "arr_0" in archive.arrays
     except (OSError, ValueError) as error:
         raise DataError(

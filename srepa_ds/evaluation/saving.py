@@ -71,7 +71,5 @@ def _write(path: Path, images: ImageSet, seen: Seen, settings: EvaluateConfig) -
 def _pixels(
     images: ImageSet, chosen: torch.Tensor, settings: EvaluateConfig
 ) -> Iterator[np.ndarray]:
-    for block in images.blocks(settings.batch_size):
-        wanted = torch.isin(block.sample_ids, chosen)
-        if wanted.any():
-            yield block.images[wanted].permute(0, 2, 3, 1).contiguous().numpy()
+    for block in images.chosen(chosen).blocks(settings.batch_size):
+        yield block.images.permute(0, 2, 3, 1).contiguous().numpy()

@@ -1,5 +1,7 @@
 """Reads images from an archive as ADM's evaluator does: `arr_0`, and labels in `arr_1`."""
 
+import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,9 +9,12 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from numpy import ndarray
 
+from srepa_ds.data.sources.listing import MOST_CLASSES
 from srepa_ds.documents.npz_reader import NpzArchive
 from srepa_ds.errors import DataError
 from srepa_ds.files import looked_for, reason_of
+
+log = logging.getLogger("srepa_ds")
 
 IMAGES, LABELS = "arr_0", "arr_1"
 _CURE = f"give an .npz with {IMAGES} as ADM's evaluator reads it"
@@ -19,7 +24,7 @@ class ImageArchive:
     """The images of an archive, which are read in blocks, and their labels if it has any."""
 
     def __init__(self, path: Path, *, cure: str = _CURE):
-        """Reads headers and labels.
+        """Reads headers and labels; what `arr_1` holds beside a list of whole numbers is ignored.
 
         Raises DataError, which ends with `cure`, for a file that is missing or damaged, or that
         holds something else.
@@ -30,11 +35,20 @@ class ImageArchive:
             with NpzArchive(path) as archive:
                 self.shape = _shape_of_images(archive)
                 self.labels: Int64[ndarray, " samples"] | None = _labels(archive, self.shape[0])
+                self._checksums = archive.checksums
         except (OSError, ValueError) as error:
             raise self._unreadable(error) from error
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @property
+    def contents(self) -> str:
+        """A hash of the arrays' checksums, in 16 digits.
+
+        The archive's table holds a checksum of each array, so no image is read for it.
+        """
+        return hashlib.sha256(repr(sorted(self._checksums.items())).encode()).hexdigest()[:16]
 
     def blocks(self, size: int) -> Iterator[UInt8[ndarray, "batch height width 3"]]:
         """Yields the images in blocks of `size`; raises DataError if they are damaged."""
@@ -68,11 +82,27 @@ def _shape_of_images(archive: NpzArchive) -> tuple[int, int, int, int]:
 
 
 def _labels(archive: NpzArchive, count: int) -> Int64[ndarray, " samples"] | None:
-    if LABELS not in archive.arrays:
+    found = archive.arrays.get(LABELS)
+    if found is None:
         return None
-    labels = archive.read(LABELS)
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise ValueError(f"{LABELS} is not a list of whole numbers")
+    if len(found.shape) != 1 or found.dtype.kind not in "iu":
+        # ADM's evaluator looks at the images alone.
+        log.info(
+            "%s: %s is %s of shape %s and no list of whole numbers; the images count as unlabelled",
+            *(archive.path, LABELS, found.dtype, found.shape),
+        )
+        return None
+    return checked_labels(archive.read(LABELS), count)
+
+
+def checked_labels(labels: ndarray, count: int) -> Int64[ndarray, " samples"]:
+    """Returns labels of `count` images; raises ValueError for others than the numbers of classes.
+
+    They are from 0 to 999,999: room is made for every class up to the greatest.
+    """
     if len(labels) != count:
         raise ValueError(f"it holds {len(labels)} labels for {count} images")
+    for label in (labels.min(), labels.max()):
+        if not 0 <= label < MOST_CLASSES:
+            raise ValueError(f"the label {label} is not from 0 to {MOST_CLASSES - 1:,}")
     return labels.astype(np.int64)

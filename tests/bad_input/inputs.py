@@ -117,6 +117,10 @@ CASES = [
          "evaluate CONFIG evaluate.samples={folder}/run/samples "
          f"evaluate.extractor.weights_sha256={'f' * 64}",
          ("has sha256", "extractor.weights_sha256 is ffff", "correct the setting")),
+    Case("no metric at all", sampled, "evaluate CONFIG evaluate.metrics=[]",
+         ("evaluate.metrics", "at least 1")),
+    Case("a metric twice", sampled, "evaluate CONFIG evaluate.metrics=[frechet,frechet]",
+         ("evaluate.metrics: frechet is given twice", "remove one")),
     Case("a further encoder whose weights nobody publishes", sampled,
          'evaluate CONFIG evaluate.further_extractors=[{{"name":"mocov3-vit-b"}}]',
          ("evaluate.further_extractors.0.weights: timm publishes no weights",)),

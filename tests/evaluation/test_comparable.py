@@ -6,13 +6,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from srepa_ds.encoders.publications import WEB_FILES
 from srepa_ds.evaluation.comparable import comparable, in_words, reasons
 
 PUBLISHABLE = {
-    "scores": {"frechet_distance": 2.0, "precision": 0.8},
+    "scores": {"frechet_distance": 2.0, "spatial_frechet_distance": 4.0, "precision": 0.8},
     "num_images": 50_000,
-    "settings": {"extractor": {"name": "inception"}, "distance_arithmetic": None},
-    "reference": {"file": "adm.npz", "pooled_statistics": "abc", "spatial_statistics": "def"},
+    "settings": {
+        "extractor": {"name": "inception"},
+        "distance_arithmetic": None,
+        "num_manifold_images": 10_000,
+    },
+    "extractors": {
+        "inception": {"name": "inception", "weights_sha256": WEB_FILES["inception"].sha256}
+    },
+    "reference": {
+        "file": "VIRTUAL_imagenet256_labeled.npz",
+        "num_images": 10_000,
+        "pooled_statistics": "abc",
+        "spatial_statistics": "def",
+    },
     "samples": {
         "checkpoint_sha256": "0" * 64,
         "sampler": {"solver": "euler_maruyama", "num_samples": 50_000},
@@ -49,7 +62,13 @@ def test_scores_as_they_are_published():
         ("settings.extractor", {"name": "dinov2-vit-b"}, "those of dinov2-vit-b, not of Inception"),
         ("settings.extractor", {"spec": {"architecture": "vit"}}, "those of vit, not of Inception"),
         ("num_images", 10_000, "10,000 images, and published scores are of 50,000"),
-        ("reference", {"file": "own.npz"}, "the reference has no stored statistics"),
+        ("extractors.inception.weights_sha256", "0" * 64, "has other weights than the published"),
+        ("extractors", {}, "which weights Inception has is not known"),
+        ("reference.pooled_statistics", None, "the reference has no stored statistics, and ADM's"),
+        ("reference.spatial_statistics", None, "no stored statistics for sFID"),
+        ("reference.file", "own.npz", "not known to be ADM's (it is called own.npz, not VIRTUAL"),
+        ("settings.num_manifold_images", 5_000, "of 5,000 real images, and published ones of 10,"),
+        ("reference.num_images", None, "number of real images for precision and recall is not"),
         ("settings.distance_arithmetic", "fp32", "precision and recall are of distances in fp32"),
         ("samples.preset", None, "the sampler follows no preset"),
         ("samples", {}, "how the images were drawn is not known"),
@@ -86,6 +105,20 @@ def test_distances_in_fp32_matter_to_precision_alone():
     assert reasons(document) == []
 
 
+def test_real_images_matter_to_precision_and_recall_alone():
+    document = changed("settings.num_manifold_images", 5_000)
+    document["scores"] = {"frechet_distance": 2.0}
+    assert reasons(document) == []
+
+
+def test_all_images_of_adms_own_reference_are_as_many_as_published():
+    document = changed("reference.num_images", 1_000)
+    assert reasons(document) == []
+    document["reference"]["file"] = "own.npz"
+    _, few = reasons(document)
+    assert few == "precision and recall are of 1,000 real images, and published ones of 10,000"
+
+
 def test_another_seed_is_as_good_and_images_are_counted_once():
     document = changed("num_images", 100)
     values = {"seed": (0, 7), "num_samples": (50_000, 100)}
@@ -108,7 +141,8 @@ def test_a_preset_that_rounds_is_followed_by_rounding():
     assert reasons(document) == []
 
 
-NAMES = st.sampled_from((*PUBLISHABLE, *PUBLISHABLE["samples"], *PUBLISHABLE["settings"], "name"))
+PARTS = (PUBLISHABLE[part] for part in ("samples", "settings", "reference", "extractors"))
+NAMES = st.sampled_from((*PUBLISHABLE, *(name for part in PARTS for name in part), "name"))
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(NAMES, inner, max_size=3),

@@ -8,8 +8,14 @@ from PIL import Image
 
 from srepa_ds.data.shards import ShardDataset
 from srepa_ds.errors import DataError
+from srepa_ds.evaluation import file_images
 from srepa_ds.evaluation.image_sets import FileImages, NpzImages, ShardImages, open_images
 from srepa_ds.evaluation.images import WHOLE, ImageSet, Stripe
+from srepa_ds.sampling.config import SamplerConfig
+from srepa_ds.sampling.generate import ImageBatch, plan_chunks
+from srepa_ds.sampling.outputs.table import OUTPUTS
+from srepa_ds.sampling.provenance import Provenance
+from srepa_ds.sampling.writer import ChunkWriter
 
 
 @pytest.fixture
@@ -76,11 +82,82 @@ def test_a_sample_set_is_its_archive(tmp_path, archive):
     assert len(open_images(tmp_path / "set", setting="evaluate.samples")) == 23
 
 
-def test_chosen_images_of_shards_are_numbered_from_zero(shards, pixels):
-    images = ShardImages(shards, chosen=torch.tensor([2, 9, 20]))
-    found, ids = read(images, 2)
-    assert ids == [0, 1, 2]
-    assert torch.equal(found[1], torch.from_numpy(pixels[9]).permute(2, 0, 1))
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_chosen_images_of_every_form_are_numbered_from_zero(shards, archive, files, pixels, size):
+    chosen = torch.tensor([2, 3, 9, 20])
+    for place in (shards, archive, files):
+        whole = open_images(place, setting="evaluate.reference")
+        images = whole.chosen(chosen)
+        found, ids = read(images, size)
+        assert (len(images), ids) == (4, [0, 1, 2, 3])
+        assert torch.equal(found, torch.from_numpy(pixels).permute(0, 3, 1, 2)[chosen])
+        assert len({str(one.identity) for one in (whole, images, whole.chosen(chosen + 1))}) == 3
+    second = (
+        open_images(archive, setting="evaluate.reference").chosen(chosen).blocks(2, Stripe(1, 2))
+    )
+    assert [block.labels.tolist() for block in second] == [[9 % 4, 20 % 4]]
+
+
+def write_set(folder, outputs, images, labels):
+    """Writes a set as `sample` does."""
+    chunks = plan_chunks(SamplerConfig(num_samples=len(images), batch_size=5))
+    writer = ChunkWriter(folder, Provenance({"seed": 3}), outputs)
+    for chunk in writer.missing(chunks):
+        own = slice(chunk.start, chunk.stop)
+        tensors = torch.from_numpy(images[own]), torch.from_numpy(labels[own])
+        writer.write(ImageBatch(*tensors, chunk.sample_ids(), chunk))
+    writer.assemble(chunks, num_classes=4)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_set_is_read_in_every_form_that_sample_writes(tmp_path, pixels, output):
+    labels = np.arange(len(pixels)) * 7 % 4
+    write_set(tmp_path / "set", [output], pixels, labels)
+    for place in (tmp_path / "set", tmp_path / "set" / OUTPUTS[output].name):
+        blocks = list(open_images(place, setting="evaluate.samples").blocks(10))
+        found = torch.cat([block.images for block in blocks])
+        assert torch.equal(found, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        assert torch.cat([block.labels for block in blocks]).tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("1\n2\n", "it holds 2 labels for 23 images"), ("-1\n" * 23, "the label -1 is not from 0")],
+)
+def test_labels_beside_pictures_belong_to_them(tmp_path, pixels, text, message):
+    write_set(tmp_path / "set", ["png"], pixels, np.zeros(len(pixels), dtype=np.int64))
+    (tmp_path / "set" / "png" / "labels.txt").write_text(text)
+    with pytest.raises(DataError, match=rf"evaluate\.samples: .*labels\.txt: {message}"):
+        open_images(tmp_path / "set", setting="evaluate.samples")
+
+
+def test_other_programs_labels_are_not_read(files):
+    (files / "labels.txt").write_text("000000.png cat\n")
+    (block,) = open_images(files, setting="evaluate.samples").blocks(30)
+    assert block.labels is None
+
+
+def test_other_images_of_the_same_names_and_sizes_are_another_set(archive, files, pixels):
+    before = [open_images(one, setting="evaluate.reference").identity for one in (archive, files)]
+    again = [open_images(one, setting="evaluate.reference").identity for one in (archive, files)]
+    assert before == again
+    sizes = archive.stat().st_size, (files / "000004.png").stat().st_size
+    np.savez(archive, np.roll(pixels, 1, axis=0), np.arange(len(pixels)) % 4)
+    content = (files / "000004.png").read_bytes()
+    (files / "000004.png").write_bytes(content[:-30] + bytes(30))
+    assert sizes == (archive.stat().st_size, (files / "000004.png").stat().st_size)
+    after = [open_images(one, setting="evaluate.reference").identity for one in (archive, files)]
+    assert all(
+        one["contents"] != other["contents"] for one, other in zip(before, after, strict=True)
+    )
+
+
+def test_sizes_of_all_files_are_told_where_not_all_are_hashed(files, monkeypatch):
+    monkeypatch.setattr(file_images, "MOST_HASHED", 2)
+    before = FileImages(files).identity
+    with (files / "000004.png").open("ab") as file:
+        file.write(b"0")
+    assert FileImages(files).identity != before
 
 
 def images_of(**members):
@@ -98,7 +175,8 @@ PLAIN = np.zeros((4, 8, 8, 3), dtype=np.uint8)
         (images_of(arr_0=np.full((4, 8, 8, 3), np.nan)), "arr_0 is float64"),
         (images_of(arr_0=PLAIN[:0]), "it holds no images"),
         (images_of(arr_0=PLAIN, arr_1=np.arange(3)), "3 labels for 4 images"),
-        (images_of(arr_0=PLAIN, arr_1=np.zeros(4)), "arr_1 is not a list of whole numbers"),
+        (images_of(arr_0=PLAIN, arr_1=np.array([0, 1, -1, 2])), "the label -1 is not from 0 to"),
+        (images_of(arr_0=PLAIN, arr_1=np.array([0, 10**11, 1, 2])), "the label 100000000000 is"),
         (images_of(arr_0=np.array([{}])), "holds Python objects"),
         (lambda path: path.write_bytes(b"PK"), "not an .npz archive"),
     ],

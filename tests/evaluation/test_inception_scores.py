@@ -121,15 +121,32 @@ def test_statistics_of_another_extractor_are_not_adm_s(small_world, tmp_path):
     assert not (tmp_path / "reference.npz").exists()
 
 
+def test_images_stand_in_for_spatial_statistics_that_are_not_stored(small_world, place, tmp_path):
+    pooled = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    np.savez(tmp_path / "half.npz", np.load(place / "few-reference.npz")["arr_0"][:3], **pooled)
+    given = (
+        "evaluate.metrics=[frechet, spatial_frechet]",
+        f"evaluate.reference={tmp_path}/half.npz",
+        f"evaluate.samples={tmp_path}/half.npz",
+    )
+    found = scored(configured(small_world, place, tmp_path / "run", *given))
+    # The same images; the pooled statistics are those of no images.
+    assert found["spatial_frechet_distance"] == pytest.approx(0, abs=1e-3)
+    assert found["frechet_distance"] > 1
+    notes = json.loads((tmp_path / "run" / "results.json").read_text())["notes"]
+    assert any("measured against the reference's images" in note for note in notes)
+
+
 def test_statistics_without_images_give_no_precision(small_world, place, tmp_path):
     saved(configured(small_world, place, tmp_path / "run"), tmp_path / "whole.npz")
     with np.load(tmp_path / "whole.npz") as whole:
         np.savez(tmp_path / "bare.npz", **{n: whole[n] for n in whole.files if n != "arr_0"})
     bare = f"evaluate.reference={tmp_path}/bare.npz"
-    with pytest.raises(DataError, match=r"precision and recall need .* reference images, got 0"):
-        scored(configured(small_world, place, tmp_path / "run", bare))
+    found = scored(configured(small_world, place, tmp_path / "run", bare))
+    assert set(found) == {"frechet_distance", "spatial_frechet_distance", "inception_score"}
+    notes = json.loads((tmp_path / "run" / "results.json").read_text())["notes"]
+    assert any(note.startswith("precision_recall is left out: evaluate.ref") for note in notes)
     asked = "evaluate.metrics=[frechet, spatial_frechet, inception_score]"
-    found = scored(configured(small_world, place, tmp_path / "run", bare, asked))
     assert found == {
         name: pytest.approx(value, rel=1e-9)
         for name, value in scored(configured(small_world, place, tmp_path / "run", asked)).items()

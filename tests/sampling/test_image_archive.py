@@ -37,6 +37,17 @@ def test_a_set_of_others_may_have_no_labels(tmp_path):
     assert labels is None
 
 
+@pytest.mark.parametrize("labels", [LABELS.astype(float), np.eye(5, dtype=np.int64), np.array(3)])
+def test_what_is_no_list_of_labels_is_ignored(tmp_path, caplog, labels):
+    np.savez(tmp_path / "samples.npz", IMAGES, labels)
+    with caplog.at_level("INFO", "srepa_ds"):
+        images, found = read(tmp_path / "samples.npz")
+    np.testing.assert_array_equal(images, IMAGES)
+    assert found is None
+    assert "samples.npz: arr_1 is " in caplog.text
+    assert "the images count as unlabelled" in caplog.text
+
+
 def flipped(content: bytes) -> bytes:
     middle = len(content) // 3
     return content[:middle] + bytes(255 - byte for byte in content[middle : middle + 40]) + (
@@ -74,8 +85,8 @@ def test_damage_is_named(tmp_path, save, damaged):
         ((IMAGES[..., 0], LABELS), "images are uint8 of shape"),
         ((IMAGES.transpose(0, 3, 1, 2), LABELS), "images are uint8 of shape"),
         ((IMAGES, LABELS[:4]), "4 labels for 5 images"),
-        ((IMAGES, LABELS.astype(float)), "not a list of whole numbers"),
-        ((IMAGES, LABELS[:, None]), "not a list of whole numbers"),
+        ((IMAGES, LABELS - 1), "the label -1 is not from 0 to 999,999"),
+        ((IMAGES, LABELS.astype(np.uint64) + 999_997), "the label 1000000 is not from 0 to 999,9"),
         ((IMAGES.astype(object), LABELS), "Python objects"),
     ],
 )
