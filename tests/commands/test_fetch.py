@@ -283,7 +283,7 @@ def test_extractors_and_files_of_an_evaluation_are_found(small_world, tmp_path, 
     extractors = [
         "evaluate.extractor={name: inception}",
         "evaluate.further_extractors=[{name: fdr-mae}, {name: dinov2-vit-s}, "
-        "{name: inception, weights: own.pth}]",
+        "{name: fdr-clip, weights: own.pth}]",
     ]
     files = ["evaluate.samples=adm-imagenet256-samples", "evaluate.reference=adm-imagenet512"]
 

@@ -96,6 +96,7 @@ def test_scores_that_agree(config, capfd):
     assert summary == "all agree"
 
 
+@pytest.mark.slow
 def test_a_score_that_is_off_gives_code_1(config, published, capfd):
     only = "inception_score"
     wrong = published[only] + 0.01

@@ -77,6 +77,7 @@ def pictures_of(page: Path) -> list[Image.Image]:
     return found
 
 
+@pytest.mark.slow
 def test_each_point_has_the_score_of_its_own_sample_set(experiment, tmp_path, caplog):
     caplog.set_level("INFO", "srepa_ds")
     config = experiment("sweep.num_steps=[2, 3]", "sweep.cfg_scale=[1, 2.5]", *FEW)
@@ -99,6 +100,7 @@ def test_each_point_has_the_score_of_its_own_sample_set(experiment, tmp_path, ca
     assert re.search(rf"best of 4 points by FD-vit.*: {re.escape(best)}: ", said)
 
 
+@pytest.mark.slow
 def test_its_files_show_the_best_first(experiment):
     folder = sweep(experiment("sweep.num_steps=[2, 3]", "sweep.cfg_scale=[1, 2.5]", *FEW))
     rows = read_rows(folder)
@@ -134,6 +136,7 @@ def test_without_guidance_its_interval_is_drawn_once(experiment):
     assert "against guidance scale, 2 lines" in (folder / "sweep.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_second_call_draws_only_what_is_new(experiment, monkeypatch):
     drawn = []
 
@@ -156,6 +159,7 @@ def test_a_second_call_draws_only_what_is_new(experiment, monkeypatch):
     assert len(read_rows(folder)) == 6
 
 
+@pytest.mark.slow
 def test_a_kill_loses_at_most_one_point(experiment, tmp_path):
     config = experiment("sweep.num_steps=[1, 2]", *FEW)
     expected = scores_of(sweep(config))

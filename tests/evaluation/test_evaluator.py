@@ -81,6 +81,7 @@ def pooled(small_world, archive):
     return extractor.features(images.contiguous()).pooled
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_features(small_world, drawn, tmp_path):
     found = evaluated(small_world, drawn, tmp_path / "run")["scores"]
     samples, real = (pooled(small_world, drawn / n) for n in ("samples.npz", "real.npz"))
@@ -99,6 +100,7 @@ def test_scores_are_those_of_the_features(small_world, drawn, tmp_path):
     assert found["frechet_distance"] == pytest.approx(distance.item(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_further_extractors_see_the_same_images(small_world, drawn, tmp_path):
     spec = load_config(small_world.config).evaluate.extractor
     other = {"spec": spec.spec.model_dump(mode="json"), "weights": str(spec.weights)}

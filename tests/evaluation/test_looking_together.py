@@ -41,7 +41,7 @@ class Means:
 def evaluator(rank: ranks.Rank) -> Evaluator:
     """Returns an evaluator that only sums features."""
     settings = EvaluateConfig(reference=Path("real"), extractor=ExtractorConfig(name="inception"))
-    reference = ReferenceImages(None, StoredStatistics(None, None))
+    reference = ReferenceImages(None, StoredStatistics(None, None), "real")
     return Evaluator(settings, [Judge("means", Means(), ())], reference, rank=rank)
 
 

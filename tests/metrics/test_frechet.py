@@ -103,6 +103,7 @@ def test_agrees_with_the_matrix_root_of_scipy_at_the_width_of_inception():
     assert found == pytest.approx(root_distance(a.float(), b.float()), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), [("pool3", "fid"), ("spatial", "sfid")])
 def test_agrees_with_the_port_of_adm_where_images_are_fewer_than_channels(kind, name):
     golden = load_file(GOLDEN / "inception.safetensors")

@@ -127,6 +127,7 @@ def test_outputs_do_not_depend_on_what_they_are_made_of(tmp_path):
         assert contents(folder) == contents(tmp_path / "at once")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_killed_at_any_moment_the_next_command_completes(tmp_path, name):
     expected = contents(finished(tmp_path / "undisturbed", name))
@@ -220,6 +221,7 @@ def test_rows_are_regrouped():
     assert not list(regrouped(iter([]), 3))
 
 
+@pytest.mark.slow
 def test_a_set_is_assembled_in_little_memory(tmp_path):
     """Of 126 MB, a block at a time: it grew by 114 to 124 MB."""
     command = [sys.executable, ROOT / "tests/workers/assembly_memory.py", tmp_path / "set"]

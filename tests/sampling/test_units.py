@@ -155,6 +155,7 @@ def test_a_chunk_whose_owner_hangs_is_drawn_in_the_end(tmp_path):
     assemble(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_slower_owner_is_waited_for_as_long_as_two_chunks_take(tmp_path):
     writer, begun, deadline = writer_of(tmp_path), {}, time.monotonic() + 60
     with ExitStack() as stack:
