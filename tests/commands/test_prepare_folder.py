@@ -129,6 +129,7 @@ def prepare_on_rank(path, tree, output, vae):
     return {name: len(part) for name, part in prepare(config).items()}
 
 
+@pytest.mark.slow
 def test_the_number_of_ranks_changes_no_byte(tree, vae, undisturbed, tmp_path):
     place = (tmp_path / "p.yaml", tree, tmp_path / "out", vae)
     # Each writes its own copy of the configuration; they are the same.

@@ -16,6 +16,7 @@ from srepa_ds.data.shards import ShardDataset
 SIZE = 16
 
 
+@pytest.mark.slow
 def test_sound_images_are_there_and_broken_ones_listed(tmp_path):
     tree = write_messy_tree(tmp_path / "messy")
     settings = {

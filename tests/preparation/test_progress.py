@@ -38,6 +38,7 @@ def run_both_ways():
     return [run_with_one_slow_rank(fails=fails) for fails in (False, True)]
 
 
+@pytest.mark.slow
 def test_a_slow_rank_may_take_longer_than_a_collective():
     for without, failing in run_function(run_both_ways, 2):
         assert without[0] == ""

@@ -71,6 +71,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_tool_writes_table_json_and_plot(tmp_path):
     options = ["--devices", "cpu", "--tokens", "8", "24", "--widths", "6", "--rounds", "2"]
     subprocess.run(
