@@ -4,6 +4,7 @@ import io
 import json
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from messy_images import write_messy_tree

@@ -3,6 +3,7 @@
 import time
 from datetime import timedelta
 
+import pytest
 import torch.distributed as dist
 from ranks import run_function
 
