@@ -163,7 +163,7 @@ def _row(named: Named, place: Path | None, plans: dict[Any, Plan], *, dry_run: b
 
 
 def _note(published: Published) -> str:
-    """Returns what the list says of contents that nobody vouches for, else nothing."""
+    """Returns a remark for a file whose hash is not published, "" for any other."""
     if isinstance(published, HubFiles) or published.sha256 is not None:
         return ""
     return "; its publisher states no hash: that of the first download is kept and compared"

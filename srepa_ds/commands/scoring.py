@@ -1,4 +1,4 @@
-"""What the commands that score images share: images as they are drawn, small data sets compared."""
+"""Shared by the commands that score images: blocks of drawn images, checks of small data sets."""
 
 import logging
 from collections.abc import Iterator

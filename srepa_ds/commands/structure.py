@@ -43,7 +43,15 @@ def structure(config: Config) -> Path:
     settings = config.structure
     exported = _exported(config)
     if not config.alignments and exported is None:
-        raise ConfigError("structure", [Fault("alignments", "is empty: there is no teacher")])
+        raise ConfigError(
+            "structure",
+            [
+                Fault(
+                    "alignments",
+                    "is empty, and `structure` measures the tokens of teachers; add one",
+                )
+            ],
+        )
     devices.use_exact_float32()
     device = devices.take_device()
     data = _open(settings.images or config.data.folder, has_student=exported is not None)

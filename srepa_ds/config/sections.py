@@ -157,8 +157,8 @@ class SampleConfig(SamplerConfig):
     `num_samples` is then the number of lines, unless it is given."""
 
     outputs: tuple[Literal["npz", "png", "shards"], ...] = Field(default=("npz",), min_length=1)
-    """What becomes of the images: `samples.npz` as ADM's evaluator reads it, a folder `png` with
-    their labels, a data set `shards`. One that is added later is made of those that are there."""
+    """Files to make of the images: `npz` (`samples.npz`, as ADM's evaluator reads it), `png` (a
+    folder with labels) or `shards` (a data set). An output added later is made from another one."""
 
     compile: bool = False
     """Whether to compile the model with torch.compile, about a minute at the start. Compiled models

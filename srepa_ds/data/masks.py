@@ -37,7 +37,7 @@ def read_mask(path: Path, grid: tuple[int, int]) -> Bool[Tensor, " tokens"]:
     """Returns which tokens of a row-major grid hold foreground: any pixel above 0.
 
     As iREPA's script: resized to 256 px by Pillow's default, compared with 0, max-pooled. Raises
-    DataError for a file that is no picture or has several channels.
+    DataError for a file that cannot be decoded, or that has several channels.
     """
     try:
         with Image.open(path) as picture:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 import srepa_ds
-from srepa_ds.errors import TopologyError
+from srepa_ds.distributed.surroundings import seconds_in_environment
 
 log = logging.getLogger("srepa_ds")
 
@@ -40,14 +40,7 @@ def stuck_seconds() -> float:
 
     Raises TopologyError if `SREPA_STUCK_SECONDS` is not a positive number.
     """
-    text = os.environ.get(STUCK_SECONDS, "300")
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise TopologyError(f"{STUCK_SECONDS} is {text!r}; give a positive number of seconds")
-    return seconds
+    return seconds_in_environment(STUCK_SECONDS, 300.0)
 
 
 class Beat(NamedTuple):

@@ -103,3 +103,18 @@ def _check_alone(variables: Mapping[str, str]) -> None:
                 "start one per node and torchrun inside it, or set RANK, WORLD_SIZE, LOCAL_RANK, "
                 "MASTER_ADDR and MASTER_PORT for each"
             )
+
+
+def seconds_in_environment(name: str, default: float) -> float:
+    """Returns the seconds that the environment variable `name` gives, or `default`.
+
+    Raises TopologyError unless they are a positive number.
+    """
+    text = os.environ.get(name, str(default))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise TopologyError(f"{name} is {text!r}; give a positive number of seconds")
+    return seconds

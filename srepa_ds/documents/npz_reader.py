@@ -38,8 +38,8 @@ class NpzArchive:
     def __init__(self, path: Path):
         """Reads the headers of all arrays.
 
-        Raises OSError, and ValueError for a file that is no archive, is damaged or truncated, or
-        whose arrays hold Python objects or more than was announced.
+        Raises OSError for a file that cannot be opened. Raises ValueError for one that is not an
+        archive, is damaged or truncated, holds Python objects, or contradicts its headers.
         """
         self.path = path
         self._zip = _opened(path)

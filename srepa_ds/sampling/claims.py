@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from srepa_ds.errors import TopologyError
+from srepa_ds.distributed.surroundings import seconds_in_environment
 from srepa_ds.files import PARTIAL, process_mark, process_space
 
 CLAIM_SECONDS = "SREPA_CLAIM_SECONDS"
@@ -35,14 +35,7 @@ def claim_seconds() -> float:
 
     Raises TopologyError if `SREPA_CLAIM_SECONDS` is not a positive number.
     """
-    text = os.environ.get(CLAIM_SECONDS, str(_DEFAULT_SECONDS))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise TopologyError(f"{CLAIM_SECONDS} is {text!r}; give a positive number of seconds")
-    return seconds
+    return seconds_in_environment(CLAIM_SECONDS, _DEFAULT_SECONDS)
 
 
 class Process(NamedTuple):

@@ -36,7 +36,7 @@ CASES = [
          f"teacher {CONFIGS}/digits-teacher.yaml train={{folder}}/none heldout={{folder}}/shards",
          ("none: no such data folder",)),
     Case("the structure of no teacher", nothing, "structure CONFIG alignments=[]",
-         ("alignments: is empty", "no teacher")),
+         ("alignments: is empty", "tokens of teachers; add one")),
     Case("neither images nor latents", nothing, f"{_PREPARE} pixels=null",
          ("prepare: 1 fault", "pixels: null leaves nothing to store", "latents.codec")),
     Case("stored latents of a source of images", nothing,

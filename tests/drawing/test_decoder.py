@@ -2,17 +2,15 @@
 
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from builders import randomised
+from drawn_sets import drawn, facts, images
 from small_vae import write_vae
 
-from srepa_ds.commands.sample import sample
 from srepa_ds.config.experiment import Config, load_config
-from srepa_ds.distributed import ranks
 from srepa_ds.drawing import compiled
 from srepa_ds.drawing.compiled import check_compiler
 from srepa_ds.errors import ConfigError, DataError
@@ -45,22 +43,6 @@ def configured(small_world, tmp_path):
     return load
 
 
-def drawn(config: Config) -> Path:
-    try:
-        return sample(config)
-    finally:
-        ranks.close()
-
-
-def images(folder: Path) -> np.ndarray:
-    with np.load(folder / "samples.npz") as archive:
-        return archive["arr_0"]
-
-
-def document(folder: Path) -> dict:
-    return json.loads((folder / "provenance.json").read_text())
-
-
 def test_the_named_decoder_draws_and_its_name_is_noted(configured, tmp_path):
     trained_with = drawn(configured(f"sample.folder={tmp_path}/mse", "sample.preset=unguided"))
     ema = f"sample.decoder={tmp_path}/sd-vae-ft-ema"
@@ -68,13 +50,13 @@ def test_the_named_decoder_draws_and_its_name_is_noted(configured, tmp_path):
     assert not np.array_equal(images(named), images(trained_with))
     codec = configured(f"sample.folder={tmp_path}/c", f"codec.weights={tmp_path}/sd-vae-ft-ema")
     np.testing.assert_array_equal(images(named), images(drawn(codec)))
-    assert document(named)["decoder"] == "sd-vae-ft-ema"
-    assert "decoder" not in document(named)["deviations"]
-    assert document(trained_with)["deviations"]["decoder"] == {
+    assert facts(named)["decoder"] == "sd-vae-ft-ema"
+    assert "decoder" not in facts(named)["deviations"]
+    assert facts(trained_with)["deviations"]["decoder"] == {
         "preset": "stabilityai/sd-vae-ft-ema",
         "here": "sd-vae-ft-mse",
     }
-    assert document(named)["devices"] == [OWN_DEVICE]
+    assert facts(named)["devices"] == [OWN_DEVICE]
 
 
 def test_a_decoder_that_is_missing_or_of_other_latents_is_refused(configured, tmp_path):
@@ -103,21 +85,21 @@ def test_deviations_are_said_and_notes_of_a_finished_set_renewed(configured, tmp
     found = "num_steps 1, not 250; cfg_scale 1.5, not 1.0; num_samples 6, not 50000"
     assert "deviates from irepa: " in caplog.text
     assert all(part in caplog.text for part in found.split("; "))
-    assert document(tmp_path / "set")["preset"] == "irepa"
+    assert facts(tmp_path / "set")["preset"] == "irepa"
 
 
 def test_a_set_that_another_device_began_is_warned_of(configured, tmp_path, caplog):
     config = configured(f"sample.folder={tmp_path}/set")
     folder = drawn(config)
-    notes = {**document(folder), "devices": ["cuda Some GPU"]}
+    notes = {**facts(folder), "devices": ["cuda Some GPU"]}
     (folder / "provenance.json").write_text(json.dumps(notes))
     drawn(config)
     assert "several kinds of devices" not in caplog.text
-    assert document(folder)["devices"] == ["cuda Some GPU"]
+    assert facts(folder)["devices"] == ["cuda Some GPU"]
     (folder / "samples.npz").unlink()
     drawn(config)
     assert f"several kinds of devices ({OWN_DEVICE}, cuda Some GPU)" in caplog.text
-    assert document(folder)["devices"] == sorted([OWN_DEVICE, "cuda Some GPU"])
+    assert facts(folder)["devices"] == sorted([OWN_DEVICE, "cuda Some GPU"])
 
 
 def test_compiled_models_need_a_compiler(configured, monkeypatch):
