@@ -197,13 +197,43 @@ def train(
 
 
 @app.command()
-def export(path: ConfigPath, overrides: Overrides = None) -> None:
-    """Write the EMA weights of a checkpoint as model.safetensors and config.json."""
+def export(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace a model of another run in the folder.")
+    ] = False,
+) -> None:
+    """Write a checkpoint's weights for other programs: safetensors, REPA's .pt, diffusers."""
     from srepa_ds.commands.export import export as run
     from srepa_ds.config.experiment import load_config
 
     _in_one_process("export")
-    run(load_config(path, overrides or ()))
+    run(load_config(path, overrides or ()), replace=replace)
+
+
+@app.command("import")
+def import_weights(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A .pt or .safetensors file, or a folder.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The run to make of it.")],
+    overrides: Overrides = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Its layout, if it is recognised wrongly: repa, sit, ...")
+    ] = None,
+    latent_statistics: Annotated[
+        Path | None,
+        typer.Option(metavar="PT", help="iREPA: the statistics its latents were scaled by."),
+    ] = None,
+) -> None:
+    """Make a run of the weights of REPA, iREPA, REG, SiT or diffusers."""
+    from srepa_ds.commands.import_weights import import_weights as run
+
+    _in_one_process("import")
+    typer.echo(
+        run(source, folder, overrides or (), layout=layout, latent_statistics=latent_statistics)
+    )
 
 
 @app.command()

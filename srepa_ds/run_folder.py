@@ -56,10 +56,9 @@ class RunFolder:
         """The history of skipped steps and rollbacks."""
         return self.path / "skipped.jsonl"
 
-    @property
-    def export(self) -> Path:
-        """The exported model, unless `export.folder` names another place."""
-        return self.path / "export"
+    def export(self, format: str = "srepa_ds") -> Path:
+        """Returns the place of the exported model, unless `export.folder` names another one."""
+        return self.path / ("export" if format == "srepa_ds" else f"export-{format}")
 
     def samples(self, step: int | None) -> Path:
         """Returns the place of the samples of an exported `step`, so that no two sets collide."""

@@ -6,21 +6,18 @@ other threads in the meantime.
 """
 
 import hashlib
-import itertools
-import json
 import logging
-import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from srepa_ds.checkpoint.manifest import FileEntry
+from srepa_ds.documents.safetensors_writer import TensorEntry, safetensors_header
 
 log = logging.getLogger("srepa_ds")
 
@@ -114,19 +111,8 @@ def _copy(sources: Iterable[Tensor], chunks: tuple[Tensor, ...], chunk_numel: in
 
 
 def _header(pieces: list[Piece], label: str) -> bytes:
-    sizes = [4 * piece.values.numel() for piece in pieces]
-    ends = itertools.accumulate(sizes)
-    entries: dict[str, Any] = {"__metadata__": {"format": label}}
-    for piece, size, end in zip(pieces, sizes, ends, strict=True):
-        entries[piece.key] = {
-            "dtype": "F32",
-            "shape": [piece.values.numel()],
-            "data_offsets": [end - size, end],
-        }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    # The format aligns the first tensor to eight bytes.
-    text = text.ljust(8 * math.ceil(len(text) / 8))
-    return len(text).to_bytes(8, "little") + text
+    entries = [TensorEntry(p.key, torch.float32, (p.values.numel(),)) for p in pieces]
+    return safetensors_header(entries, {"format": label})
 
 
 def write_snapshot(path: Path, snapshot: Snapshot) -> FileEntry:

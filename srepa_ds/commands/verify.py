@@ -124,7 +124,7 @@ def _of_kind(folder: Path) -> list[Part]:
     names, run = {path.name for path in folder.iterdir()}, RunFolder(folder)
     if run.checkpoints.name in names:
         checkpoints = [_of_checkpoint(path) for path in steps_in(run.checkpoints)]
-        return checkpoints + (_of_export(run.export) if run.export.is_dir() else [])
+        return checkpoints + (_of_export(run.export()) if run.export().is_dir() else [])
     if MANIFEST in names:
         return [_of_checkpoint(folder)]
     if REPORT_NAME in names:

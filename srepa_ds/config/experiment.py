@@ -12,7 +12,6 @@ from srepa_ds.config.cross_checks import CROSS_CHECKS
 from srepa_ds.config.sections import (
     EngineConfig,
     EvaluateConfig,
-    ExportConfig,
     MonitorConfig,
     RunConfig,
     SampleConfig,
@@ -28,6 +27,7 @@ from srepa_ds.optim.ema import EmaConfig
 from srepa_ds.run_folder import RunFolder
 from srepa_ds.schema import MayChange, Section, load_section, section_of, validated
 from srepa_ds.trees import Tree
+from srepa_ds.weights.export_config import ExportConfig
 from srepa_ds.weights.exported import exported_step
 from srepa_ds.weights.from_checkpoint import chosen_checkpoint
 
@@ -97,12 +97,13 @@ class Config(Section):
     @property
     def export_folder(self) -> Path:
         """The folder that `export` writes the model to."""
-        return self.export.folder or self.run_folder.export
+        return self.export.folder or self.run_folder.export(self.export.format)
 
     @property
     def weights_folder(self) -> Path:
         """The folder that `sample` reads the model from."""
-        return self.sample.weights or self.export_folder
+        own = self.export.folder if self.export.format == "srepa_ds" else None
+        return self.sample.weights or own or self.run_folder.export()
 
 
 def samples_folder(config: Config) -> Path:

@@ -11,7 +11,6 @@ from srepa_ds.errors import ConfigError
 from srepa_ds.metrics.scores import METRICS
 from srepa_ds.model.activation_checkpointing import ActivationCheckpointingConfig
 from srepa_ds.model.precision import Precision
-from srepa_ds.optim.ema import MAIN_EMA, RelativeLength
 from srepa_ds.sampling.config import SamplerConfig
 from srepa_ds.sampling.labels import read_label_file
 from srepa_ds.schema import MayChange, OnlyFor, Section, one_of
@@ -111,24 +110,6 @@ class MonitorConfig(Section):
 
     heldout_batch_size: int = Field(default=32, ge=1)
     """Samples per pass and rank."""
-
-
-class ExportConfig(Section):
-    """The weights that `srepa-ds export` writes."""
-
-    weights: str = MAIN_EMA
-    """`ema`, another stored average (`ema-0.999`, `ema-power-0.05`), or `master`: the weights of
-    the last step."""
-
-    power_sigma: RelativeLength | None = None
-    """Instead, a power-function average of this relative length, combined from those in the run's
-    checkpoints (ema.power_sigmas)."""
-
-    step: int | None = Field(default=None, ge=1)
-    """The checkpoint's step; without it the newest valid one."""
-
-    folder: Path | None = None
-    """The folder for `model.safetensors` and `config.json`; without it `<run.folder>/export`."""
 
 
 class SampleConfig(SamplerConfig):

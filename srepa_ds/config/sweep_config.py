@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from srepa_ds.config.sections import EvaluateConfig, ExportConfig, SampleConfig
+from srepa_ds.config.sections import EvaluateConfig, SampleConfig
 from srepa_ds.errors import Fault, nearest
 from srepa_ds.metrics.scores import METRICS
 from srepa_ds.optim.ema import EmaConfig, RelativeLength, decays_of
 from srepa_ds.sampling.solvers import SOLVERS
 from srepa_ds.schema import Section, one_of, replaced
+from srepa_ds.weights.export_config import ExportConfig
 
 _Time = Annotated[float, Field(ge=0, le=1)]
 _INCEPTION_ALONE = ("spatial_frechet", "inception_score")

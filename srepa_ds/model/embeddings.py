@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
 SINUSOID_WIDTH = 256
-_MAX_PERIOD = 10000.0
+MAX_PERIOD = 10000.0
 
 
 def position_embedding(
@@ -32,7 +32,7 @@ def position_embedding(
 
 
 def _axis_embedding(length: int, width: int) -> Tensor:
-    frequencies = _MAX_PERIOD ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    frequencies = MAX_PERIOD ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
     angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
@@ -43,7 +43,7 @@ def timestep_sinusoid(
     """Returns the cosines, then the sines, of `t` in [0, 1] (not times 1000), in float32."""
     half = width // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
-    angles = t.to(torch.float32)[:, None] * torch.exp(-math.log(_MAX_PERIOD) * exponents)
+    angles = t.to(torch.float32)[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 

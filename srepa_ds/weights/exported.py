@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from srepa_ds.documents.json_reader import read_json
+from srepa_ds.documents.safetensors_writer import in_file_order, write_safetensors
 from srepa_ds.errors import CheckpointError, ConfigError, OutputError, listed
 from srepa_ds.files import (
     PARTIAL,
@@ -28,6 +29,7 @@ from srepa_ds.model.variants import SiTConfig
 from srepa_ds.schema import Section, validated
 from srepa_ds.weight_file import other_kind, plain_tensors, read_weight_file
 from srepa_ds.weights.fit import model_of
+from srepa_ds.weights.lazy import entries_of
 
 FORMAT = "srepa_ds.model"
 VERSION = 1
@@ -129,14 +131,13 @@ def write_model(
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    entries = in_file_order(entries_of(tensors, torch.float32))
     document = folder / (DOCUMENT + PARTIAL)
 
     def both(aside: Path) -> None:
-        # No provenance here: safetensors writes several keys in an order that changes from run to
-        # run, and sample sets identify their model by the hash of this file.
-        save_file(contiguous, aside, METADATA)
-        mark = {"format": FORMAT, "version": VERSION, "sha256": sha256_of(aside)}
+        # No provenance here: sample sets identify their model by the hash of this file.
+        sha256 = write_safetensors(aside, entries, tensors.__getitem__, METADATA)
+        mark = {"format": FORMAT, "version": VERSION, "sha256": sha256}
         # A new file: what lies there may be a link that leads elsewhere.
         document.unlink(missing_ok=True)
         document.write_text(json.dumps({**mark, **facts}, indent=2) + "\n", encoding="utf-8")

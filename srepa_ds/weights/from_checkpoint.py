@@ -1,7 +1,7 @@
 """The weights in a run's checkpoint, of any ZeRO stage, under the names of other programs."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from srepa_ds.schema import Section, validated, with_current_names
 from srepa_ds.weights.exported import METADATA, ExportDocument, ExportedModel
 from srepa_ds.weights.file_hash import hash_of_weight_file
 from srepa_ds.weights.fit import model_of
+from srepa_ds.weights.lazy import LazyTensors
 
 log = logging.getLogger("srepa_ds")
 _ANOTHER = "the checkpoint was changed, or is of another release; choose another one"
@@ -32,7 +33,7 @@ LARGEST_ERROR = 0.3
 class CheckpointWeights:
     """Weights of one kind from a checkpoint, with everything that an export says of them."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: LazyTensors
     """Float32, under the official REPA names; projectors are among them."""
 
     config: Mapping[str, Any]
@@ -40,6 +41,9 @@ class CheckpointWeights:
 
     provenance: Mapping[str, Any]
     """Checkpoint, step and kind of weights."""
+
+    reader: CheckpointReader
+    """The checkpoint they are read from."""
 
 
 def chosen_checkpoint(root: Path, step: int | None) -> Path:
@@ -74,11 +78,9 @@ def read_checkpoint_weights(
         label, mixture, error = weights, {(reader, weights): 1.0}, None
     else:
         label, (mixture, error) = power_kind(power_sigma), _mixture(reader, power_sigma)
-    tensors = {official_name(name): value for name, value in _mixed(mixture)}
     stored = with_current_names(schema, reader.state["config"])
-    # Not trained, so no checkpoint holds it.
     model = validated(SiTConfig, stored["model"], source=f"{reader.folder}: model")
-    tensors["pos_embed"] = fixed_position_embedding(model)
+    tensors = _mixed(mixture, fixed_position_embedding(model))
     provenance = {
         "checkpoint": reader.fingerprint(),
         "step": reader.state["step"],
@@ -88,7 +90,7 @@ def read_checkpoint_weights(
         # What its latents mean; exports of the first release have none.
         **{key: value for key, value in reader.state.get("identity", {}).items() if key == "codec"},
     }
-    return CheckpointWeights(tensors, stored, provenance)
+    return CheckpointWeights(tensors, stored, provenance, reader)
 
 
 def read_model_of_checkpoint(
@@ -111,19 +113,27 @@ Mixture = dict[tuple[CheckpointReader, str], float]
 """(checkpoint, kind of average) -> its factor in the sum."""
 
 
-def _mixed(mixture: Mixture) -> Iterator[tuple[str, Tensor]]:
-    """Yields each weight's name and float32 value, summed in float64.
+def _mixed(mixture: Mixture, position_embedding: Tensor) -> LazyTensors:
+    """Returns the weights in float32, summed in float64 as they are read.
 
-    Raises CheckpointError if the checkpoint lacks the kind of weights.
+    `position_embedding` is added: it is not trained, so no checkpoint holds it. Raises
+    CheckpointError if the checkpoint lacks the kind of weights.
     """
     ((reader, kind), _), *_ = mixture.items()
     exportable = [k for k in reader.kinds() if k == "master" or k.startswith(MAIN_EMA)]
     if kind not in exportable:
         known = ", ".join(exportable)
         raise CheckpointError(f"{reader.folder} holds no '{kind}'; export.weights may be: {known}")
-    for name in reader.names(kind):
-        parts = [factor * r.tensor(k, name).double() for (r, k), factor in mixture.items()]
-        yield name, torch.stack(parts).sum(0).float() if len(parts) > 1 else parts[0].float()
+    names = {official_name(name): name for name in reader.names(kind)}
+
+    def read(official: str) -> Tensor:
+        if official == "pos_embed":
+            return position_embedding
+        parts = [f * r.tensor(k, names[official]).double() for (r, k), f in mixture.items()]
+        return torch.stack(parts).sum(0).float() if len(parts) > 1 else parts[0].float()
+
+    shapes = {official: reader.shape(name) for official, name in names.items()}
+    return LazyTensors({**shapes, "pos_embed": tuple(position_embedding.shape)}, read)
 
 
 def _mixture(reader: CheckpointReader, sigma: float) -> tuple[Mixture, float]:

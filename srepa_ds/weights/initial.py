@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -14,22 +14,12 @@ from torch import Tensor
 from srepa_ds.errors import CheckpointError, listed
 from srepa_ds.objective import Objective, official_name
 from srepa_ds.schema import Section
-from srepa_ds.weight_file import plain_tensors, read_weight_file, without_wrappers
 from srepa_ds.weights.exported import WEIGHTS, checked_document, read_document
+from srepa_ds.weights.foreign.opening import PLAIN, convert, open_file
 
 log = logging.getLogger("srepa_ds")
 
 WeightsKind = Literal["ema", "model"]
-
-_OFFICIAL_PARTS = frozenset(
-    {
-        "pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "decoder_blocks",
-        "final_layer", "projectors", "cls_projectors2", "wg_norm",
-    }
-)  # fmt: skip
-_WRAPPERS = ("state_dict", "ema", "model", "module", "model_state_dict", "net")
-# A file can hold a mapping that holds itself.
-_MOST_NESTED = 8
 
 _PROJECTOR = re.compile(r"projectors\.\d+\.")
 
@@ -97,19 +87,13 @@ def read_initial_weights(
     """
     if path.is_dir():
         _check_folder(path, which)
-    file = path / WEIGHTS if path.is_dir() else path
-    found = read_weight_file(file, named=str(file), setting=setting, fault=CheckpointError)
-    state = _state_of(found, path, which, choice)
-    tensors = _renamed(plain_tensors(state, file, named=str(file), fault=CheckpointError))
-    # Not a weight but a function of the model's sizes, and so of the resolution.
-    tensors.pop("pos_embed", None)
-    _refuse_learn_sigma(tensors, path)
-    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
-    if broken:
+    file = open_file(path / WEIGHTS if path.is_dir() else path, setting=setting)
+    if not file.is_plain and which not in file.states:
         raise CheckpointError(
-            f"{path}: not finite: {listed(broken)}; choose weights from before the run diverged"
+            f"{path} does not hold '{which}', but {listed(map(str, file.content))}; set "
+            f"{choice} to match"
         )
-    return tensors
+    return dict(convert(file, PLAIN if file.is_plain else which).weights)
 
 
 @torch.no_grad()
@@ -175,60 +159,4 @@ def _check_heads(path: Path, objective: Objective) -> None:
         raise CheckpointError(
             f"{path} is of another model: it has {there} attention heads, this one has "
             f"{own.shape.num_heads}; set model.num_heads to match"
-        )
-
-
-def _state_of(
-    found: Mapping[str, Any], path: Path, which: WeightsKind, choice: str
-) -> dict[str, Tensor]:
-    """Returns the state_dict in a file, below `which` if it has both kinds, however deep."""
-    state, chosen = found, False
-    for _ in range(_MOST_NESTED):
-        inner = [key for key in _WRAPPERS if isinstance(state.get(key), Mapping)]
-        kinds = {"ema", "model"} & {*inner}
-        if not inner:
-            break
-        if chosen or not kinds:
-            state = state[inner[0]]
-        elif which in kinds:
-            state, chosen = state[which], True
-        elif which == "model" and (plain := [key for key in inner if key != "ema"]):
-            # Beside an average, a plain state_dict is the model's.
-            state, chosen = state[plain[0]], True
-        else:
-            raise CheckpointError(
-                f"{path} does not hold '{which}', but {listed(map(str, state))}; set "
-                f"{choice} to match"
-            )
-    other = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
-    if other or not state:
-        reason = f"{listed(other)} are not tensors" if other else "it is empty"
-        raise CheckpointError(f"{path} does not hold a state_dict: {reason}")
-    return {str(key): value for key, value in state.items()}
-
-
-def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns `state` under the current names of the official REPA code."""
-    plain = without_wrappers(state, lambda name: name.partition(".")[0] in _OFFICIAL_PARTS)
-    numbers = [re.match(r"blocks\.(\d+)\.", name) for name in plain]
-    # Blocks after the alignment once had numbers of their own.
-    first = len({match[1] for match in numbers if match})
-
-    def today(name: str) -> str:
-        name = re.sub(
-            r"^decoder_blocks\.(\d+)\.", lambda match: f"blocks.{int(match[1]) + first}.", name
-        )
-        return re.sub(r"^(projectors\.\d+\.)projection_layer\.(?=\d)", r"\1", name)
-
-    return {today(name): tensor for name, tensor in plain.items()}
-
-
-def _refuse_learn_sigma(tensors: Mapping[str, Tensor], path: Path) -> None:
-    first, last = tensors.get("x_embedder.proj.weight"), tensors.get("final_layer.linear.weight")
-    if first is None or last is None or first.ndim != 4 or last.ndim != 2:
-        return
-    if len(last) == 2 * first[0].numel():
-        raise CheckpointError(
-            f"{path} is of the original SiT or DiT: it predicts twice the channels (learn_sigma), "
-            "with time in the other direction; only weights in REPA's convention can be continued"
         )

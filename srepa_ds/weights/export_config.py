@@ -1,0 +1,47 @@
+"""The settings of an export: which weights, in which format."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from srepa_ds.optim.ema import MAIN_EMA, RelativeLength
+from srepa_ds.schema import OnlyFor, Section
+
+
+class ExportConfig(Section):
+    """The weights that `srepa-ds export` writes, and the format."""
+
+    format: Literal["srepa_ds", "repa", "diffusers"] = "srepa_ds"
+    """`srepa_ds`: `model.safetensors` and `config.json`, which `sample` draws from. `repa`: a file
+    of REPA's trainer (`0400000.pt`). `diffusers`: a folder for `SiTPipeline`."""
+
+    weights: str = MAIN_EMA
+    """`ema`, another stored average (`ema-0.999`, `ema-power-0.05`), or `master`: the weights of
+    the last step. In a file of REPA's trainer it takes the place of its average; the weights of the
+    last step are beside it."""
+
+    power_sigma: RelativeLength | None = None
+    """Instead, a power-function average of this relative length, combined from those in the run's
+    checkpoints (ema.power_sigmas)."""
+
+    step: int | None = Field(default=None, ge=1)
+    """The checkpoint's step; without it the newest valid one."""
+
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"], OnlyFor("format", ("srepa_ds", "diffusers"))
+    ] = "fp32"
+    """The numbers of the weights; the position embedding stays fp32."""
+
+    projectors: Annotated[bool, OnlyFor("format", ("srepa_ds", "repa"))] = True
+    """Whether the projectors of the alignments are written too; sampling does not need them."""
+
+    max_shard_size: Annotated[str | None, OnlyFor("format", ("srepa_ds", "diffusers"))] = None
+    """Write several files, none above this size ("5GB"), and an index, as the Hub's libraries do;
+    null writes one file."""
+
+    optimizer: Annotated[bool, OnlyFor("format", "repa")] = True
+    """Whether Adam's state is written too, so that REPA's trainer can go on."""
+
+    folder: Path | None = None
+    """Where to; without it `<run.folder>/export`, or `export-repa`, `export-diffusers`."""
