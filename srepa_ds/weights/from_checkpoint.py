@@ -113,6 +113,12 @@ Mixture = dict[tuple[CheckpointReader, str], float]
 """(checkpoint, kind of average) -> its factor in the sum."""
 
 
+def weights_of_kind(source: CheckpointWeights, kind: str) -> LazyTensors:
+    """Returns weights of another kind from the same checkpoint; raises CheckpointError."""
+    position_embedding = source.tensors["pos_embed"]
+    return _mixed({(source.reader, kind): 1.0}, position_embedding)
+
+
 def _mixed(mixture: Mixture, position_embedding: Tensor) -> LazyTensors:
     """Returns the weights in float32, summed in float64 as they are read.
 
