@@ -1,5 +1,7 @@
 """The weights in a run's checkpoint, of any ZeRO stage, under the names of other programs."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +20,12 @@ from srepa_ds.objective import official_name
 from srepa_ds.optim.ema import MAIN_EMA, power_kind
 from srepa_ds.optim.power_ema import PowerAverage, combination, gamma_of
 from srepa_ds.schema import Section, validated, with_current_names
-from srepa_ds.weights.exported import METADATA, ExportDocument, ExportedModel
+from srepa_ds.weights.exported import ExportDocument, ExportedModel
 from srepa_ds.weights.file_hash import hash_of_weight_file
 from srepa_ds.weights.fit import model_of
 from srepa_ds.weights.lazy import LazyTensors
+from srepa_ds.weights.ownership import run_of
+from srepa_ds.weights.weight_files import METADATA
 
 log = logging.getLogger("srepa_ds")
 _ANOTHER = "the checkpoint was changed, or is of another release; choose another one"
@@ -86,11 +90,20 @@ def read_checkpoint_weights(
         "step": reader.state["step"],
         "weights": label,
         "ema_decay": stored["ema"]["decay"],
+        "run": Path(run_of(stored) or reader.folder.parent.parent).name,
+        "config_sha256": _hash_of_config(stored),
         **({} if error is None else {"profile_error": error}),
         # What its latents mean; exports of the first release have none.
         **{key: value for key, value in reader.state.get("identity", {}).items() if key == "codec"},
     }
     return CheckpointWeights(tensors, stored, provenance, reader)
+
+
+def _hash_of_config(config: Mapping[str, Any]) -> str:
+    """Returns the sha256 of a configuration as JSON with sorted keys and without spaces."""
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    # A path may hold bytes that are no Unicode.
+    return hashlib.sha256(text.encode("utf-8", errors="surrogateescape")).hexdigest()
 
 
 def read_model_of_checkpoint(

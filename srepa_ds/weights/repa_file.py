@@ -53,7 +53,8 @@ def write_repa_file(path: Path, request: ExportRequest) -> None:
         TensorEntry(f"{part}/{name}", torch.float32, tensors.shapes[name])
         for part, tensors in parts.items()
         for name in names
-        if name in tensors
+        # The position embedding has no moments: it is not trained.
+        if name != "pos_embed" or part not in MOMENTS
     ]
 
     def read(key: str) -> Tensor:

@@ -1,5 +1,6 @@
 """Export: which weights, of which step, under which names."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -82,6 +83,11 @@ def test_the_weights_that_were_asked_for(configured, tmp_path, overrides, seed):
         "step": step,
         "weights": "ema" if seed > 100 else "master",
         "ema_decay": 0.9,
+        "run": "run",
+        "config_sha256": hashlib.sha256(
+            json.dumps(to_tree(config), sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest(),
+        "dtype": "fp32",
     }
 
 
