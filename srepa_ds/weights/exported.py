@@ -26,16 +26,18 @@ from srepa_ds.schema import Section, validated
 from srepa_ds.weight_file import other_kind, plain_tensors, read_weight_file
 from srepa_ds.weights.fit import model_of
 from srepa_ds.weights.lazy import entries_of, rounded
+from srepa_ds.weights.ownership import CARD as CARD
 from srepa_ds.weights.ownership import DOCUMENT as DOCUMENT
 from srepa_ds.weights.ownership import FORMAT, room_for_model
+from srepa_ds.weights.ownership import PICTURE as PICTURE
 from srepa_ds.weights.weight_files import (
     INDEX,
-    METADATA,
     hash_of_files,
     index_of,
     is_weight_file,
     split_into_files,
 )
+from srepa_ds.weights.weight_files import METADATA as METADATA
 from srepa_ds.weights.weight_files import WEIGHTS as WEIGHTS
 
 VERSION, SHARDED = 1, 2

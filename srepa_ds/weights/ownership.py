@@ -16,18 +16,21 @@ from srepa_ds.weight_file import read_weight_file
 
 FORMAT = "srepa_ds.model"
 DOCUMENT = "config.json"
+CARD, PICTURE = "README.md", "samples.png"
+"""What may lie beside any model, for people who find it."""
 
 _NAMES: Mapping[str, re.Pattern[str]] = {
     "srepa_ds": re.compile(
         r"config\.json|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors"
     ),
     "repa": re.compile(r"\d{7,}\.pt"),
-    "diffusers": re.compile(r"model_index\.json|transformer|scheduler|vae"),
+    "diffusers": re.compile(r"model_index\.json|provenance\.json|transformer|scheduler|vae"),
 }
 """The files and folders that a model consists of, by the format of its export."""
 
 # What an export that is under way or was killed leaves; the last is safetensors' own.
-_PARTS = "|".join(pattern.pattern for pattern in _NAMES.values())
+_BESIDE = frozenset({CARD, PICTURE})
+_PARTS = "|".join([*(pattern.pattern for pattern in _NAMES.values()), *map(re.escape, _BESIDE)])
 _UNFINISHED = re.compile(rf"({_PARTS}){re.escape(PARTIAL)}|\.tmp\w{{6}}")
 _CURE = "choose another export.folder, or fix its permissions and make room"
 
@@ -38,7 +41,7 @@ class HeldModel:
 
     format: str
     names: frozenset[str]
-    """Its files and folders."""
+    """Its files and folders, and those beside it."""
 
     runs: frozenset[str | None]
     """The folders of the runs that it is of: one, if its files are of one; None if none tells."""
@@ -93,8 +96,9 @@ def held_model(folder: Path) -> HeldModel | None:
     names = frozenset(name for name in known_names(folder) if not _UNFINISHED.fullmatch(name))
     if not names:
         return None
-    (format,) = [form for form in _NAMES if all(map(_NAMES[form].fullmatch, names))]
-    runs = _RUNS[format](folder, names)
+    parts = names - _BESIDE
+    (format,) = [form for form in _NAMES if all(map(_NAMES[form].fullmatch, parts))]
+    runs = _RUNS[format](folder, parts)
     if runs is None:
         raise _foreign(folder, names)
     return HeldModel(format, names, runs)
@@ -105,7 +109,9 @@ def known_names(folder: Path) -> set[str]:
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     names = {name for name in names if _UNFINISHED.fullmatch(name) or not is_of_the_system(name)}
     whole = {name for name in names if not _UNFINISHED.fullmatch(name)}
-    if not any(all(map(pattern.fullmatch, whole)) for pattern in _NAMES.values()):
+    parts = whole - _BESIDE
+    is_known = any(all(map(pattern.fullmatch, parts)) for pattern in _NAMES.values())
+    if whole and not (parts and is_known):
         raise _foreign(folder, names)
     return names
 
@@ -144,7 +150,13 @@ def _run_of_file(path: Path) -> str | None:
 
 
 def _runs_of_pipeline(folder: Path, names: frozenset[str]) -> frozenset[str | None] | None:
-    return frozenset({None}) if "model_index.json" in names else None
+    if "model_index.json" not in names:
+        return None
+    try:
+        run = read_json(folder / "provenance.json")["run"]
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
+        run = None
+    return frozenset({run if isinstance(run, str) else None})
 
 
 _RUNS = {"srepa_ds": _own_runs, "repa": _runs_of_repa, "diffusers": _runs_of_pipeline}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from srepa_ds.checkpoint.reader import CheckpointReader
 from srepa_ds.documents.safetensors_writer import TensorEntry
-from srepa_ds.errors import CheckpointError
+from srepa_ds.errors import CheckpointError, listed
 from srepa_ds.files import write_aside
 from srepa_ds.objective import official_name
 from srepa_ds.optim.adamw import OptimizerConfig, build_optimizer
@@ -49,6 +49,7 @@ def write_repa_file(path: Path, request: ExportRequest) -> None:
     parts = _parts_of(request)
     projectors = [n for n in parts["model"] if n.startswith("projectors.") and with_projectors]
     names = names_in_order(model, projectors)
+    _refuse_lacking(parts, names, source.reader)
     entries = [
         TensorEntry(f"{part}/{name}", torch.float32, tensors.shapes[name])
         for part, tensors in parts.items()
@@ -63,7 +64,12 @@ def write_repa_file(path: Path, request: ExportRequest) -> None:
 
     def write(aside: Path) -> None:
         with staged(path.parent, entries, read) as tensors:
-            torch.save(_document(request, model, names, tensors), aside)
+            document = _document(request, model, names, tensors)
+            try:
+                torch.save(document, aside)
+            except RuntimeError as error:
+                # torch gives neither number nor reason of what the system said.
+                raise OSError("torch.save could not write all of it, as on a full disk") from error
 
     write_aside(path, write)
 
@@ -79,6 +85,18 @@ def _parts_of(request: ExportRequest) -> dict[str, LazyTensors]:
     if request.config.optimizer:
         parts |= {kind: _moments(source.reader, kind) for kind in MOMENTS}
     return parts
+
+
+def _refuse_lacking(
+    parts: Mapping[str, LazyTensors], names: Iterable[str], reader: CheckpointReader
+) -> None:
+    needed = {name for name in names if name != "pos_embed"}
+    for part, tensors in parts.items():
+        if lacking := needed - tensors.keys():
+            raise CheckpointError(
+                f"{reader.folder} does not fit its configuration: {part} lacks "
+                f"{listed(sorted(lacking), most=3)}; choose another checkpoint (export.step)"
+            )
 
 
 def _moments(reader: CheckpointReader, kind: str) -> LazyTensors:
