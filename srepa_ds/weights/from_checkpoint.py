@@ -133,7 +133,7 @@ def weights_of_kind(source: CheckpointWeights, kind: str) -> LazyTensors:
 
 
 def _mixed(mixture: Mixture, position_embedding: Tensor) -> LazyTensors:
-    """Returns the weights in float32, summed in float64 as they are read.
+    """Returns the weights in float32, sums computed in float64 as they are read.
 
     `position_embedding` is added: it is not trained, so no checkpoint holds it. Raises
     CheckpointError if the checkpoint lacks the kind of weights.
@@ -148,6 +148,8 @@ def _mixed(mixture: Mixture, position_embedding: Tensor) -> LazyTensors:
     def read(official: str) -> Tensor:
         if official == "pos_embed":
             return position_embedding
+        if mixture == {(reader, kind): 1.0}:
+            return reader.tensor(kind, names[official])
         parts = [f * r.tensor(k, names[official]).double() for (r, k), f in mixture.items()]
         return torch.stack(parts).sum(0).float() if len(parts) > 1 else parts[0].float()
 

@@ -66,10 +66,10 @@ def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> LazyTensors:
     def read(name: str) -> Tensor:
         value = tensors[name]
         result = value.to(_dtype_of(name, dtype))
-        if (result.isinf() & value.isfinite()).any():
+        if result.dtype != value.dtype and (result.isinf() & value.isfinite()).any():
             raise CheckpointError(
-                f"{name} has values up to {value.abs().max():.3g}, beyond fp16; export with "
-                "export.dtype=bf16"
+                f"{name} has values up to {value.abs().max():.3g}, beyond the range of "
+                f"{str(dtype).removeprefix('torch.')}; choose another export.dtype"
             )
         return result
 
