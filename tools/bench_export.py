@@ -81,6 +81,8 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", default=["srepa_ds", "repa"])
     given = parser.parse_args()
     changes = [f"run.folder={given.folder}/run", f"model.variant={given.variant}"]
+    # A block that every variant has.
+    changes += ["alignments.0.depth=4"]
     given.folder.mkdir(parents=True)
     try:
         size = write_checkpoint(load_config(CONFIG, changes))
