@@ -9,7 +9,7 @@ import re
 import secrets
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -35,18 +35,42 @@ def write_aside(path: Path, write: Callable[[Path], object], *, concurrent: bool
     """
     aside = own_aside(path) if concurrent else path.with_name(path.name + PARTIAL)
     try:
-        # A new file: what lies there may be a link that leads elsewhere.
-        aside.unlink(missing_ok=True)
-        aside.touch(exist_ok=False)
-        # safetensors makes its files private; ours get the usual permissions.
-        mode = stat.S_IMODE(aside.stat().st_mode)
-        write(aside)
-        aside.chmod(mode)
-        flush_to_disk(aside)
+        _fill(aside, write)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def write_all_aside(writers: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Writes files as `write_aside` does, all of them before the first takes its name.
+
+    They are written and take their names in the given order. Raises what a writer raises, and
+    OSError; nothing is left of the attempt then, unless it fails between two names.
+    """
+    asides = {path: path.with_name(path.name + PARTIAL) for path in writers}
+    named: list[Path] = []
+    try:
+        for path, write in writers.items():
+            _fill(asides[path], write)
+        for path, aside in asides.items():
+            os.replace(aside, path)
+            named.append(path)
+    except BaseException:
+        for aside in () if named else asides.values():
+            aside.unlink(missing_ok=True)
+        raise
+
+
+def _fill(aside: Path, write: Callable[[Path], object]) -> None:
+    # A new file: what lies there may be a link that leads elsewhere.
+    aside.unlink(missing_ok=True)
+    aside.touch(exist_ok=False)
+    # safetensors makes its files private; ours get the usual permissions.
+    mode = stat.S_IMODE(aside.stat().st_mode)
+    write(aside)
+    aside.chmod(mode)
+    flush_to_disk(aside)
 
 
 def own_aside(path: Path) -> Path:

@@ -85,17 +85,21 @@ def write_world(folder: Path) -> SmallWorld:
     return world
 
 
-def write_shards(folder: Path, *, num_samples: int, size: tuple[int, int] = (16, 16)) -> None:
-    """Writes smooth random colour images of ten classes; `size` is height and width."""
+def write_shards(
+    folder: Path, *, num_samples: int, size: tuple[int, int] = (16, 16), num_classes: int = 10
+) -> None:
+    """Writes smooth random colour images of all classes; `size` is height and width."""
     generator = torch.Generator().manual_seed(5)
     description = DatasetDescription(
-        source={"kind": "test"}, image_shape=(3, *size), class_names=tuple("0123456789")
+        source={"kind": "test"},
+        image_shape=(3, *size),
+        class_names=tuple("0123456789"[:num_classes]),
     )
     with ShardWriter(folder, description=description, samples_per_shard=40) as writer:
         for number in range(num_samples):
             coarse = torch.rand(1, 3, size[0] // 4, size[1] // 4, generator=generator) * 255
             image = nn.functional.interpolate(coarse, size=size, mode="bilinear")
-            writer.add(image[0].permute(1, 2, 0).byte().contiguous().numpy(), number % 10)
+            writer.add(image[0].permute(1, 2, 0).byte().contiguous().numpy(), number % num_classes)
 
 
 def write_teacher(path: Path) -> None:

@@ -23,7 +23,7 @@ from srepa_ds.report.probe import (
 )
 from srepa_ds.report.structure import HEADER, Layer, rows_of, structure_section
 from srepa_ds.schema import to_tree
-from srepa_ds.weights.exported import WEIGHTS, ExportedModel, read_model
+from srepa_ds.weights.exported import ExportedModel, holds_export, read_model
 
 log = logging.getLogger("srepa_ds")
 
@@ -89,8 +89,8 @@ def structure(config: Config) -> Path:
 
 
 def _exported(config: Config) -> ExportedModel | None:
-    is_there = (config.weights_folder / WEIGHTS).exists()
-    return read_model(config.weights_folder) if is_there else None
+    folder = config.weights_folder
+    return read_model(folder) if holds_export(folder) else None
 
 
 def _without_student(config: Config) -> str:

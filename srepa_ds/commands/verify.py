@@ -16,7 +16,7 @@ from srepa_ds.encoders.teacher_folder import REPORT_NAME, WEIGHTS_NAME, check_te
 from srepa_ds.errors import CheckpointError, DataError, SRepaError
 from srepa_ds.preparation.contact_sheet import write_sheet
 from srepa_ds.run_folder import RunFolder
-from srepa_ds.weights.exported import DOCUMENT, WEIGHTS, check_export
+from srepa_ds.weights.exported import DOCUMENT, check_export, holds_export
 
 
 def verify(
@@ -129,7 +129,7 @@ def _of_kind(folder: Path) -> list[Part]:
         return [_of_checkpoint(folder)]
     if REPORT_NAME in names:
         return [Part((folder / WEIGHTS_NAME, folder / REPORT_NAME), partial(check_teacher, folder))]
-    if {DOCUMENT, WEIGHTS} <= names:
+    if DOCUMENT in names and holds_export(folder):
         return _of_export(folder)
     return [_of_checkpoint(path) for path in steps_in(folder)]
 

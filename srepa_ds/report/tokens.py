@@ -19,7 +19,7 @@ from srepa_ds.errors import CheckpointError, DataError
 from srepa_ds.interpolant import INTERPOLANTS
 from srepa_ds.noise import NoiseStream
 from srepa_ds.report.probe import NOISE_DRAW, Probe, experiment_of
-from srepa_ds.weights.exported import WEIGHTS, ExportedModel
+from srepa_ds.weights.exported import ExportedModel, read_document, weight_files
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _noised_cls(
 
 def _projector(pair: Pair, experiment: Config, config: Config) -> nn.Module | None:
     """Returns the trained projector, or None if none is stored."""
-    path, alignment = config.weights_folder / WEIGHTS, pair.alignment
+    alignment = pair.alignment
     state = _tensors_below(f"projectors.{pair.number}.", config)
     if not state or alignment is None:
         return None
@@ -194,11 +194,15 @@ def _projector(pair: Pair, experiment: Config, config: Config) -> nn.Module | No
     try:
         projector.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: the projector does not fit its config: {error}") from error
+        place = config.weights_folder
+        raise CheckpointError(f"{place}: the projector does not fit its config: {error}") from error
     return projector.to(next(pair.encoder.parameters()).device)
 
 
 def _tensors_below(prefix: str, config: Config) -> Mapping[str, Tensor]:
-    with safe_open(config.weights_folder / WEIGHTS, framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]
-        return {name.removeprefix(prefix): file.get_tensor(name).float() for name in names}
+    found = {}
+    for path in weight_files(read_document(config.weights_folder)):
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]
+            found |= {name.removeprefix(prefix): file.get_tensor(name).float() for name in names}
+    return found

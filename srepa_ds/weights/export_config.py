@@ -1,12 +1,26 @@
 """The settings of an export: which weights, in which format."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from srepa_ds.optim.ema import MAIN_EMA, RelativeLength
 from srepa_ds.schema import OnlyFor, Section
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?[KMGT]B")
+
+
+def _checked_size(text: str) -> str:
+    match = _SIZE.fullmatch(text)
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"'{text}' is no size; write a number and its unit: 500MB, 5GB")
+    return text
+
+
+ShardSize = Annotated[str, AfterValidator(_checked_size)]
+"""A size as huggingface_hub reads it; units are powers of 1000."""
 
 
 class ExportConfig(Section):
@@ -18,8 +32,8 @@ class ExportConfig(Section):
 
     weights: str = MAIN_EMA
     """`ema`, another stored average (`ema-0.999`, `ema-power-0.05`), or `master`: the weights of
-    the last step. In a file of REPA's trainer it takes the place of its average; the weights of the
-    last step are beside it."""
+    the last step. A file of REPA's trainer has these anyway, and beside them the average that is
+    named here, else `ema`."""
 
     power_sigma: RelativeLength | None = None
     """Instead, a power-function average of this relative length, combined from those in the run's
@@ -36,9 +50,9 @@ class ExportConfig(Section):
     projectors: Annotated[bool, OnlyFor("format", ("srepa_ds", "repa"))] = True
     """Whether the projectors of the alignments are written too; sampling does not need them."""
 
-    max_shard_size: Annotated[str | None, OnlyFor("format", ("srepa_ds", "diffusers"))] = None
-    """Write several files, none above this size ("5GB"), and an index, as the Hub's libraries do;
-    null writes one file."""
+    max_shard_size: Annotated[ShardSize | None, OnlyFor("format", ("srepa_ds", "diffusers"))] = None
+    """Write several files up to this size ("5GB", "500MB"), a larger tensor alone in one, and an
+    index, as the Hub's libraries do; null writes one file."""
 
     optimizer: Annotated[bool, OnlyFor("format", "repa")] = True
     """Whether Adam's state is written too, so that REPA's trainer can go on."""

@@ -1,11 +1,9 @@
-"""An exported model on disk: `model.safetensors` and `config.json` in one folder."""
+"""An exported model on disk: weights and `config.json` in one folder."""
 
 import json
-import os
-import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,32 +11,38 @@ import torch
 from torch import Tensor
 
 from srepa_ds.documents.json_reader import read_json
-from srepa_ds.documents.safetensors_writer import in_file_order, write_safetensors
-from srepa_ds.errors import CheckpointError, ConfigError, OutputError, listed
+from srepa_ds.documents.safetensors_writer import TensorEntry, write_safetensors
+from srepa_ds.errors import CheckpointError, ConfigError
 from srepa_ds.files import (
     PARTIAL,
-    claimed,
     flush_to_disk,
-    is_of_the_system,
+    is_plain_name,
     sha256_of,
-    write_aside,
-    writing,
+    write_all_aside,
 )
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.schema import Section, validated
 from srepa_ds.weight_file import other_kind, plain_tensors, read_weight_file
 from srepa_ds.weights.fit import model_of
-from srepa_ds.weights.lazy import entries_of
+from srepa_ds.weights.lazy import entries_of, rounded
+from srepa_ds.weights.ownership import CARD as CARD
+from srepa_ds.weights.ownership import DOCUMENT as DOCUMENT
+from srepa_ds.weights.ownership import FORMAT, room_for_model
+from srepa_ds.weights.ownership import PICTURE as PICTURE
+from srepa_ds.weights.weight_files import (
+    INDEX,
+    hash_of_files,
+    index_of,
+    is_weight_file,
+    split_into_files,
+)
+from srepa_ds.weights.weight_files import METADATA as METADATA
+from srepa_ds.weights.weight_files import WEIGHTS as WEIGHTS
 
-FORMAT = "srepa_ds.model"
-VERSION = 1
-WEIGHTS = "model.safetensors"
-DOCUMENT = "config.json"
-# Files of an export that is under way or was killed; the last is safetensors' own.
-_UNFINISHED = re.compile(rf"({WEIGHTS}|{DOCUMENT}){PARTIAL}|\.tmp\w{{6}}")
-METADATA = {"format": "pt"}
-"""What the weight file says of itself."""
+VERSION, SHARDED = 1, 2
+"""Versions of the format: with one weight file, and with several and an index."""
+
 _EXPORT_AGAIN = "make it again with `srepa-ds export CONFIG`"
 
 S = TypeVar("S", bound=Section)
@@ -61,10 +65,13 @@ class ExportDocument:
     """Checkpoint, step and kind of weights."""
 
     sha256: str | None
-    """Hash of the weight file; None in exports of the first release."""
+    """Hash of the weights; None in exports of the first release."""
 
     cure: str = _EXPORT_AGAIN
     """What to do about a configuration that cannot be used."""
+
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of an export's files by name, if there are several: shards and their index."""
 
     @property
     def weights(self) -> str:
@@ -88,7 +95,7 @@ class ExportedModel:
     document: ExportDocument
 
     sha256: str
-    """Hash of the weight file; of a checkpoint, of that which its export would have."""
+    """Hash of the weights; of a checkpoint, that which its export would have."""
 
     described: Mapping[str, Any] = field(default_factory=dict)
     """What the weights do not tell of the model, as JSON values, if nothing beside them does."""
@@ -110,90 +117,64 @@ def write_model(
     *,
     config: Mapping[str, Any],
     provenance: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str | None = None,
+    replace: bool = False,
 ) -> None:
-    """Writes an exported model; an earlier one in `folder`, which may be a link, is replaced.
+    """Writes an exported model; an earlier one of the run in `folder` is replaced.
 
-    Both files are complete before either takes its name, so an earlier model stays whole up to a
-    kill between two renames, which readers recognise. Raises OutputError if `folder` holds anything
-    else, cannot be written to, or another process exports into it; an earlier model is then still
-    there, and nothing is left of the attempt.
+    `folder` may be a link. A model of another run or format is replaced only with `replace`. All
+    files are complete before the first takes its name, so an earlier model stays whole up to a kill
+    between two renames, which readers recognise. Raises OutputError if `folder` holds anything
+    else, cannot be written to, or another process exports into it, and CheckpointError if a value
+    is beyond `dtype`; an earlier model is then still there, and nothing is left of the attempt.
     """
-    cure = "choose another export.folder, or fix its permissions and make room"
-    with writing(f"the model to {folder}", cure=cure):
-        # Before the claim: whoever holds a folder with other files does not export into it.
-        _own_names(folder)
-    otherwise = ", or choose another export.folder"
-    with claimed(folder, doing="exporting into", cure=cure, otherwise=otherwise):
-        with writing(f"the model to {folder}", cure=cure):
-            _refuse_foreign(folder)
-            _write(folder, tensors, {"provenance": provenance, "config": config})
-            _remove_leftovers(folder)
+    files = split_into_files(entries_of(tensors, dtype), max_shard_size)
+    values = rounded(tensors, dtype)
+    facts = {"provenance": provenance, "config": config}
+    with room_for_model(folder, format="srepa_ds", config=config, replace=replace):
+        _write(folder, files, values, facts)
 
 
-def _write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    entries = in_file_order(entries_of(tensors, torch.float32))
-    document = folder / (DOCUMENT + PARTIAL)
+def _write(
+    folder: Path,
+    files: Mapping[str, Sequence[TensorEntry]],
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+) -> None:
+    hashes: dict[str, str] = {}
 
-    def both(aside: Path) -> None:
-        # No provenance here: sample sets identify their model by the hash of this file.
-        sha256 = write_safetensors(aside, entries, tensors.__getitem__, METADATA)
-        mark = {"format": FORMAT, "version": VERSION, "sha256": sha256}
-        # A new file: what lies there may be a link that leads elsewhere.
-        document.unlink(missing_ok=True)
-        document.write_text(json.dumps({**mark, **facts}, indent=2) + "\n", encoding="utf-8")
-        flush_to_disk(document)
+    def write_weights(name: str, aside: Path) -> None:
+        # No provenance here: sample sets identify their model by the hash of these files.
+        hashes[name] = write_safetensors(aside, files[name], tensors.__getitem__, METADATA)
 
-    try:
-        write_aside(folder / WEIGHTS, both)
-    except BaseException:
-        document.unlink(missing_ok=True)
-        raise
-    os.replace(document, folder / DOCUMENT)
+    def write_index(aside: Path) -> None:
+        aside.write_text(json.dumps(index_of(files), indent=2) + "\n", encoding="utf-8")
+        hashes[INDEX] = sha256_of(aside)
+
+    def write_document(aside: Path) -> None:
+        mark = {"format": FORMAT, "version": VERSION, "sha256": hash_of_files(hashes)}
+        if is_sharded:
+            mark |= {"version": SHARDED, "files": hashes}
+        aside.write_text(json.dumps({**mark, **facts}, indent=2) + "\n", encoding="utf-8")
+
+    is_sharded = list(files) != [WEIGHTS]
+    writers = {folder / name: partial(write_weights, name) for name in files}
+    writers |= {folder / INDEX: write_index} if is_sharded else {}
+    write_all_aside({**writers, folder / DOCUMENT: write_document})
+    for path in folder.iterdir():
+        if path.name not in hashes and (is_weight_file(path.name) or path.name == INDEX):
+            path.unlink()
     flush_to_disk(folder)
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """Raises OutputError unless `folder` is absent, empty, or holds an exported model alone."""
-    names = {name for name in _own_names(folder) if not _UNFINISHED.fullmatch(name)}
-    # Only a kill between the renames leaves weights beside a document without its name.
-    mark = DOCUMENT if DOCUMENT in names else DOCUMENT + PARTIAL
-    if names and not _is_document(folder / mark):
-        raise _foreign(folder, names)
-
-
-def _own_names(folder: Path) -> set[str]:
-    """Returns the names of the files in `folder`; raises OutputError if one is not of a model."""
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    names = {name for name in names if _UNFINISHED.fullmatch(name) or not is_of_the_system(name)}
-    if any(not _UNFINISHED.fullmatch(name) for name in names - {WEIGHTS, DOCUMENT}):
-        raise _foreign(folder, names)
-    return names
-
-
-def _foreign(folder: Path, names: set[str]) -> OutputError:
-    return OutputError(
-        f"{folder} holds files other than an exported model ({listed(sorted(names), most=3)}); "
-        "choose another export.folder"
-    )
-
-
-def _is_document(path: Path) -> bool:
+def holds_export(folder: Path) -> bool:
+    """Returns whether `folder` has weight files of an exported model, or their index."""
     try:
-        return read_json(path)["format"] == FORMAT
-    except (OSError, ValueError, TypeError, KeyError, IndexError):
+        names = {path.name for path in folder.iterdir()}
+    except OSError:
         return False
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes what killed exports left in `folder`, and what those of the first release left."""
-    for left in [path for path in folder.iterdir() if _UNFINISHED.fullmatch(path.name)]:
-        left.unlink(missing_ok=True)
-    place = folder.absolute()
-    for ending in ("writing", "replaced") if place.name else ():
-        left = place.parent / f".{place.name}.{ending}"
-        # Not Path.is_dir, for which a name that is too long is an error.
-        if os.path.isdir(left) and {path.name for path in left.iterdir()} <= {WEIGHTS, DOCUMENT}:
-            shutil.rmtree(left, ignore_errors=True)
+    return any(name == INDEX or is_weight_file(name) for name in names)
 
 
 def exported_step(folder: Path) -> int | None:
@@ -222,14 +203,30 @@ def read_document(folder: Path) -> ExportDocument:
     if not isinstance(found, dict):
         raise _of_no_model(path, "it is no JSON object")
     mark = (_part(path, found, "format", str), _part(path, found, "version", int))
-    if mark != (FORMAT, VERSION):
-        raise CheckpointError(f"{path} is of format {mark}, not {(FORMAT, VERSION)}")
+    if mark not in ((FORMAT, VERSION), (FORMAT, SHARDED)):
+        raise CheckpointError(f"{path} is of format {mark}, not {(FORMAT, SHARDED)}")
     provenance = _part(path, found, "provenance", dict)
     _part(path, provenance, "weights", str)
     _part(path, provenance, "step", int)
     config = _part(path, found, "config", dict)
     sha256 = _part(path, found, "sha256", str) if "sha256" in found else None
-    return ExportDocument(path, config, provenance, sha256)
+    files = _files_of(path, found) if mark == (FORMAT, SHARDED) else {}
+    return ExportDocument(path, config, provenance, sha256, files=files)
+
+
+def _files_of(path: Path, tree: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the hashes of shards and index; raises CheckpointError unless all lie beside them."""
+    files = _part(path, tree, "files", dict)
+    for name, sha256 in files.items():
+        if not is_plain_name(name) or not (is_weight_file(name) or name == INDEX):
+            raise _of_no_model(path, f"it names {name!r}, which is no weight file in its folder")
+        if not isinstance(sha256, str):
+            raise _of_no_model(path, f"the hash of '{name}' is not text")
+    if not any(map(is_weight_file, files)):
+        raise _of_no_model(path, "it names no weight file")
+    if hash_of_files(files) != _part(path, tree, "sha256", str):
+        raise _of_no_model(path, "its hash is not that of its files")
+    return files
 
 
 def _part(path: Path, tree: Mapping[str, Any], key: str, kind: type, of: str = "it") -> Any:
@@ -250,20 +247,57 @@ def checked_document(folder: Path) -> tuple[ExportDocument, str]:
     that were exported.
     """
     document = read_document(folder)
+    expected = document.files or {WEIGHTS: document.sha256}
+    found = {name: _checked_hash(folder / name, sha256) for name, sha256 in expected.items()}
+    return document, hash_of_files(found)
+
+
+def _checked_hash(path: Path, expected: str | None) -> str:
+    """Returns the hash of a file; raises CheckpointError unless it is `expected`, if that is known.
+
+    A file that cannot be read, or is of another kind, is named as such.
+    """
+    folder = path.parent
     try:
-        found = sha256_of(folder / WEIGHTS)
+        found = sha256_of(path)
     except OSError as error:
-        raise _without_model(folder, f"{folder / WEIGHTS}: {error.strerror}") from error
-    if document.sha256 is not None and document.sha256 != found:
         if (folder / (DOCUMENT + PARTIAL)).exists():
-            raise _interrupted(folder)
-        if kind := other_kind(folder / WEIGHTS):
-            raise _without_model(folder, f"{folder / WEIGHTS}: {kind}")
-        raise CheckpointError(
-            f"{folder / WEIGHTS} has changed since it was exported (its sha256 is {found[:12]}..., "
-            f"not {document.sha256[:12]}...); {_EXPORT_AGAIN}"
-        )
-    return document, found
+            raise _interrupted(folder) from error
+        raise _without_model(folder, f"{path}: {error.strerror}") from error
+    if expected is None or found == expected:
+        return found
+    if (folder / (DOCUMENT + PARTIAL)).exists():
+        raise _interrupted(folder)
+    if path.name != INDEX and (kind := other_kind(path)):
+        raise _without_model(folder, f"{path}: {kind}")
+    raise CheckpointError(
+        f"{path} has changed since it was exported (its sha256 is {found[:12]}..., not "
+        f"{expected[:12]}...); {_EXPORT_AGAIN}"
+    )
+
+
+def weight_files(document: ExportDocument) -> list[Path]:
+    """Returns the weight files of an export, of which there may be several."""
+    names = filter(is_weight_file, document.files) if document.files else [WEIGHTS]
+    return [document.path.parent / name for name in names]
+
+
+def stored_tensors(document: ExportDocument) -> dict[str, Tensor]:
+    """Returns the tensors of an export under official names, mapped from its files.
+
+    `checked_document` tells whether the files are those that were exported. Raises CheckpointError
+    if one cannot be read.
+    """
+    return dict(item for path in weight_files(document) for item in _tensors_in(path))
+
+
+def _tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        found = read_weight_file(path, named=str(path), setting="the folder", fault=CheckpointError)
+        tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        yield from plain_tensors(tensors, path, named=str(path), fault=CheckpointError).items()
+    except CheckpointError as error:
+        raise _without_model(path.parent, str(error)) from error
 
 
 def check_export(folder: Path) -> None:
@@ -280,15 +314,10 @@ def read_model(folder: Path) -> ExportedModel:
     Raises CheckpointError that says what is missing, changed or does not fit.
     """
     document, sha256 = checked_document(folder)
-    path = folder / WEIGHTS
-    try:
-        found = read_weight_file(path, named=str(path), setting="the folder", fault=CheckpointError)
-        tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-        tensors = plain_tensors(tensors, path, named=str(path), fault=CheckpointError)
-    except CheckpointError as error:
-        raise _without_model(folder, str(error)) from error
+    tensors = stored_tensors(document)
     config = document.section(SiTConfig, "model")
-    return ExportedModel(model_of(config, tensors, path, cure=_EXPORT_AGAIN), document, sha256)
+    place = folder if document.files else folder / WEIGHTS
+    return ExportedModel(model_of(config, tensors, place, cure=_EXPORT_AGAIN), document, sha256)
 
 
 def _without_model(folder: Path, reason: str) -> CheckpointError:

@@ -57,6 +57,15 @@ def misfit_of(config: SiTConfig, tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
+def check_finite(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError about `path` if a weight is NaN or infinite."""
+    broken = [name for name, value in weights.items() if not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{path}: not finite: {listed(broken)}; choose weights from before the run diverged"
+        )
+
+
 def _faults(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Iterator[str]:
     """Yields how the names and shapes of weights differ from those of a model."""
     if missing := sorted(wanted.keys() - found.keys()):

@@ -1,5 +1,7 @@
 """The weights in a run's checkpoint, of any ZeRO stage, under the names of other programs."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +20,12 @@ from srepa_ds.objective import official_name
 from srepa_ds.optim.ema import MAIN_EMA, power_kind
 from srepa_ds.optim.power_ema import PowerAverage, combination, gamma_of
 from srepa_ds.schema import Section, validated, with_current_names
-from srepa_ds.weights.exported import METADATA, ExportDocument, ExportedModel
+from srepa_ds.weights.exported import ExportDocument, ExportedModel
 from srepa_ds.weights.file_hash import hash_of_weight_file
 from srepa_ds.weights.fit import model_of
 from srepa_ds.weights.lazy import LazyTensors
+from srepa_ds.weights.ownership import run_of
+from srepa_ds.weights.weight_files import METADATA
 
 log = logging.getLogger("srepa_ds")
 _ANOTHER = "the checkpoint was changed, or is of another release; choose another one"
@@ -86,11 +90,20 @@ def read_checkpoint_weights(
         "step": reader.state["step"],
         "weights": label,
         "ema_decay": stored["ema"]["decay"],
+        "run": Path(run_of(stored) or reader.folder.parent.parent).name,
+        "config_sha256": _hash_of_config(stored),
         **({} if error is None else {"profile_error": error}),
         # What its latents mean; exports of the first release have none.
         **{key: value for key, value in reader.state.get("identity", {}).items() if key == "codec"},
     }
     return CheckpointWeights(tensors, stored, provenance, reader)
+
+
+def _hash_of_config(config: Mapping[str, Any]) -> str:
+    """Returns the sha256 of a configuration as JSON with sorted keys and without spaces."""
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    # A path may hold bytes that are no Unicode.
+    return hashlib.sha256(text.encode("utf-8", errors="surrogateescape")).hexdigest()
 
 
 def read_model_of_checkpoint(
@@ -113,8 +126,14 @@ Mixture = dict[tuple[CheckpointReader, str], float]
 """(checkpoint, kind of average) -> its factor in the sum."""
 
 
+def weights_of_kind(source: CheckpointWeights, kind: str) -> LazyTensors:
+    """Returns weights of another kind from the same checkpoint; raises CheckpointError."""
+    position_embedding = source.tensors["pos_embed"]
+    return _mixed({(source.reader, kind): 1.0}, position_embedding)
+
+
 def _mixed(mixture: Mixture, position_embedding: Tensor) -> LazyTensors:
-    """Returns the weights in float32, summed in float64 as they are read.
+    """Returns the weights in float32, sums computed in float64 as they are read.
 
     `position_embedding` is added: it is not trained, so no checkpoint holds it. Raises
     CheckpointError if the checkpoint lacks the kind of weights.
@@ -129,6 +148,8 @@ def _mixed(mixture: Mixture, position_embedding: Tensor) -> LazyTensors:
     def read(official: str) -> Tensor:
         if official == "pos_embed":
             return position_embedding
+        if mixture == {(reader, kind): 1.0}:
+            return reader.tensor(kind, names[official])
         parts = [f * r.tensor(k, names[official]).double() for (r, k), f in mixture.items()]
         return torch.stack(parts).sum(0).float() if len(parts) > 1 else parts[0].float()
 

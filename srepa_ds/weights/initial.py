@@ -14,7 +14,8 @@ from torch import Tensor
 from srepa_ds.errors import CheckpointError, listed
 from srepa_ds.objective import Objective, official_name
 from srepa_ds.schema import Section
-from srepa_ds.weights.exported import WEIGHTS, checked_document, read_document
+from srepa_ds.weights.exported import checked_document, read_document, stored_tensors
+from srepa_ds.weights.fit import check_finite
 from srepa_ds.weights.foreign.opening import PLAIN, convert, open_file
 
 log = logging.getLogger("srepa_ds")
@@ -86,8 +87,8 @@ def read_initial_weights(
     user to correct `setting`, or `choice` for the kind of weights.
     """
     if path.is_dir():
-        _check_folder(path, which)
-    file = open_file(path / WEIGHTS if path.is_dir() else path, setting=setting)
+        return _weights_in_folder(path, which)
+    file = open_file(path, setting=setting)
     if not file.is_plain and which not in file.states:
         raise CheckpointError(
             f"{path} does not hold '{which}', but {listed(map(str, file.content))}; set "
@@ -137,8 +138,8 @@ def _shape(tensor: Tensor | None) -> str:
     return "none" if tensor is None else str(tuple(tensor.shape))
 
 
-def _check_folder(path: Path, which: WeightsKind) -> None:
-    """Raises CheckpointError unless `path` is a whole exported model of the kind `which`."""
+def _weights_in_folder(path: Path, which: WeightsKind) -> dict[str, Tensor]:
+    """Returns a whole exported model of the kind `which`; raises CheckpointError for others."""
     document, _ = checked_document(path)
     kind = "model" if document.weights == "master" else "ema"
     if kind != which:
@@ -147,6 +148,9 @@ def _check_folder(path: Path, which: WeightsKind) -> None:
             f"{kind}, or export again with "
             f"export.weights={'master' if which == 'model' else 'ema'}"
         )
+    tensors = stored_tensors(document)
+    check_finite(tensors, path)
+    return {name: value for name, value in tensors.items() if name != "pos_embed"}
 
 
 def _check_heads(path: Path, objective: Objective) -> None:

@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 from srepa_ds.documents.safetensors_writer import TensorEntry
+from srepa_ds.errors import CheckpointError
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""The numbers of exported weights, by the names of `export.dtype`."""
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -42,5 +50,32 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def entries_of(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> list[TensorEntry]:
-    """Returns the entries of a file that holds `tensors` in `dtype`."""
-    return [TensorEntry(name, dtype, shape) for name, shape in shapes_of(tensors).items()]
+    """Returns the entries of a file that holds `tensors` in `dtype`, the position embedding not."""
+    return [
+        TensorEntry(name, _dtype_of(name, dtype), shape)
+        for name, shape in shapes_of(tensors).items()
+    ]
+
+
+def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> LazyTensors:
+    """Returns `tensors` in `dtype`, each when it is asked for; the position embedding stays fp32.
+
+    Reading one raises CheckpointError if a finite value becomes infinite.
+    """
+
+    def read(name: str) -> Tensor:
+        value = tensors[name]
+        result = value.to(_dtype_of(name, dtype))
+        if result.dtype != value.dtype and (result.isinf() & value.isfinite()).any():
+            raise CheckpointError(
+                f"{name} has values up to {value.abs().max():.3g}, beyond the range of "
+                f"{str(dtype).removeprefix('torch.')}; choose another export.dtype"
+            )
+        return result
+
+    return LazyTensors(shapes_of(tensors), read)
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    # No weight but a function of the model's sizes, which others compute in fp32.
+    return torch.float32 if name == "pos_embed" else dtype

@@ -1,11 +1,12 @@
 """Export: which weights, of which step, under which names."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from builders import objective_of, pieces_of
+from builders import contents, objective_of, pieces_of
 from places import GOLDEN
 from safetensors.torch import load_file
 
@@ -14,14 +15,18 @@ from srepa_ds.checkpoint.folder import step_folder
 from srepa_ds.checkpoint.fragment_file import Piece
 from srepa_ds.checkpoint.reader import CheckpointReader
 from srepa_ds.commands.export import export
+from srepa_ds.commands.verify import verify
 from srepa_ds.config.experiment import Config, load_config
-from srepa_ds.errors import CheckpointError
+from srepa_ds.errors import CheckpointError, ConfigError, DataError, OutputError
 from srepa_ds.model.embeddings import position_embedding
 from srepa_ds.model.sit import SiT
 from srepa_ds.objective import Objective
 from srepa_ds.optim.power_ema import PowerAverage, combination, gamma_of
+from srepa_ds.report.tokens import _tensors_below
 from srepa_ds.schema import to_tree
 from srepa_ds.weights.exported import read_model
+from srepa_ds.weights.from_checkpoint import read_model_of_checkpoint
+from srepa_ds.weights.initial import InitialWeightsConfig, initialise_from
 
 
 def objective(config: Config, seed: int) -> Objective:
@@ -82,6 +87,11 @@ def test_the_weights_that_were_asked_for(configured, tmp_path, overrides, seed):
         "step": step,
         "weights": "ema" if seed > 100 else "master",
         "ema_decay": 0.9,
+        "run": "run",
+        "config_sha256": hashlib.sha256(
+            json.dumps(to_tree(config), sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest(),
+        "dtype": "fp32",
     }
 
 
@@ -208,3 +218,92 @@ def test_a_length_cannot_be_made_of_nothing(small_world, tmp_path):
     save(config, 5)
     with pytest.raises(CheckpointError, match=r"train with ema\.power_sigmas"):
         export(config)
+
+
+def test_shards_of_fewer_bits_without_projectors(configured, tmp_path):
+    settings = ["export.dtype=bf16", "export.projectors=false", "export.max_shard_size=50KB"]
+    config = configured(*settings)
+    save(config, 5)
+    folder = export(config)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    found = {name: value for path in shards for name, value in load_file(path).items()}
+    expected = {
+        name.removeprefix("sit."): value.bfloat16()
+        for name, value in objective(config, 105).sit.named_parameters(prefix="sit")
+    }
+    assert found.keys() == expected.keys() | {"pos_embed"}
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert read_model(folder).provenance["dtype"] == "bf16"
+    assert verify(tmp_path / "run").startswith(f"{len(shards) + 5} files, ")
+    assert verify(folder).startswith(f"{len(shards) + 2} files, ")
+    shards[1].unlink()
+    with pytest.raises(DataError, match=rf"{shards[1].name}: No such file"):
+        verify(folder)
+
+
+def test_the_projectors_of_shards_are_read_as_those_of_one_file(configured):
+    config = configured("export.max_shard_size=20KB")
+    save(config, 5)
+    export(config)
+    found = _tensors_below("projectors.0.", config)
+    expected = objective(config, 105).projectors[0].state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_training_starts_from_shards_as_from_one_file(configured):
+    config = configured("export.max_shard_size=20KB")
+    save(config, 5)
+    started = objective(config, 0)
+    report = initialise_from(started, InitialWeightsConfig(path=export(config)))
+    assert not report.initialised
+    assert not report.unused
+    expected = dict(objective(config, 105).named_parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in started.named_parameters())
+
+
+@pytest.mark.parametrize("size", ["5", "GB", "0GB", "-1GB", "5 bananas", "5gb", "1e3MB", "5GB "])
+def test_what_is_no_size_is_refused(configured, size):
+    with pytest.raises(ConfigError, match=r"export\.max_shard_size: .*is no size; write a number"):
+        configured(f"export.max_shard_size={size!r}")
+
+
+@pytest.mark.parametrize("size", ["5GB", "500 MB", "0.5TB", "20KB"])
+def test_sizes_are_those_of_the_hub(configured, size):
+    assert configured(f"export.max_shard_size={size}").export.max_shard_size == size
+
+
+def test_settings_of_another_format_are_refused(configured):
+    with pytest.raises(ConfigError, match="dtype belongs to format 'srepa_ds' or"):
+        configured("export.format=repa", "export.dtype=bf16")
+
+
+@pytest.mark.parametrize("format", ["srepa_ds", "repa"])
+def test_the_model_of_another_run_is_only_replaced_if_told_to(configured, tmp_path, format):
+    shared = [f"export.folder={tmp_path}/shared", f"export.format={format}"]
+    shared += ["export.optimizer=false"] if format == "repa" else []
+    for name in ("a", "b"):
+        save(configured(f"run.folder={tmp_path}/{name}"), 5)
+    files = [f"run.folder={tmp_path}/a", *shared], [f"run.folder={tmp_path}/b", *shared]
+    for _ in range(2):
+        export(configured(*files[0]))
+    before = contents(tmp_path / "shared")
+    with pytest.raises(OutputError, match=rf"run {tmp_path}/a .*run {tmp_path}/b .*--replace"):
+        export(configured(*files[1]))
+    assert contents(tmp_path / "shared") == before
+    export(configured(*files[1]), replace=True)
+    with pytest.raises(OutputError, match=rf"holds a model of the run {tmp_path}/b "):
+        export(configured(*files[0]))
+
+
+def test_a_checkpoint_is_known_as_its_export_is(configured):
+    config = configured()
+    save(config, 5)
+    exported = read_model(export(config))
+    drawn = read_model_of_checkpoint(
+        step_folder(config.run_folder.checkpoints, 5), weights="ema", power_sigma=None,
+        schema=Config,
+    )  # fmt: skip
+    assert drawn.sha256 == exported.sha256
+    assert drawn.provenance.items() <= exported.provenance.items()

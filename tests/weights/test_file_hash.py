@@ -9,8 +9,8 @@ from safetensors.torch import save
 
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import SiTConfig
-from srepa_ds.weights.exported import METADATA
 from srepa_ds.weights.file_hash import hash_of_weight_file
+from srepa_ds.weights.weight_files import METADATA
 
 SIZES = SiTConfig(
     variant="SiT-S/2", input_size=4, in_channels=3, num_classes=5, depth=11, hidden_size=24,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from srepa_ds.errors import CheckpointError, listed
 from srepa_ds.weight_file import plain_tensors, read_weight_file, without_wrappers
+from srepa_ds.weights.fit import check_finite
 from srepa_ds.weights.foreign.layouts import LAYOUTS, Converted, layout_of
 from srepa_ds.weights.foreign.model import ForeignModel
 
@@ -101,12 +102,7 @@ def convert(file: ForeignFile, kind: str, *, layout: str | None = None) -> Conve
     converted = LAYOUTS[layout].convert(state, file.path)
     # Not a weight but a function of the model's sizes, and so of the resolution.
     own = {name: value for name, value in converted.weights.items() if name != "pos_embed"}
-    broken = [name for name, value in own.items() if not value.isfinite().all()]
-    if broken:
-        raise CheckpointError(
-            f"{file.path}: not finite: {listed(broken)}; choose weights from before the run "
-            "diverged"
-        )
+    check_finite(own, file.path)
     return Converted(own, converted.notes)
 
 
