@@ -17,6 +17,9 @@ class OptimizerState:
     step: int
     """Steps that Adam has applied."""
 
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """`lr`, `betas`, `eps` and `weight_decay`, as torch's AdamW calls them."""
+
 
 @dataclass(frozen=True)
 class ForeignModel:
@@ -40,6 +43,9 @@ class ForeignModel:
 
     step: int | None = None
     """Optimizer steps taken, if the file tells."""
+
+    num_positions: int | None = None
+    """Rows of the file's position embedding, which tell the resolution."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the file tells of its training: the arguments of REPA's trainer, or a configuration."""
