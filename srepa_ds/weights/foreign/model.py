@@ -39,7 +39,7 @@ class ForeignModel:
     """By kind: `ema`, `model`, or both; `model` alone for a plain state_dict."""
 
     optimizer: OptimizerState | None = None
-    """None if the file has none, or if it cannot be converted."""
+    """None if the file has none, if it cannot be converted, or if it was not asked for."""
 
     step: int | None = None
     """Optimizer steps taken, if the file tells."""

@@ -54,7 +54,11 @@ class ForeignFile:
 
 
 def open_foreign(
-    path: Path, *, layout: str | None = None, setting: str = "the path"
+    path: Path,
+    *,
+    layout: str | None = None,
+    with_optimizer: bool = False,
+    setting: str = "the path",
 ) -> ForeignModel:
     """Returns the model in a file, with all kinds of weights that it holds.
 
@@ -72,7 +76,7 @@ def open_foreign(
         path,
         layout,
         weights,
-        optimizer=_optimizer(file, layout),
+        optimizer=_optimizer(file, layout) if with_optimizer else None,
         step=steps_taken(path, file.content),
         num_positions=_num_positions(first),
         settings=file.settings,
