@@ -1,7 +1,6 @@
 """Runs of REPA, REG and iREPA, imported in the middle, end where their own trainers end."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch

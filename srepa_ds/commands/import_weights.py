@@ -3,7 +3,7 @@
 import os
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,14 +54,16 @@ def import_weights(
     if latent_statistics is not None:
         statistics = read_latent_statistics(_place("--latent-statistics", latent_statistics))
     found = described(model, statistics)
-    _check_known(model, found, overrides)
+    given = {override.partition("=")[0] for override in overrides}
+    _check_known(model, found, given)
     continues = is_whole_training(model)
     tree = merged(found.tree, _of_run(folder, model, continues=continues))
     config = section_of(Config, [tree], overrides, source=str(source), cross_checks=CROSS_CHECKS)
     _check_places(config, folder, source)
     with _new_folder(folder) as making:
         notes = _write(making, model, config, continues=continues)
-    return _report(model, config, (*model.notes, *found.notes, *notes), continues=continues)
+    notes = (*model.notes, *found.notes_beside(given), *notes)
+    return _report(model, config, notes, continues=continues)
 
 
 def _place(name: str, path: Path) -> Path:
@@ -76,14 +78,13 @@ def _refuse_filled(folder: Path) -> None:
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if names:
         raise OutputError(
-            f"{folder} is not empty ({listed(names, most=3)}); choose another FOLDER, which becomes "
-            "the run's"
+            f"{folder} is not empty ({listed(names, most=3)}); choose another FOLDER, in which the "
+            "run is made"
         )
 
 
-def _check_known(model: ForeignModel, found: Described, overrides: Sequence[str]) -> None:
+def _check_known(model: ForeignModel, found: Described, given: Set[str]) -> None:
     """Raises ConfigError for what no shape shows and neither the file nor an override tells."""
-    given = {override.partition("=")[0] for override in overrides}
     faults = []
     if found.lacks_heads and not given & {"model", "model.num_heads"}:
         reason = "sizes of no variant, and the number of heads changes no shape; give it"
@@ -91,7 +92,8 @@ def _check_known(model: ForeignModel, found: Described, overrides: Sequence[str]
     if found.lacks_latent_statistics and not given & {"codec", "codec.kind", "codec.scale"}:
         reason = (
             "iREPA scales each channel of its latents by statistics that the file does not hold; "
-            "give --latent-statistics, its sdvae-ft-mse-f8d4-latents-stats.pt"
+            "give --latent-statistics with its sdvae-ft-mse-f8d4-latents-stats.pt, or codec.scale "
+            "and codec.shift"
         )
         faults.append(Fault("codec.scale", reason))
     if faults:

@@ -1,4 +1,4 @@
-"""Foreign weights as this project's own files: a checkpoint to resume from, or an exported model."""
+"""Foreign weights as own files: a checkpoint to resume from, or an exported model."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +23,7 @@ _MOST_NAMED = 3
 
 
 def is_whole_training(model: ForeignModel) -> bool:
-    """Returns whether a training can go on exactly: weights, average, moments and step are there."""
+    """Returns whether all is there from which a training can go on: also moments and the step."""
     return (
         model.weights.keys() >= {"model", "ema"}
         and model.optimizer is not None
@@ -45,7 +45,8 @@ def save_as_checkpoint(
     if the model is of another shape, and OutputError.
     """
     optimizer = model.optimizer
-    assert optimizer is not None and model.step
+    assert optimizer is not None
+    assert model.step
     kinds: dict[str, Mapping[str, Tensor]] = {
         "master": model.weights["model"],
         MAIN_EMA: model.weights["ema"],
