@@ -37,10 +37,11 @@ GOLDEN_MODES = {
 }
 # Columns of the log, as in test_trajectory.py.
 COLUMNS = {"sit": [0, 3, 4], "repa": [0, 1, 3, 4]}
-TOPOLOGIES = [
-    (0, 1), (2, 2),
-    *(pytest.param(pair, marks=pytest.mark.slow) for pair in [(1, 1), (3, 1), (1, 2), (3, 2)]),
-]  # fmt: skip
+QUICK = [(0, 1), (2, 2)]
+SLOW = [
+    pytest.param(pair, marks=pytest.mark.slow)
+    for pair in [(0, 2), (1, 1), (1, 2), (2, 1), (3, 1), (3, 2)]
+]
 
 
 def trainer(name: str) -> tuple[PlainTrainer, list[str]]:
@@ -112,7 +113,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory):
     return folder, logs, ends
 
 
-@pytest.fixture(scope="module", params=TOPOLOGIES, ids=str)
+@pytest.fixture(scope="module", params=QUICK + SLOW, ids=str)
 def continued(request: pytest.FixtureRequest, plain, tmp_path_factory: pytest.TempPathFactory):
     stage, world_size = request.param
     output = tmp_path_factory.mktemp("continued") / "result.safetensors"

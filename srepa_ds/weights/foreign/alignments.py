@@ -20,9 +20,9 @@ def alignments_of(told: Told, sizes: Sizes) -> list[Tree]:
     There are none, and a note if there are projectors, where it names no encoder.
     """
     named, depth = told.take("enc_type"), told.number("encoder_depth")
-    losses = told.take("proj_coeff")
+    factors, losses = told.take("proj_coeff"), told.take("projection_loss_type")
     is_off = told.take("repa_loss") is False
-    told.take("projection_loss_type", "projection_layer_type", "proj_kwargs_kernel_size")
+    told.take("projection_layer_type", "proj_kwargs_kernel_size")
     norm, gamma = told.take("spnorm_method"), told.number("zscore_alpha")
     if is_off or not isinstance(named, str) or named.lower() in ("", "none"):
         if sizes.projectors:
@@ -37,8 +37,10 @@ def alignments_of(told: Told, sizes: Sizes) -> list[Tree]:
         spatial_norm = {"spatial_norm": {"gamma": 1.0 if gamma is None else gamma}}
     elif norm not in (None, "none"):
         told.note(f"spnorm_method '{norm}' is not here: tokens are not normalised")
+    if losses is not None and {*str(losses).split(",")} != {"cosine"}:
+        told.note(f"projection_loss_type '{losses}' is not here: the cosine takes its place")
     pointwise = {
-        "weight": _pointwise_weight(losses, told),
+        "weight": _pointwise_weight(factors, told),
         **({"include_cls": True} if sizes.class_token_width is not None else {}),
     }
     rest = {"pointwise": pointwise, **({} if depth is None else {"depth": depth}), **spatial_norm}

@@ -4,7 +4,7 @@ A setting that is not told, or has no counterpart here, is a note for the user; 
 silence.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 

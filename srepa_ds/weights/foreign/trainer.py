@@ -42,15 +42,15 @@ def read_optimizer(
     _check_group(group, len(names), path)
     by_name = {names[index]: state for index, state in _indexed(states, len(names), path)}
     by_name.pop(_NOT_TRAINED, None)
-    for name, state in by_name.items():
-        _check_state(name, state, own[name], path)
-    steps = {float(state["step"]) for state in by_name.values()}
+    if not by_name:
+        return None
+    steps = {_checked(name, state, own[name], path) for name, state in by_name.items()}
     if len(steps) != 1:
         raise _fault(
             path, f"its weights have taken different numbers of steps, {listed(_shown(steps))}"
         )
     step = steps.pop()
-    if step != int(step) or not 0 < step <= _MOST_STEPS:
+    if not step.is_integer() or not 0 < step <= _MOST_STEPS:
         raise _fault(path, f"it has taken {step:g} steps")
     first, second = (
         _finite(renamed(_plain({name: s[key] for name, s in by_name.items()}, path)), key, path)
@@ -108,18 +108,19 @@ def _indexed(
         yield index, state
 
 
-def _check_state(name: str, state: Mapping[str, Any], weight: Tensor, path: Path) -> None:
-    lacking = [key for key in ("step", *_MOMENTS) if key not in state]
-    if lacking:
+def _checked(name: str, state: Mapping[str, Any], weight: Tensor, path: Path) -> float:
+    """Returns the steps that a weight has taken; raises CheckpointError for a state of another."""
+    if lacking := [key for key in ("step", *_MOMENTS) if key not in state]:
         raise _fault(path, f"that of '{name}' lacks {listed(lacking)}")
-    step = state["step"]
-    if not (isinstance(step, int | float) or (isinstance(step, Tensor) and step.numel() == 1)):
-        raise _fault(path, f"the step of '{name}' is no number")
     for key in _MOMENTS:
         moment = state[key]
         shape = tuple(moment.shape) if isinstance(moment, Tensor) else "no tensor"
         if shape != tuple(weight.shape):
             raise _fault(path, f"{key} of '{name}' is {shape}, the weight {tuple(weight.shape)}")
+    try:
+        return float(state["step"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _fault(path, f"the step of '{name}' is no number") from error
 
 
 def _plain(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
