@@ -23,7 +23,12 @@ from srepa_ds.weights.foreign.latent_statistics import read_latent_statistics
 from srepa_ds.weights.foreign.model import ForeignModel
 from srepa_ds.weights.foreign.opening import open_foreign
 from srepa_ds.weights.foreign.settings import Described, described
-from srepa_ds.weights.imported import is_whole_training, save_as_checkpoint, save_as_export
+from srepa_ds.weights.imported import (
+    check_positions,
+    is_whole_training,
+    save_as_checkpoint,
+    save_as_export,
+)
 from srepa_ds.weights.initial import WeightsKind
 
 _CURE = "choose a folder you may write to, with free space"
@@ -60,9 +65,10 @@ def import_weights(
     tree = merged(found.tree, _of_run(folder, model, continues=continues))
     config = section_of(Config, [tree], overrides, source=str(source), cross_checks=CROSS_CHECKS)
     _check_places(config, folder, source)
+    about_positions = check_positions(model, config.model)
     with _new_folder(folder) as making:
         notes = _write(making, model, config, continues=continues)
-    notes = (*model.notes, *found.notes_beside(given), *notes)
+    notes = (*model.notes, *found.notes_beside(given), *about_positions, *notes)
     return _report(model, config, notes, continues=continues)
 
 

@@ -20,6 +20,8 @@ from srepa_ds.weights.lazy import LazyTensors, shapes_of
 
 _PROJECTOR = re.compile(r"projectors\.\d+\.")
 _MOST_NAMED = 3
+# REPA's trainer averages this constant too, which rounds it a little at each step.
+_LARGEST_DRIFT = 1e-2
 
 
 def is_whole_training(model: ForeignModel) -> bool:
@@ -29,6 +31,26 @@ def is_whole_training(model: ForeignModel) -> bool:
         and model.optimizer is not None
         and bool(model.step)
     )
+
+
+def check_positions(model: ForeignModel, sizes: SiTConfig) -> tuple[str, ...]:
+    """Checks that the file's position embedding is the one that is computed here; returns notes.
+
+    Raises CheckpointError if it is another one of the same size, such as a trained one.
+    """
+    own, there = fixed_position_embedding(sizes), model.positions
+    if there is None:
+        return ()
+    if there.shape != own.shape:
+        shapes = f"{tuple(there.shape)} there, {tuple(own.shape)} here"
+        return (f"the position embedding is computed anew for another size: {shapes}",)
+    distance = (there.float() - own).abs().max().item()
+    if not distance <= _LARGEST_DRIFT:
+        raise CheckpointError(
+            f"{model.path}: its pos_embed is not SiT's sines and cosines (they differ by up to "
+            f"{distance:.3g}); such a model cannot go on here"
+        )
+    return ()
 
 
 def save_as_checkpoint(

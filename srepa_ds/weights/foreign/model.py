@@ -44,8 +44,9 @@ class ForeignModel:
     step: int | None = None
     """Optimizer steps taken, if the file tells."""
 
-    num_positions: int | None = None
-    """Rows of the file's position embedding, which tell the resolution."""
+    positions: Tensor | None = None
+    """The file's position embedding, (1, tokens, width): it is computed here, not taken over, but
+    tells the resolution."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the file tells of its training: the arguments of REPA's trainer, or a configuration."""

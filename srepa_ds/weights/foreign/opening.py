@@ -78,7 +78,7 @@ def open_foreign(
         weights,
         optimizer=_optimizer(file, layout) if with_optimizer else None,
         step=steps_taken(path, file.content),
-        num_positions=_num_positions(first),
+        positions=_positions(first),
         settings=file.settings,
         notes=tuple(notes),
     )
@@ -95,9 +95,9 @@ def _optimizer(file: ForeignFile, layout: str) -> OptimizerState | None:
     )
 
 
-def _num_positions(state: Mapping[str, Tensor]) -> int | None:
+def _positions(state: Mapping[str, Tensor]) -> Tensor | None:
     table = state.get("pos_embed")
-    return table.shape[1] if table is not None and table.ndim == 3 else None
+    return table if table is not None and table.ndim == 3 else None
 
 
 def open_file(path: Path, *, setting: str) -> ForeignFile:

@@ -112,8 +112,8 @@ def _sides(told: Told, model: ForeignModel, sizes: Sizes) -> tuple[int | None, i
     """Returns the sides of latents and of images."""
     factor = 1 if sizes.in_channels == 3 else _PIXELS_PER_LATENT
     resolution, input_size = told.number("resolution", "image_size"), told.number("input_size")
-    if input_size is None and model.num_positions is not None:
-        input_size = sizes.input_size(model.num_positions)
+    if input_size is None and model.positions is not None:
+        input_size = sizes.input_size(model.positions.shape[1])
     if input_size is None and resolution is not None:
         input_size = int(resolution) // factor
     if input_size is None:

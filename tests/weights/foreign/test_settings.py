@@ -37,7 +37,8 @@ def model_of(
         weights = dict(SiT(SiTConfig(**SIZES | sizes)).named_parameters())
         for number, layers in enumerate(projectors):
             weights |= {f"projectors.{number}.{k}": torch.empty(v) for k, v in layers.items()}
-    told = {"num_positions": 256 + ("class_token_width" in sizes), **changes}
+    positions = torch.empty(1, 256 + ("class_token_width" in sizes), 384, device="meta")
+    told = {"positions": positions, **changes}
     return ForeignModel(Path("weights.pt"), layout, {"ema": weights}, settings=settings, **told)
 
 
@@ -165,7 +166,7 @@ def test_original_sit():
         "global_seed": 4, "vae": "ema", "path_type": "GVP", "prediction": "velocity",
         "loss_weight": None, "epochs": 1400,
     }  # fmt: skip
-    found = described(model_of(arguments, layout="sit", num_positions=1024, input_size=64))
+    found = described(model_of(arguments, layout="sit", positions=torch.empty(1, 1024, 384)))
     config = experiment_of(found)
     assert config.model.input_size == 64
     assert (config.train.batch_size, config.run.seed) == (128, 4)
@@ -181,7 +182,7 @@ def test_a_folder_of_diffusers():
         "patch_size": 2, "in_channels": 4, "hidden_size": 384, "depth": 12, "num_heads": 6,
         "mlp_ratio": 4.0, "class_dropout_prob": 0.2, "num_classes": 1000, "learn_sigma": True,
     }  # fmt: skip
-    found = described(model_of(settings, layout="diffusers", num_positions=None))
+    found = described(model_of(settings, layout="diffusers", positions=None))
     config = experiment_of(found)
     assert config.model.shape == SiTConfig(**SIZES).shape
     assert (config.model.input_size, config.objective.label_dropout) == (32, 0.2)

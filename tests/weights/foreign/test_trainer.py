@@ -57,7 +57,7 @@ def test_each_moment_is_that_of_its_weight(loop, tmp_path, form):
     file = loop.save(tmp_path / "weights.pt", model=own, ema=renamed(loop.ema, form))
     found = open_foreign(file, with_optimizer=True)
     assert (found.step, found.optimizer.step) == (2, 2)
-    assert found.num_positions == 16
+    assert found.positions.shape == (1, 16, 64)
     for key in ("exp_avg", "exp_avg_sq"):
         mapped, expected = getattr(found.optimizer, key), moments(loop, key)
         assert mapped.keys() == expected.keys() == found.weights["model"].keys()
