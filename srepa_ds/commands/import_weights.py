@@ -135,7 +135,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
     What a kill leaves is in the hidden folder beside it, which the next attempt clears.
     """
-    place = Path(os.path.realpath(folder))
+    # An empty folder behind a link is replaced, not the link.
+    place = Path(os.path.realpath(folder)) if folder.exists() else folder
     aside = place.with_name(f".{place.name}.importing")
     with claimed(aside, doing="importing into", cure=_CURE, otherwise=", or choose another FOLDER"):
         with writing(folder, cure=_CURE):

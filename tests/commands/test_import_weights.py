@@ -237,7 +237,8 @@ def test_a_kill_at_any_moment_leaves_no_half_of_a_run(small_world, loop, tmp_pat
         if (place / "run").exists():
             assert contents(place / "run").keys() == whole
             break
-        moment += 1
+        # Every second one: each attempt takes a quarter of a second.
+        moment += 2
     assert kills > 10
     if not newest_valid(place / "run" / "checkpoints"):
         import_weights(file, place / "run", overrides)
@@ -309,3 +310,32 @@ def test_reading_it_again_gives_the_same_weights(small_world, loop, tmp_path):
     imported(file, tmp_path / "run", *overrides_for(small_world.folder)[:-1])
     found = open_foreign(tmp_path / "run" / "export" / "model.safetensors")
     assert_same(dict(found.weights["model"]), loop.ema)
+
+
+def test_an_empty_folder_behind_a_link_is_filled(small_world, loop, tmp_path):
+    file = loop.save(tmp_path / "0000002.pt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    imported(file, tmp_path / "link", *overrides_for(small_world.folder))
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "empty" / "config.yaml").exists()
+
+
+def test_latents_scaled_by_statistics_of_their_own(small_world, tmp_path):
+    loop = repa_run(small_world.config)
+    loop.arguments |= {"projection_layer_type": "mlp", "enc_type": "None"}
+    for state in (loop.weights, loop.ema):
+        state["x_embedder.proj.weight"] = torch.ones(48, 4, 2, 2)
+        for part, shape in (("weight", (16, 48)), ("bias", (16,))):
+            state[f"final_layer.linear.{part}"] = torch.ones(shape)
+    file = loop.save(tmp_path / "0000001.pt", opt=None)
+    statistics = {
+        "latents_scale": torch.tensor([1.0, 2, 3, 4]).view(1, 4, 1, 1),
+        "latents_bias": torch.tensor([0.5, 0.25, 0, -1]).view(1, 4, 1, 1),
+    }
+    torch.save(statistics, tmp_path / "stats.pt")
+    option = f"--latent-statistics={tmp_path / 'stats.pt'}"
+    imported(file, tmp_path / "run", "model.num_heads=3", option)
+    codec = load_config(tmp_path / "run" / "config.yaml").codec
+    assert codec.scale == (1, 2, 3, 4)
+    assert codec.shift == (0.5, 0.25, 0, -1)
