@@ -13,19 +13,20 @@ from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.config.cross_checks import CROSS_CHECKS
 from srepa_ds.config.experiment import Config
 from srepa_ds.config.yaml_text import to_yaml
-from srepa_ds.errors import CheckpointError, ConfigError, Fault, OutputError, listed
+from srepa_ds.errors import CheckpointError, ConfigError, Fault, OutputError, listed, nearest
 from srepa_ds.files import claimed, expanded, flush_to_disk, unexpanded, write_aside, writing
 from srepa_ds.objective import Objective
 from srepa_ds.run_folder import RunFolder
 from srepa_ds.schema import section_of, to_tree
 from srepa_ds.trees import Tree, merged
 from srepa_ds.weights.foreign.latent_statistics import read_latent_statistics
+from srepa_ds.weights.foreign.layouts import LAYOUTS
 from srepa_ds.weights.foreign.model import ForeignModel
 from srepa_ds.weights.foreign.opening import open_foreign
-from srepa_ds.weights.foreign.settings import Described, described
+from srepa_ds.weights.foreign.settings import Described, LatentStatistics, described
 from srepa_ds.weights.imported import (
     check_positions,
-    is_whole_training,
+    lacking,
     save_as_checkpoint,
     save_as_export,
 )
@@ -52,23 +53,23 @@ def import_weights(
     or do not fit, and ConfigError with all faults of the settings; nothing is left then.
     """
     source, folder, overrides = _place("SOURCE", source), _place("FOLDER", folder), [*overrides]
+    _check_layout(layout)
     _refuse_filled(folder)
     wants_weights = any(override.startswith(_INITIAL) for override in overrides)
     model = open_foreign(source, layout=layout, with_optimizer=not wants_weights, setting="SOURCE")
-    statistics = None
-    if latent_statistics is not None:
-        statistics = read_latent_statistics(_place("--latent-statistics", latent_statistics))
-    found = described(model, statistics)
+    found = described(model, _statistics(latent_statistics))
     given = {override.partition("=")[0] for override in overrides}
     _check_known(model, found, given)
-    continues = is_whole_training(model)
+    continues = not lacking(model)
     tree = merged(found.tree, _of_run(folder, model, continues=continues))
     config = section_of(Config, [tree], overrides, source=str(source), cross_checks=CROSS_CHECKS)
     _check_places(config, folder, source)
-    about_positions = check_positions(model, config.model)
+    notes = [*model.notes, *found.notes_beside(given), *check_positions(model, config.model)]
+    if model.optimizer is not None and not continues:
+        absent = listed(lacking(model))
+        notes.append(f"Adam's state is not taken over: there is no {absent} to go on with")
     with _new_folder(folder) as making:
-        notes = _write(making, model, config, continues=continues)
-    notes = (*model.notes, *found.notes_beside(given), *about_positions, *notes)
+        notes += _write(making, model, config, continues=continues)
     return _report(model, config, notes, continues=continues)
 
 
@@ -77,6 +78,16 @@ def _place(name: str, path: Path) -> Path:
         return expanded(path)
     except ValueError as error:
         raise OutputError(f"{name} {path}: {error}") from error
+
+
+def _check_layout(layout: str | None) -> None:
+    if layout is not None and layout not in LAYOUTS:
+        reason = f"unknown layout '{layout}'; {nearest(layout, LAYOUTS)}"
+        raise ConfigError("import", [Fault("--layout", reason)])
+
+
+def _statistics(path: Path | None) -> LatentStatistics | None:
+    return None if path is None else read_latent_statistics(_place("--latent-statistics", path))
 
 
 def _refuse_filled(folder: Path) -> None:

@@ -24,13 +24,11 @@ _MOST_NAMED = 3
 _LARGEST_DRIFT = 1e-2
 
 
-def is_whole_training(model: ForeignModel) -> bool:
-    """Returns whether all is there from which a training can go on: also moments and the step."""
-    return (
-        model.weights.keys() >= {"model", "ema"}
-        and model.optimizer is not None
-        and bool(model.step)
-    )
+def lacking(model: ForeignModel) -> list[str]:
+    """Returns what a file lacks of a training that can go on exactly, by the trainer's names."""
+    parts = {kind: kind in model.weights for kind in ("model", "ema")}
+    parts |= {"opt": model.optimizer is not None, "steps": bool(model.step)}
+    return [name for name, is_there in parts.items() if not is_there]
 
 
 def check_positions(model: ForeignModel, sizes: SiTConfig) -> tuple[str, ...]:
@@ -63,8 +61,8 @@ def save_as_checkpoint(
 ) -> tuple[str, ...]:
     """Writes a whole training as the checkpoint of its step under `root`, and returns notes.
 
-    `objective` is what will be trained, of any device. Raises CheckpointError, naming the weights,
-    if the model is of another shape, and OutputError.
+    Nothing may be `lacking`. `objective` is what will be trained, on any device. Raises
+    CheckpointError, naming the weights, if the model is of another shape, and OutputError.
     """
     optimizer = model.optimizer
     assert optimizer is not None

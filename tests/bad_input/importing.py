@@ -72,6 +72,8 @@ CASES = [
     Case("import into a link to nowhere", of_repa_as_a_link,
          "import 0000001.pt link/run model.num_heads=3 alignments=[]",
          ("cannot write", "link is a link to")),
+    Case("import of an unknown layout", of_repa, f"{_IMPORT} --layout rapa",
+         ("--layout: unknown layout 'rapa'; did you mean 'repa'?",)),
     Case("import without heads", of_repa, _IMPORT,
          ("model.num_heads: sizes of no variant, and the number of heads changes no shape",)),
     Case("import with wrong settings", of_repa, f"{_HEADS} train.steps=0 ema.decay=2",

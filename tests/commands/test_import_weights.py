@@ -339,3 +339,15 @@ def test_latents_scaled_by_statistics_of_their_own(small_world, tmp_path):
     codec = load_config(tmp_path / "run" / "config.yaml").codec
     assert codec.scale == (1, 2, 3, 4)
     assert codec.shift == (0.5, 0.25, 0, -1)
+
+
+@pytest.mark.parametrize(("missing", "name"), [("ema", "0000002.pt"), ("steps", "last.pt")])
+def test_a_training_that_is_not_whole_starts_anew(
+    small_world, loop, tmp_path, capsys, missing, name
+):
+    file = loop.save(tmp_path / name, **{missing: None})
+    imported(file, tmp_path / "run", *overrides_for(small_world.folder)[:-1])
+    assert (tmp_path / "run" / "export").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    said = capsys.readouterr().out
+    assert f"Adam's state is not taken over: there is no {missing} to go on with" in said
