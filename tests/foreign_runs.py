@@ -7,6 +7,7 @@ import torch
 from builders import TEACHER, objective_of, randomised
 from repa_trainer import PlainTrainer, in_order
 
+from srepa_ds.cli import run as command
 from srepa_ds.config.experiment import load_config
 
 
@@ -44,3 +45,11 @@ def overrides_for(folder: Path) -> list[str]:
         "ema.decay=0.9",
         "sample={num_steps: 2, num_samples: 4, batch_size: 4, source: checkpoint}",
     ]
+
+
+def exported_as_repa(config: Path, folder: Path) -> Path:
+    """Returns the file of REPA's trainer that `srepa-ds export` makes of a run."""
+    settings = ["export.format=repa", f"export.folder={folder}"]
+    assert command(["export", str(config), *settings]) == 0
+    (file,) = folder.glob("*.pt")
+    return file

@@ -217,16 +217,14 @@ def _report(model: ForeignModel, config: Config, notes: Iterable[str], *, contin
     """Returns what was found and made, what was assumed, and what to do next."""
     run = config.run_folder
     step = "no step is told" if model.step is None else f"step {model.step:,}"
-    moments = "Adam's state" if model.optimizer is not None else "no state of an optimizer"
-    if continues:
-        made = f"checkpoints/step-{model.step:07d}"
-    else:
-        made = run.export().name
+    moments = "Adam's state" if continues else "no state of an optimizer"
+    made = f"checkpoints/step-{model.step:07d}" if continues else run.export().name
     file = shlex.quote(str(run.config))
     train = "goes on" if continues else "starts from these weights"
     return "\n".join(
         (
-            f"{model.path}: layout {model.layout}; {step}; {listed(model.weights)}; {moments}",
+            f"{model.path}: layout {model.layout}; {step}; {listed(model.weights)}; {moments} "
+            "is taken over",
             f"{config.run.folder} holds {made} and config.yaml",
             *(f"  note: {note}" for note in dict.fromkeys(notes)),
             "next:",
