@@ -66,7 +66,7 @@ def _pointwise_weight(given: Any, told: Told) -> float:
     parts = given.split(",") if isinstance(given, str) else [given]
     try:
         factors = [float(part) for part in parts]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         told.note(
             "the factor of the alignment (proj_coeff) is not told: 0.5, as in REPA",
             "alignments.0.pointwise.weight",

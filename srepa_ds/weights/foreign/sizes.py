@@ -48,9 +48,9 @@ class Sizes:
 
     def input_size(self, num_positions: int) -> int | None:
         """Returns the side of square latents with this position embedding; None if not square."""
-        side = math.isqrt(num_positions - (self.class_token_width is not None))
-        square = side**2 + (self.class_token_width is not None) == num_positions
-        return side * self.patch_size if square and side else None
+        patches = num_positions - (self.class_token_width is not None)
+        side = math.isqrt(max(patches, 0))
+        return side * self.patch_size if side and side**2 == patches else None
 
 
 def sizes_of(shapes: Mapping[str, Shape]) -> Sizes:

@@ -1,11 +1,14 @@
 """What a trainer has told of itself, and the notes about what of it could not be used."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+# Of numbers that are told; it leaves out infinity and NaN too.
+_LARGEST = 1e18
 
 
 class Note(NamedTuple):
@@ -28,13 +31,18 @@ class Told:
         """Returns the first of the settings that is there, as a plain value, or None."""
         self.used |= {*names}
         found = next((self.values[name] for name in names if name in self.values), None)
-        return found.item() if isinstance(found, Tensor) and found.numel() == 1 else found
+        if not isinstance(found, Tensor):
+            return found
+        if found.numel() == 1 and found.layout == torch.strided and not found.is_meta:
+            return found.item()
+        self.note(f"{names[0]} is a tensor of many values: not taken over")
+        return None
 
     def number(self, *names: str) -> Any:
         """Returns a setting that is a number; None, and a note, for anything else."""
         found = self.take(*names)
         is_number = isinstance(found, int | float) and not isinstance(found, bool)
-        if found is None or (is_number and math.isfinite(found)):
+        if found is None or (is_number and abs(found) <= _LARGEST):
             return found
         self.note(f"{names[0]} {str(found)[:80]!r} is no number: not taken over")
         return None

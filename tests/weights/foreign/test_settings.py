@@ -1,5 +1,6 @@
 """Experiments of what foreign files tell of their training."""
 
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,20 @@ def test_the_codec_follows_the_channels(channels, kind):
     assert config.codec.kind == kind
     assert config.model.in_channels == channels
     assert ("codec.kind" in notes_of(found)) == (kind != "vae")
+
+
+ODD = (
+    None, True, -1, 10**400, 1e308, float("nan"), "text", b"bytes", [1, 2], {"a": 1}, (),
+    torch.zeros(3), torch.zeros(2).to_sparse(), torch.empty(1, device="meta"), torch.tensor(2j),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", {**IREPA, "cls": 0.03, "num_heads": 6, "input_size": 32})
+def test_a_setting_of_any_type_is_read(name):
+    """What a file holds may be anything; the experiment is validated afterwards."""
+    model = model_of(IREPA, CONV, step=5)
+    for value in ODD:
+        settings = IREPA | {name: value}
+        refused = suppress(CheckpointError) if name == "prediction" else nullcontext()
+        with refused:
+            described(ForeignModel(model.path, "repa", model.weights, step=5, settings=settings))

@@ -39,6 +39,7 @@ def test_further_parts_are_recognised():
     assert (found.qk_norm, found.class_token_width, found.variant) == (True, 24, None)
     # One position is the class token's.
     assert (found.input_size(17), found.input_size(16), found.input_size(1)) == (16, None, None)
+    assert found.input_size(0) is None
 
 
 @pytest.mark.parametrize(
