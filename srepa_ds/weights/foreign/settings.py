@@ -205,6 +205,7 @@ def _optimizer(told: Told, model: ForeignModel, family: str) -> Tree:
     clipping = told.number("max_grad_norm")
     if clipping is None and family == "sit":
         told.note("SiT's trainer clips no gradient", "optimizer.gradient_clipping")
+        told.note("SiT's trainer mirrors half of its images: data.mirror=true does", "data.mirror")
     found = {
         "learning_rate": _first(kept.number("lr"), told.number("learning_rate", "lr")),
         "epsilon": _first(kept.number("eps"), told.number("adam_epsilon")),

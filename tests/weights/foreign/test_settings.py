@@ -175,6 +175,7 @@ def test_original_sit():
     assert (config.optimizer.gradient_clipping, config.sample.preset) == (0.0, "sit")
     assert str(config.data.folder) == "data/imagenet512/train"
     assert "not taken over: loss_weight, epochs" in notes_of(found)
+    assert "mirrors half of its images" in notes_of(found)
 
 
 def test_a_folder_of_diffusers():
