@@ -20,6 +20,8 @@ from srepa_ds.weights.lazy import LazyTensors, shapes_of
 
 _PROJECTOR = re.compile(r"projectors\.\d+\.")
 _MOST_NAMED = 3
+# What the trainer calls a kind, if not as a checkpoint does.
+_KINDS = {"master": "model"}
 # REPA's trainer averages this constant too, which rounds it a little at each step.
 _LARGEST_DRIFT = 1e-2
 
@@ -93,9 +95,6 @@ def save_as_checkpoint(
         },
     )
     return _notes(left, "left out, with their moments: no alignment has a projector")
-
-
-_KINDS = {"master": "model"}
 
 
 def save_as_export(
