@@ -14,6 +14,7 @@ from bad_input import (
     damaged,
     fields,
     files,
+    importing,
     inputs,
     models,
     on_ranks,
@@ -30,7 +31,7 @@ from srepa_ds.cli import run
 from srepa_ds.distributed import ranks
 
 TABLES = (
-    *(command_lines, damaged, fields, files, inputs, models),
+    *(command_lines, damaged, fields, files, importing, inputs, models),
     *(outputs, paths, preparing, settings),
 )
 CASES = [case for table in TABLES for case in table.CASES]

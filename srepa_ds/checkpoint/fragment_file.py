@@ -40,7 +40,12 @@ class Piece:
     @property
     def key(self) -> str:
         """The tensor's name in the fragment file."""
-        return f"{self.kind}/{self.name}@{self.start}"
+        return key_of(self.kind, self.name, self.start)
+
+
+def key_of(kind: str, name: str, start: int) -> str:
+    """Returns the name, in a fragment file, of a run of the weight `name` from `start` on."""
+    return f"{kind}/{name}@{start}"
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,14 @@
 import contextlib
 import copy
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from srepa_ds.checkpoint.folder import (
     ASIDE,
@@ -18,13 +22,14 @@ from srepa_ds.checkpoint.folder import (
     step_folder,
     writing,
 )
-from srepa_ds.checkpoint.fragment_file import Piece, snapshot_of, write_snapshot
+from srepa_ds.checkpoint.fragment_file import Piece, key_of, snapshot_of, write_snapshot
 from srepa_ds.checkpoint.manifest import (
     FileEntry,
     entry_of,
     write_manifest,
 )
 from srepa_ds.distributed import ranks
+from srepa_ds.documents.safetensors_writer import TensorEntry, write_safetensors
 from srepa_ds.files import flush_to_disk, write_aside
 
 
@@ -41,7 +46,7 @@ class UnfinishedCheckpoint:
         self.step = step
         self.folder = step_folder(root, step)
         self._root, self._rank = root, rank
-        self._file = f"fragments-{rank:05d}.safetensors"
+        self._file = _file_of(rank)
         self._aside = root / f"{ASIDE}{self.folder.name}"
         ranks.on_main(_make_aside, root, self._aside)
         with self._nothing_left():
@@ -70,8 +75,7 @@ class UnfinishedCheckpoint:
             entries = {file: entry for file, entry, _ in parts}
             # In the model's order, as each rank knows it for its own share.
             shapes = {name: shape for *_, part in parts for name, shape in part.items()}
-            mark = {"format": FORMAT, "version": VERSION}
-            document = self._document | mark | {"step": self.step, "shapes": shapes}
+            document = _document(self._document, self.step, shapes)
             ranks.on_main(_finish, self._root, self._aside, self.folder, document, entries)
         return self.folder
 
@@ -96,6 +100,55 @@ def save(
     """
     unfinished = UnfinishedCheckpoint(root, step=step, pieces=pieces, state=state, rank=rank)
     return unfinished.finish(unfinished.write)
+
+
+def save_whole(
+    root: Path,
+    *,
+    step: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    kinds: Mapping[str, Callable[[str], Tensor]],
+    state: Mapping[str, Any],
+) -> Path:
+    """Writes a checkpoint of whole tensors, as one process has them, and returns its folder.
+
+    `shapes` has all weights, in the model's order; each of `kinds` returns one of them when its
+    turn comes, so that no more than one is in memory. Raises OutputError, and what `kinds` raise;
+    then nothing of the checkpoint is left.
+    """
+    aside = root / f"{ASIDE}{step_folder(root, step).name}"
+    places = {key_of(kind, name, 0): (kind, name) for name in shapes for kind in kinds}
+    entries = [
+        TensorEntry(key, torch.float32, (math.prod(shapes[name]),))
+        for key, (_, name) in places.items()
+    ]
+
+    def read(key: str) -> Tensor:
+        kind, name = places[key]
+        return kinds[kind](name).reshape(-1)
+
+    _make_aside(root, aside)
+    try:
+        path = aside / _file_of(0)
+        with writing(aside):
+            sha256 = write_safetensors(path, entries, read, {"format": f"{FORMAT} {VERSION}"})
+            files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256}}
+        _finish(root, aside, step_folder(root, step), _document(state, step, shapes), files)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return step_folder(root, step)
+
+
+def _file_of(rank: int) -> str:
+    return f"fragments-{rank:05d}.safetensors"
+
+
+def _document(
+    state: Mapping[str, Any], step: int, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    mark = {"format": FORMAT, "version": VERSION}
+    return {**state, **mark, "step": step, "shapes": dict(shapes)}
 
 
 def _make_aside(root: Path, aside: Path) -> None:

@@ -17,6 +17,9 @@ class OptimizerState:
     step: int
     """Steps that Adam has applied."""
 
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """`lr`, `betas`, `eps` and `weight_decay`, as torch's AdamW calls them."""
+
 
 @dataclass(frozen=True)
 class ForeignModel:
@@ -36,10 +39,14 @@ class ForeignModel:
     """By kind: `ema`, `model`, or both; `model` alone for a plain state_dict."""
 
     optimizer: OptimizerState | None = None
-    """None if the file has none, or if it cannot be converted."""
+    """None if the file has none, if it cannot be converted, or if it was not asked for."""
 
     step: int | None = None
     """Optimizer steps taken, if the file tells."""
+
+    positions: Tensor | None = None
+    """The file's position embedding, (1, tokens, width): it is computed here, not taken over, but
+    tells the resolution."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the file tells of its training: the arguments of REPA's trainer, or a configuration."""

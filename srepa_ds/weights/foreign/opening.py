@@ -12,7 +12,8 @@ from srepa_ds.errors import CheckpointError, listed
 from srepa_ds.weight_file import plain_tensors, read_weight_file, without_wrappers
 from srepa_ds.weights.fit import check_finite
 from srepa_ds.weights.foreign.layouts import LAYOUTS, Converted, layout_of
-from srepa_ds.weights.foreign.model import ForeignModel
+from srepa_ds.weights.foreign.model import ForeignModel, OptimizerState
+from srepa_ds.weights.foreign.trainer import read_optimizer, steps_taken
 
 _OFFICIAL_PARTS = frozenset(
     {
@@ -54,19 +55,50 @@ class ForeignFile:
 
 
 def open_foreign(
-    path: Path, *, layout: str | None = None, setting: str = "the path"
+    path: Path,
+    *,
+    layout: str | None = None,
+    with_optimizer: bool = False,
+    setting: str = "the path",
 ) -> ForeignModel:
     """Returns the model in a file, with all kinds of weights that it holds.
 
     `layout` is a row of `LAYOUTS`; None recognises it. Raises CheckpointError, which tells the user
-    to correct `setting`, if the file cannot be read, holds no state_dict, or NaN.
+    to correct `setting`, if the file cannot be read, holds no state_dict, or NaN, or if the state
+    of its optimizer is damaged.
     """
     file = open_file(path, setting=setting)
-    layout = layout or layout_of(plain_state(file, next(iter(file.states))), file.settings)
+    first = plain_state(file, next(iter(file.states)))
+    layout = layout or layout_of(first, file.settings)
     converted = {kind: convert(file, kind, layout=layout) for kind in file.states}
     weights = {kind: found.weights for kind, found in converted.items()}
     notes = dict.fromkeys(note for found in converted.values() for note in found.notes)
-    return ForeignModel(path, layout, weights, settings=file.settings, notes=tuple(notes))
+    return ForeignModel(
+        path,
+        layout,
+        weights,
+        optimizer=_optimizer(file, layout) if with_optimizer else None,
+        step=steps_taken(path, file.content),
+        positions=_positions(first),
+        settings=file.settings,
+        notes=tuple(notes),
+    )
+
+
+def _optimizer(file: ForeignFile, layout: str) -> OptimizerState | None:
+    """Returns Adam's state, which is in the order of the file's own weights."""
+    row, found = LAYOUTS[layout], file.content.get("opt")
+    if found is None or "model" not in file.states or not row.keeps_moments:
+        return None
+    own = plain_state(file, "model")
+    return read_optimizer(
+        found, own, file.path, renamed=lambda t: row.convert(t, file.path).weights
+    )
+
+
+def _positions(state: Mapping[str, Tensor]) -> Tensor | None:
+    table = state.get("pos_embed")
+    return table if table is not None and table.ndim == 3 else None
 
 
 def open_file(path: Path, *, setting: str) -> ForeignFile:
