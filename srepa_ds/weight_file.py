@@ -10,7 +10,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -47,6 +47,8 @@ _ORDINARY_TYPES = frozenset(
 _MOST_REPETITION = 8
 _SMALL_BYTES = 64 << 20
 _MOST_WRAPPERS = 5
+
+V = TypeVar("V")
 
 
 def read_weight_file(
@@ -188,20 +190,26 @@ def plain_tensors(
 ) -> dict[str, Tensor]:
     """Returns tensors of the file `path` as contiguous ones that any operation takes.
 
-    Raises `fault` for a tensor without values, that is sparse, quantised or of an unusual type, and
-    if they would take far more memory than the file has bytes.
+    `path` may be the folder of several files. Raises `fault` for a tensor without values, that is
+    sparse, quantised or of an unusual type, and if they would take far more memory than there are
+    bytes on disk.
     """
     for name, tensor in state.items():
         if kind := _unusual_kind(tensor):
             raise fault(f"{named}: '{name}' is {kind}; save it as an ordinary float32 tensor")
     total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    size = path.stat().st_size
+    size = _size_of(path)
     if total > _MOST_REPETITION * size + _SMALL_BYTES:
         raise fault(
             f"{named}: its tensors would take {total >> 20:,} MiB, but the file has "
             f"{size >> 20:,} MiB: they repeat a few values; save contiguous copies"
         )
     return {name: tensor.detach().contiguous() for name, tensor in state.items()}
+
+
+def _size_of(path: Path) -> int:
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def _unusual_kind(tensor: Tensor) -> str | None:
@@ -216,9 +224,7 @@ def _unusual_kind(tensor: Tensor) -> str | None:
     return None if tensor.dtype in _ORDINARY_TYPES else f"of the type {tensor.dtype}"
 
 
-def without_wrappers(
-    state: Mapping[str, Tensor], is_known: Callable[[str], bool]
-) -> dict[str, Tensor]:
+def without_wrappers(state: Mapping[str, V], is_known: Callable[[str], bool]) -> dict[str, V]:
     """Returns `state` without what other modules, which held the model, put before its names.
 
     `_orig_mod.` (of torch.compile) goes from everywhere. Other prefixes (`module.`, `net.`) go if
@@ -245,7 +251,7 @@ def _shared_prefix(names: Mapping[str, Any]) -> str:
     return f"{part}." if count and count >= 0.9 * len(names) else ""
 
 
-def _under(state: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor] | None:
+def _under(state: Mapping[str, V], names: list[str]) -> dict[str, V] | None:
     """Returns `state` under `names`, or None if two are the same."""
     result = dict(zip(names, state.values(), strict=True))
     return result if len(result) == len(state) else None

@@ -269,12 +269,6 @@ def test_a_malicious_pickle_does_not_run(config, tmp_path, zipped):
     assert trace.exists()
 
 
-def learn_sigma(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Like the original SiT and DiT: twice the channels."""
-    doubled = {k: torch.cat([v, v]) for k, v in state.items() if k.startswith("final_layer.linear")}
-    return {**state, **doubled}
-
-
 FAULTS = {
     "no such file": (lambda path, state: None, "no such file; correct train.init_from.path"),
     "torn": (
@@ -295,10 +289,6 @@ FAULTS = {
     "no average": (
         lambda path, state: torch.save({"model": state, "steps": 1}, path),
         "does not hold 'ema', but model, steps; set train.init_from.weights",
-    ),
-    "learn_sigma": (
-        lambda path, state: torch.save(learn_sigma(state), path),
-        r"of the original SiT or DiT: .*\(learn_sigma\)",
     ),
     "diverged": (
         lambda path, state: torch.save(
