@@ -1,7 +1,6 @@
 """Weights in several files with an index, as the Hub's libraries write them."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +60,20 @@ def _check_name(shard: Any, index: Path) -> None:
         raise CheckpointError(f"{index} names {shard[:80]!r}, which is no file of weights")
 
 
-def _tensors_of(shard: Path, names: Iterable[str], index: Path) -> dict[str, Tensor]:
+def _tensors_of(shard: Path, names: Sequence[str], index: Path) -> dict[str, Tensor]:
     found = read_weight_file(
         shard,
         named=str(shard),
         setting=f"the folder: {index.name} names it",
         fault=CheckpointError,
     )
-    differing = Counter(names)
-    differing.subtract(found)
-    if missing := [name for name, count in differing.items() if count > 0]:
+    if missing := [name for name in names if name not in found]:
         raise CheckpointError(
             f"{shard} lacks {listed(missing, most=_MOST_NAMED)}, which {index.name} says are in "
             f"it; {_AGAIN}"
         )
-    if unknown := [name for name, count in differing.items() if count < 0]:
+    expected = {*names}
+    if unknown := [name for name in found if name not in expected]:
         raise CheckpointError(
             f"{shard} has {listed(unknown, most=_MOST_NAMED)}, which {index.name} does not say "
             f"are in it; {_AGAIN}"
