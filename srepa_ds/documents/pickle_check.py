@@ -27,7 +27,7 @@ _BYTES = {
 _CALLS = frozenset({"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"})
 _MOST_LEVELS = 32
 # That of SiT-XL/2 with its moments has 0.2 MB. Lists of lists take 60 times their bytes.
-_MOST_BYTES = 8 << 20
+_MOST_BYTES = 4 << 20
 
 
 class NoWeightsError(Exception):
@@ -46,7 +46,8 @@ class _Node(NamedTuple):
     """Tuples within it."""
 
 
-_MARK = _Node()
+_MARK, _PLAIN = _Node(), _Node()
+"""A mark, and whatever does not matter: one node of each, so that many take little memory."""
 
 
 def check_pickle(file: io.BytesIO | mmap.mmap) -> dict[str, int]:
@@ -60,8 +61,7 @@ def check_pickle(file: io.BytesIO | mmap.mmap) -> dict[str, int]:
     storages: dict[str, int] = {}
     for opcode, argument, position in pickletools.genops(cast("IO[bytes]", file)):
         name = opcode.name
-        if (position or 0) > _MOST_BYTES:
-            raise NoWeightsError(f"its pickle has more than {_MOST_BYTES >> 20} MiB")
+        check_length(position or 0)
         if name == "MARK":
             stack.append(_MARK)
         elif name.endswith("PUT"):
@@ -74,9 +74,16 @@ def check_pickle(file: io.BytesIO | mmap.mmap) -> dict[str, int]:
             if name in _CALLS:
                 _check_call(popped)
             if name == "BINPERSID":
-                storages |= _storage(popped[0].value)
+                for key, count in _storage(popped[0].value):
+                    storages[key] = max(count, storages.get(key, 0))
             stack += _pushed(opcode, value, popped)
     return storages
+
+
+def check_length(num_bytes: int) -> None:
+    """Raises NoWeightsError for a pickle of more bytes than one of weights has."""
+    if num_bytes > _MOST_BYTES:
+        raise NoWeightsError(f"its pickle has more than {_MOST_BYTES >> 20} MiB")
 
 
 def objects_refused(name: str) -> str:
@@ -119,14 +126,14 @@ def _pushed(opcode: pickletools.OpcodeInfo, argument: Any, popped: list[_Node]) 
             raise NoWeightsError("its tuples are nested too deeply for weights")
         yield _Node(tuple(node.value for node in reversed(popped)), depth)
     else:
-        yield from (_Node(argument) for _ in opcode.stack_after)
+        node = _PLAIN if argument is None else _Node(argument)
+        yield from (node for _ in opcode.stack_after)
 
 
-def _storage(reference: Any) -> dict[str, int]:
-    """Returns key and bytes of the storage that a persistent id of torch refers to."""
+def _storage(reference: Any) -> Iterator[tuple[str, int]]:
+    """Yields key and bytes of the storage that a persistent id of torch refers to."""
     match reference:
         case ("storage", _Global(name), str(key), str(), int(count)) if count >= 0:
             kind = _STORAGE.fullmatch(name)
             if kind and kind[2] in _BYTES:
-                return {key: count * _BYTES[kind[2]]}
-    return {}
+                yield key, count * _BYTES[kind[2]]

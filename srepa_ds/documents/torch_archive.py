@@ -9,7 +9,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
-from srepa_ds.documents.pickle_check import NoWeightsError, check_pickle
+from srepa_ds.documents.pickle_check import NoWeightsError, check_length, check_pickle
 from srepa_ds.errors import listed
 
 
@@ -25,6 +25,7 @@ def check_archive(path: Path, size: int) -> None:
     folder = entries[0].filename.partition("/")[0]
     if (pickled := by_name.get(f"{folder}/data.pkl")) is None:
         raise NoWeightsError(f"it is a zip archive of other files ({listed(by_name, most=3)})")
+    check_length(pickled.file_size)
     for key, claimed in check_pickle(io.BytesIO(_content_of(path, pickled))).items():
         record = by_name.get(f"{folder}/data/{key}")
         if record is not None and record.file_size != claimed:
