@@ -220,7 +220,8 @@ def import_weights(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The run to make of it.")],
     overrides: Overrides = None,
     layout: Annotated[
-        str | None, typer.Option(help="Its layout, if it is recognised wrongly: repa, sit, ...")
+        str | None,
+        typer.Option(help="Its layout, if it is recognised wrongly: repa, sit or diffusers."),
     ] = None,
     latent_statistics: Annotated[
         Path | None,

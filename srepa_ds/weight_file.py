@@ -2,20 +2,25 @@
 
 import argparse
 import hashlib
+import mmap
 import pickle
 import re
 import stat
+import struct
 import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from srepa_ds.documents.pickle_check import NoWeightsError, check_pickle, objects_refused
+from srepa_ds.documents.safetensors_check import check_safetensors
+from srepa_ds.documents.torch_archive import check_archive
 from srepa_ds.errors import SRepaError, listed
 
 # Bytes at the beginning of files that are no weights, or not such as can be read here.
@@ -47,6 +52,10 @@ _ORDINARY_TYPES = frozenset(
 _MOST_REPETITION = 8
 _SMALL_BYTES = 64 << 20
 _MOST_WRAPPERS = 5
+# A magic number, the version, facts of the system, the content, and the keys of storages.
+_PICKLES_OF_OLD_FORMAT = 5
+
+V = TypeVar("V")
 
 
 def read_weight_file(
@@ -73,26 +82,27 @@ def read_weight_file(
     return {str(key): value for key, value in found.items()}
 
 
-class _OtherFileError(Exception):
-    """A file is something else than weights; the message says what."""
-
-
 def _opened(path: Path) -> Any:
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
-        raise _OtherFileError(_of_folder(path))
+        raise NoWeightsError(_of_folder(path))
     if not stat.S_ISREG(mode):
-        raise _OtherFileError("it is no regular file")
+        raise NoWeightsError("it is no regular file")
     size = path.stat().st_size
     head, tail = _ends_of(path)
     if _is_safetensors(head, size):
+        try:
+            check_safetensors(path)
+        except ValueError as error:
+            raise NoWeightsError(str(error)) from error
         return load_file(path)
     if head.startswith(b"PK\x03\x04"):
-        _check_archive(path, size)
+        check_archive(path, size)
         return _unpickled(path, mapped=True)
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        _check_pickles(path)
         return _unpickled(path, mapped=False)
-    raise _OtherFileError(_kind_of(head, tail))
+    raise NoWeightsError(_kind_of(head, tail))
 
 
 def other_kind(path: Path) -> str | None:
@@ -113,7 +123,8 @@ def _ends_of(path: Path) -> tuple[bytes, bytes]:
 
 def _is_safetensors(head: bytes, size: int) -> bool:
     """Returns whether a file begins with the length of a JSON object and the object."""
-    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= max(size, 1 << 27)
+    is_other = head[:1] == b"\x80" and int.from_bytes(head[:8], "little") > max(size, 1 << 27)
+    return head[8:9] == b"{" and not is_other
 
 
 def _unpickled(path: Path, *, mapped: bool) -> Any:
@@ -124,24 +135,11 @@ def _unpickled(path: Path, *, mapped: bool) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-def _check_archive(path: Path, size: int) -> None:
-    """Raises _OtherFileError unless a zip archive is of torch.save, which compresses nothing."""
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    names = [entry.filename for entry in entries]
-    if any(name.endswith("/constants.pkl") for name in names):
-        raise _OtherFileError(
-            "it is a TorchScript archive; load it with torch.jit.load, save its state_dict"
-        )
-    if any(name.endswith(".npy") for name in names):
-        raise _OtherFileError("it is a NumPy archive, not a state_dict")
-    if not any(name.endswith("/data.pkl") for name in names):
-        raise _OtherFileError(f"it is a zip archive of other files ({listed(names, most=3)})")
-    # Compressed entries would be unpacked in memory, a thousand times larger than the file.
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise _OtherFileError("it is a compressed zip archive, which torch.save never writes")
-    if sum(entry.file_size for entry in entries) > size:
-        raise _OtherFileError("it is damaged: its entries are larger than the file")
+def _check_pickles(path: Path) -> None:
+    """Looks through the pickles at the beginning of a file of torch.save's old format."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for _ in range(_PICKLES_OF_OLD_FORMAT):
+            check_pickle(content)
 
 
 def _of_folder(path: Path) -> str:
@@ -170,13 +168,12 @@ def _kind_of(head: bytes, tail: bytes) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, NoWeightsError):
+        return str(error)
     if foreign := re.search(r"GLOBAL (\S+)", str(error)):
-        return (
-            f"it holds Python objects ({foreign[1]}), which are never opened; save its state_dict "
-            "alone"
-        )
+        return objects_refused(foreign[1])
     damage = (pickle.UnpicklingError, LookupError, EOFError, zipfile.BadZipFile, MemoryError)
-    if isinstance(error, damage) or "wrong byte size" in str(error):
+    if isinstance(error, (*damage, ValueError, struct.error)) or "wrong byte size" in str(error):
         # Here torch advises opening the file unsafely, or gives no message.
         return _DAMAGED
     text = getattr(error, "strerror", None) or str(error).split("\n")[0]
@@ -188,20 +185,26 @@ def plain_tensors(
 ) -> dict[str, Tensor]:
     """Returns tensors of the file `path` as contiguous ones that any operation takes.
 
-    Raises `fault` for a tensor without values, that is sparse, quantised or of an unusual type, and
-    if they would take far more memory than the file has bytes.
+    `path` may be the folder of several files. Raises `fault` for a tensor without values, that is
+    sparse, quantised or of an unusual type, and if they would take far more memory than there are
+    bytes on disk.
     """
     for name, tensor in state.items():
         if kind := _unusual_kind(tensor):
             raise fault(f"{named}: '{name}' is {kind}; save it as an ordinary float32 tensor")
     total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    size = path.stat().st_size
+    size = _size_of(path)
     if total > _MOST_REPETITION * size + _SMALL_BYTES:
         raise fault(
             f"{named}: its tensors would take {total >> 20:,} MiB, but the file has "
             f"{size >> 20:,} MiB: they repeat a few values; save contiguous copies"
         )
     return {name: tensor.detach().contiguous() for name, tensor in state.items()}
+
+
+def _size_of(path: Path) -> int:
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def _unusual_kind(tensor: Tensor) -> str | None:
@@ -216,9 +219,7 @@ def _unusual_kind(tensor: Tensor) -> str | None:
     return None if tensor.dtype in _ORDINARY_TYPES else f"of the type {tensor.dtype}"
 
 
-def without_wrappers(
-    state: Mapping[str, Tensor], is_known: Callable[[str], bool]
-) -> dict[str, Tensor]:
+def without_wrappers(state: Mapping[str, V], is_known: Callable[[str], bool]) -> dict[str, V]:
     """Returns `state` without what other modules, which held the model, put before its names.
 
     `_orig_mod.` (of torch.compile) goes from everywhere. Other prefixes (`module.`, `net.`) go if
@@ -245,7 +246,7 @@ def _shared_prefix(names: Mapping[str, Any]) -> str:
     return f"{part}." if count and count >= 0.9 * len(names) else ""
 
 
-def _under(state: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor] | None:
+def _under(state: Mapping[str, V], names: list[str]) -> dict[str, V] | None:
     """Returns `state` under `names`, or None if two are the same."""
     result = dict(zip(names, state.values(), strict=True))
     return result if len(result) == len(state) else None

@@ -120,13 +120,15 @@ class SampleConfig(SamplerConfig):
     weights that the section `export` describes, which need not be exported before."""
 
     weights: Annotated[Path | None, OnlyFor("source", "export")] = None
-    """The folder of an exported model, or a file of weights (`.safetensors`, or `.pt` as REPA
-    writes it) of the model that the section `model` describes; without it `<run.folder>/export`."""
+    """The folder of an exported model; or weights of the model that the section `model` describes:
+    a file (`.safetensors`, `.pt`) of REPA, iREPA, REG or the original SiT, or a folder of SiT as
+    diffusers saves it. Without it `<run.folder>/export`."""
 
     guide: Path | None = None
     """Autoguidance: a weaker model, whose velocity for the same class takes the place of the
     unconditional one. An exported folder, a run's checkpoint (`.../checkpoints/step-0050000`, of
-    which `ema` is taken), or a file of weights of the model that the section `model` describes."""
+    which `ema` is taken), or weights of the model that the section `model` describes, in whatever
+    form `weights` takes."""
 
     decoder: Path | None = None
     """The VAE whose decoder draws, as `codec.weights` names one; null takes `codec.weights`. It has

@@ -17,6 +17,7 @@ from srepa_ds.optim.ema import MAIN_EMA
 from srepa_ds.sampling.state import StateLayout
 from srepa_ds.schema import to_tree
 from srepa_ds.weights.exported import DOCUMENT, ExportedModel, read_model
+from srepa_ds.weights.foreign.folders import is_foreign_folder
 from srepa_ds.weights.from_checkpoint import chosen_checkpoint, read_model_of_checkpoint
 from srepa_ds.weights.from_file import KINDS, read_model_of_file
 
@@ -81,7 +82,7 @@ def _read(config: Config, place: Path) -> Models:
 def _form_of(config: Config, place: Path) -> str:
     if config.sample.source == "checkpoint":
         return "checkpoint"
-    return "file" if place.is_file() else "export"
+    return "file" if place.is_file() or is_foreign_folder(place) else "export"
 
 
 def _of_checkpoint(config: Config, place: Path) -> ExportedModel:
@@ -118,7 +119,7 @@ def _guide(config: Config) -> ExportedModel | None:
         log.warning("sample.guide has no effect with cfg_scale 1; set cfg_scale above 1")
         return None
     # Unlike the methods of Path, these are False for whatever cannot be looked at.
-    if os.path.isfile(place):
+    if os.path.isfile(place) or is_foreign_folder(place):
         # Not `export.weights`: that chooses the model's, and a plain file holds but one kind.
         return read_model_of_file(
             place, weights=MAIN_EMA, config=to_tree(config), setting="sample.guide"

@@ -1,4 +1,4 @@
-"""Initialises a training from existing weights: an exported model or a REPA checkpoint."""
+"""Initialises a training from existing weights: an exported model, or one of another program."""
 
 import logging
 import re
@@ -14,9 +14,11 @@ from torch import Tensor
 from srepa_ds.errors import CheckpointError, listed
 from srepa_ds.objective import Objective, official_name
 from srepa_ds.schema import Section
-from srepa_ds.weights.exported import checked_document, read_document, stored_tensors
+from srepa_ds.weights.exported import checked_document, stored_tensors
 from srepa_ds.weights.fit import check_finite
+from srepa_ds.weights.foreign.folders import is_foreign_folder
 from srepa_ds.weights.foreign.opening import PLAIN, convert, open_file
+from srepa_ds.weights.heads import heads_in
 
 log = logging.getLogger("srepa_ds")
 
@@ -29,8 +31,8 @@ class InitialWeightsConfig(Section):
     """Initial weights instead of random ones; optimizer state and averages start from scratch."""
 
     path: Path
-    """A folder written by `srepa-ds export`, or a `.pt` or `.safetensors` file with weights under
-    the names of the official REPA code."""
+    """A folder written by `srepa-ds export`; a `.pt` or `.safetensors` file of REPA, iREPA, REG or
+    the original SiT; or a folder of SiT as diffusers saves it."""
 
     weights: WeightsKind = Field(default="ema")
     """If the file holds both: the moving average, or the weights themselves (`model`)."""
@@ -80,13 +82,14 @@ def read_initial_weights(
 ) -> dict[str, Tensor]:
     """Returns the weights of `path` under their official names, on the CPU, without `pos_embed`.
 
-    `path` is an exported folder, or a file with a state_dict, alone or under keys such as
-    `state_dict`, `model` and `ema`. `which` chooses between the latter two; an exported folder must
-    hold that kind. Prefixes of wrappers are removed; REPA's early names (`decoder_blocks`) and
-    iREPA's (`projection_layer`) become the current ones. Raises CheckpointError, which tells the
-    user to correct `setting`, or `choice` for the kind of weights.
+    `path` is an exported folder, or whatever `open_file` reads: a file with a state_dict, alone or
+    under keys such as `state_dict`, `model` and `ema`, or a folder of diffusers. `which` chooses
+    between the latter two; an exported folder must hold that kind. All come in REPA's convention:
+    of the original SiT the learned sigma is dropped, and time reversed. Logs what was changed.
+    Raises CheckpointError, which tells the user to correct `setting`, or `choice` for the kind of
+    weights.
     """
-    if path.is_dir():
+    if path.is_dir() and not is_foreign_folder(path):
         return _weights_in_folder(path, which)
     file = open_file(path, setting=setting)
     if not file.is_plain and which not in file.states:
@@ -94,7 +97,11 @@ def read_initial_weights(
             f"{path} does not hold '{which}', but {listed(map(str, file.content))}; set "
             f"{choice} to match"
         )
-    return dict(convert(file, PLAIN if file.is_plain else which).weights)
+    kind = PLAIN if file.is_plain else which
+    converted = convert(file, kind)
+    for note in converted.notes:
+        log.info("%s: %s", path, note)
+    return dict(converted.weights)
 
 
 @torch.no_grad()
@@ -155,12 +162,10 @@ def _weights_in_folder(path: Path, which: WeightsKind) -> dict[str, Tensor]:
 
 def _check_heads(path: Path, objective: Objective) -> None:
     """Raises CheckpointError if the number of heads differs, which no weight's shape shows."""
-    if not path.is_dir():
-        return
-    own = objective.sit.config
-    there = read_document(path).section(type(own), "model").shape.num_heads
-    if there != own.shape.num_heads:
+    own = objective.sit.config.shape.num_heads
+    there = heads_in(path)
+    if there not in (None, own):
         raise CheckpointError(
-            f"{path} is of another model: it has {there} attention heads, this one has "
-            f"{own.shape.num_heads}; set model.num_heads to match"
+            f"{path} is of another model: it has {there} attention heads, this one has {own}; set "
+            "model.num_heads to match"
         )

@@ -11,6 +11,8 @@ from srepa_ds.weights.lazy import LazyTensors, shapes_of
 
 _OF_TIME = "t_embedder.mlp.0.weight"
 _OF_VELOCITY = ("final_layer.linear.weight", "final_layer.linear.bias")
+CHANGED = (_OF_TIME, *_OF_VELOCITY)
+"""The weights that change."""
 
 
 def reversed_time(weights: Mapping[str, Tensor]) -> LazyTensors:

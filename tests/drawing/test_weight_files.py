@@ -1,11 +1,13 @@
 """Sets drawn from files of weights that do not describe their model."""
 
 import numpy as np
+import original_sit
 import pytest
 import torch
 from drawn_sets import drawn, facts, images, official, write_repa
 from safetensors.torch import save_file
 
+from srepa_ds.drawing.model import open_models
 from srepa_ds.errors import CheckpointError, ConfigError, OutputError
 from srepa_ds.files import sha256_of
 
@@ -57,3 +59,32 @@ def test_the_heads_of_a_model_that_its_file_does_not_describe_are_a_fact(configu
     assert (sizes["num_heads"], sizes["depth"]) == (3, 3)
     with pytest.raises(OutputError, match=r"model\.num_heads: 3 there, 6 now"):
         drawn(configured(*own, "model.num_heads=6"))
+
+
+def of_golden_sizes(configured, *overrides: str):
+    own = original_sit.sizes()
+    sizes = {**own.shape._asdict(), "input_size": own.input_size, "num_classes": own.num_classes}
+    changes = [f"model.{name}={value}" for name, value in sizes.items()]
+    return configured(*changes, "model.in_channels=4", "alignments=[]", *overrides)
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_the_original_sit_is_read_in_repas_convention(configured, tmp_path, form):
+    path = tmp_path / "sit"
+    if form == "file":
+        save_file(original_sit.ORIGINAL, path)
+    else:
+        original_sit.write_pipeline(path)
+    config = of_golden_sizes(configured, f"sample.weights={path}", f"sample.guide={path}")
+    models = open_models(config)
+    assert models.guide is not None
+    for found in (models.model, models.guide):
+        original_sit.assert_golden(found.model.state_dict())
+        assert found.document.provenance["checkpoint"] == "sit"
+
+
+def test_the_heads_of_a_transformer_of_diffusers_must_be_the_models(configured, tmp_path):
+    original_sit.write_pipeline(tmp_path / "sit", num_heads=16)
+    config = of_golden_sizes(configured, f"sample.weights={tmp_path}/sit")
+    with pytest.raises(CheckpointError, match="has 16 attention heads, not 4; set the section"):
+        open_models(config)

@@ -7,6 +7,7 @@ import os
 from collections import OrderedDict
 from pathlib import Path
 
+import original_sit
 import pytest
 import torch
 from builders import objective_of, randomised
@@ -269,12 +270,6 @@ def test_a_malicious_pickle_does_not_run(config, tmp_path, zipped):
     assert trace.exists()
 
 
-def learn_sigma(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Like the original SiT and DiT: twice the channels."""
-    doubled = {k: torch.cat([v, v]) for k, v in state.items() if k.startswith("final_layer.linear")}
-    return {**state, **doubled}
-
-
 FAULTS = {
     "no such file": (lambda path, state: None, "no such file; correct train.init_from.path"),
     "torn": (
@@ -295,10 +290,6 @@ FAULTS = {
     "no average": (
         lambda path, state: torch.save({"model": state, "steps": 1}, path),
         "does not hold 'ema', but model, steps; set train.init_from.weights",
-    ),
-    "learn_sigma": (
-        lambda path, state: torch.save(learn_sigma(state), path),
-        r"of the original SiT or DiT: .*\(learn_sigma\)",
     ),
     "diverged": (
         lambda path, state: torch.save(
@@ -353,3 +344,27 @@ def test_an_export_without_a_hash_is_torn_or_of_another_model(config, tmp_path):
     os.truncate(tmp_path / "export" / "model.safetensors", 5000)
     with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be read: "):
         read_initial_weights(tmp_path / "export", which="ema")
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_the_original_sit_in_repas_convention(small_world, tmp_path, caplog, form):
+    own = original_sit.sizes()
+    changes = [f"model.{name}={value}" for name, value in own.shape._asdict().items()]
+    changes += [f"model.{name}={getattr(own, name)}" for name in ("input_size", "num_classes")]
+    plain = load_config(small_world.config, [*changes, "model.in_channels=4", "alignments=[]"])
+    path = tmp_path / "sit"
+    if form == "file":
+        torch.save(original_sit.ORIGINAL, path)
+    else:
+        original_sit.write_pipeline(path)
+    module = objective_of(plain)
+    with caplog.at_level(logging.INFO, logger="srepa_ds"):
+        initialise_from(module, InitialWeightsConfig(path=path))
+    original_sit.assert_golden(module.sit.state_dict())
+    assert f"{path}: time is reversed, exactly" in caplog.text
+
+
+def test_the_heads_of_a_transformer_of_diffusers_must_be_the_models(config, tmp_path):
+    original_sit.write_pipeline(tmp_path / "sit", num_heads=16)
+    with pytest.raises(CheckpointError, match="16 attention heads, this one has 3"):
+        initialise_from(objective(config), InitialWeightsConfig(path=tmp_path / "sit"))

@@ -1,6 +1,5 @@
 """The layouts of weights that other programs write, one row of a table each."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from srepa_ds.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class Converted:
-    """Weights under official names, in REPA's convention."""
-
-    weights: Mapping[str, Tensor]
-    notes: tuple[str, ...] = ()
-    """What was changed or left out."""
+from srepa_ds.weights.foreign.converted import Converted
+from srepa_ds.weights.foreign.names import official_names
+from srepa_ds.weights.foreign.sit import is_of_diffusers, is_sit, of_sit
 
 
 @dataclass(frozen=True)
@@ -40,36 +33,17 @@ def layout_of(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str
     return next(name for name, row in LAYOUTS.items() if row.recognises(weights, settings))
 
 
-def _has_learned_sigma(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool:
-    first, last = weights.get("x_embedder.proj.weight"), weights.get("final_layer.linear.weight")
-    if first is None or last is None or first.ndim != 4 or last.ndim != 2:
-        return False
-    return len(last) == 2 * first[0].numel()
-
-
-def _refuse_learn_sigma(weights: Mapping[str, Tensor], path: Path) -> Converted:
-    raise CheckpointError(
-        f"{path} is of the original SiT or DiT: it predicts twice the channels (learn_sigma), "
-        "with time in the other direction; only weights in REPA's convention can be continued"
-    )
-
-
 def _of_repa(weights: Mapping[str, Tensor], path: Path) -> Converted:
     """Returns `weights` under the current names of the official REPA code."""
-    numbers = [re.match(r"blocks\.(\d+)\.", name) for name in weights]
-    # Blocks after the alignment once had numbers of their own.
-    first = len({match[1] for match in numbers if match})
-
-    def today(name: str) -> str:
-        name = re.sub(
-            r"^decoder_blocks\.(\d+)\.", lambda match: f"blocks.{int(match[1]) + first}.", name
-        )
-        return re.sub(r"^(projectors\.\d+\.)projection_layer\.(?=\d)", r"\1", name)
-
-    return Converted({today(name): tensor for name, tensor in weights.items()})
+    try:
+        names = official_names(weights)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; keep one of them") from error
+    return Converted({new: weights[old] for old, new in names.items()})
 
 
 LAYOUTS: Mapping[str, Layout] = {
-    "sit": Layout(_has_learned_sigma, _refuse_learn_sigma),
+    "diffusers": Layout(is_of_diffusers, of_sit),
+    "sit": Layout(is_sit, of_sit),
     "repa": Layout(lambda weights, settings: True, _of_repa, keeps_moments=True),
 }

@@ -1,4 +1,4 @@
-"""Opens weights of another program: finds the state_dicts in a file, and converts them."""
+"""Opens weights of another program: finds the state_dicts, and converts them."""
 
 import argparse
 from collections.abc import Mapping
@@ -8,22 +8,24 @@ from typing import Any
 
 from torch import Tensor
 
-from srepa_ds.errors import CheckpointError, listed
+from srepa_ds.errors import CheckpointError, listed, nearest
 from srepa_ds.weight_file import plain_tensors, read_weight_file, without_wrappers
 from srepa_ds.weights.fit import check_finite
-from srepa_ds.weights.foreign.layouts import LAYOUTS, Converted, layout_of
+from srepa_ds.weights.foreign.converted import Converted
+from srepa_ds.weights.foreign.folders import read_folder
+from srepa_ds.weights.foreign.layouts import LAYOUTS, layout_of
 from srepa_ds.weights.foreign.model import ForeignModel, OptimizerState
+from srepa_ds.weights.foreign.names import is_official
+from srepa_ds.weights.foreign.refusals import check_is_sit
+from srepa_ds.weights.foreign.sit import UNNAMED
 from srepa_ds.weights.foreign.trainer import read_optimizer, steps_taken
+from srepa_ds.weights.lazy import LazyTensors, shapes_of
 
-_OFFICIAL_PARTS = frozenset(
-    {
-        "pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "decoder_blocks",
-        "final_layer", "projectors", "cls_projectors2", "wg_norm",
-    }
-)  # fmt: skip
 _WRAPPERS = ("state_dict", "ema", "model", "module", "model_state_dict", "net")
 # A file can hold a mapping that holds itself.
 _MOST_NESTED = 8
+
+_MOMENTS = "the optimizer's state is left out: reversed time changes its second moments"
 
 
 PLAIN = "model"
@@ -32,7 +34,7 @@ PLAIN = "model"
 
 @dataclass(frozen=True)
 class ForeignFile:
-    """A file of weights, opened; its state_dicts are not yet looked at."""
+    """A file or folder of weights, opened; its state_dicts are not yet looked at."""
 
     path: Path
 
@@ -43,15 +45,17 @@ class ForeignFile:
     """Whether the one state_dict has no name, so that it may be of either kind."""
 
     content: Mapping[str, Any]
-    """All that the file holds."""
+    """All that the file holds; of a folder, its `config`."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that a trainer has kept with its weights."""
-        args = self.content.get("args")
-        if isinstance(args, argparse.Namespace):
-            return dict(vars(args))
-        return dict(args) if isinstance(args, Mapping) else {}
+        """The settings that a trainer has kept with its weights, or the folder's `config.json`."""
+        found = self.content.get("args", self.content.get("config"))
+        if isinstance(found, argparse.Namespace):
+            return dict(vars(found))
+        return (
+            {str(key): value for key, value in found.items()} if isinstance(found, Mapping) else {}
+        )
 
 
 def open_foreign(
@@ -61,18 +65,22 @@ def open_foreign(
     with_optimizer: bool = False,
     setting: str = "the path",
 ) -> ForeignModel:
-    """Returns the model in a file, with all kinds of weights that it holds.
+    """Returns the model in a file or folder, with all kinds of weights that it holds.
 
     `layout` is a row of `LAYOUTS`; None recognises it. Raises CheckpointError, which tells the user
-    to correct `setting`, if the file cannot be read, holds no state_dict, or NaN, or if the state
-    of its optimizer is damaged.
+    to correct `setting`, if it cannot be read, holds no state_dict, or NaN, is of no SiT, or if the
+    state of its optimizer is damaged.
     """
+    if layout is not None and layout not in LAYOUTS:
+        raise CheckpointError(f"there is no layout '{layout}'; {nearest(layout, LAYOUTS)}")
     file = open_file(path, setting=setting)
     first = plain_state(file, next(iter(file.states)))
     layout = layout or layout_of(first, file.settings)
     converted = {kind: convert(file, kind, layout=layout) for kind in file.states}
     weights = {kind: found.weights for kind, found in converted.items()}
     notes = dict.fromkeys(note for found in converted.values() for note in found.notes)
+    if "opt" in file.content and not LAYOUTS[layout].keeps_moments:
+        notes[_MOMENTS] = None
     return ForeignModel(
         path,
         layout,
@@ -104,8 +112,12 @@ def _positions(state: Mapping[str, Tensor]) -> Tensor | None:
 def open_file(path: Path, *, setting: str) -> ForeignFile:
     """Returns a file of safetensors or torch.save, with its state_dicts found, however deep.
 
+    Or a folder with weights under the names that diffusers and the Hub's libraries give them.
     Raises CheckpointError, which tells the user to correct `setting`.
     """
+    if path.is_dir():
+        state, settings = read_folder(path, setting=setting)
+        return ForeignFile(path, {PLAIN: state}, True, {"config": settings})
     content = read_weight_file(path, named=str(path), setting=setting, fault=CheckpointError)
     state: Mapping[str, Any] = content
     for _ in range(_MOST_NESTED):
@@ -130,12 +142,16 @@ def convert(file: ForeignFile, kind: str, *, layout: str | None = None) -> Conve
     model here can hold.
     """
     state = plain_state(file, kind)
+    check_is_sit(shapes_of(state), file.settings, file.path)
     layout = layout or layout_of(state, file.settings)
     converted = LAYOUTS[layout].convert(state, file.path)
     # Not a weight but a function of the model's sizes, and so of the resolution.
-    own = {name: value for name, value in converted.weights.items() if name != "pos_embed"}
+    own = LazyTensors(shapes_of(converted.weights), converted.weights.__getitem__).only(
+        lambda name: name != "pos_embed"
+    )
     check_finite(own, file.path)
-    return Converted(own, converted.notes)
+    is_unnamed = layout == "sit" and not file.settings
+    return Converted(own, (*converted.notes, *((UNNAMED,) if is_unnamed else ())))
 
 
 def plain_state(file: ForeignFile, kind: str) -> Mapping[str, Tensor]:
@@ -152,4 +168,4 @@ def plain_state(file: ForeignFile, kind: str) -> Mapping[str, Tensor]:
         raise CheckpointError(f"{file.path} does not hold a state_dict: {reason}")
     tensors = {str(key): value for key, value in state.items()}
     ordinary = plain_tensors(tensors, file.path, named=str(file.path), fault=CheckpointError)
-    return without_wrappers(ordinary, lambda name: name.partition(".")[0] in _OFFICIAL_PARTS)
+    return without_wrappers(ordinary, is_official)
