@@ -35,8 +35,10 @@ FORMAT = "srepa_ds.model"
 VERSION = 1
 WEIGHTS = "model.safetensors"
 DOCUMENT = "config.json"
+CARD, PICTURE = "README.md", "samples.png"
+"""What `srepa-ds export` writes beside a model for people who find it."""
 # Files of an export that is under way or was killed; the last is safetensors' own.
-_UNFINISHED = re.compile(rf"({WEIGHTS}|{DOCUMENT}){PARTIAL}|\.tmp\w{{6}}")
+_UNFINISHED = re.compile(rf"({WEIGHTS}|{DOCUMENT}|{CARD}|{PICTURE}){PARTIAL}|\.tmp\w{{6}}")
 METADATA = {"format": "pt"}
 """What the weight file says of itself."""
 _EXPORT_AGAIN = "make it again with `srepa-ds export CONFIG`"
@@ -165,7 +167,7 @@ def _own_names(folder: Path) -> set[str]:
     """Returns the names of the files in `folder`; raises OutputError if one is not of a model."""
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     names = {name for name in names if _UNFINISHED.fullmatch(name) or not is_of_the_system(name)}
-    if any(not _UNFINISHED.fullmatch(name) for name in names - {WEIGHTS, DOCUMENT}):
+    if any(not _UNFINISHED.fullmatch(name) for name in names - {WEIGHTS, DOCUMENT, CARD, PICTURE}):
         raise _foreign(folder, names)
     return names
 
