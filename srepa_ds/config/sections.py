@@ -121,12 +121,15 @@ class SampleConfig(SamplerConfig):
 
     weights: Annotated[Path | None, OnlyFor("source", "export")] = None
     """The folder of an exported model, or a file of weights (`.safetensors`, or `.pt` as REPA
-    writes it) of the model that the section `model` describes; without it `<run.folder>/export`."""
+    writes it) of the model that the section `model` describes; without it `<run.folder>/export`.
+    Or a repository on the Hugging Face Hub (`owner/name`, `owner/name@revision`), which
+    `srepa-ds fetch` downloads."""
 
     guide: Path | None = None
     """Autoguidance: a weaker model, whose velocity for the same class takes the place of the
     unconditional one. An exported folder, a run's checkpoint (`.../checkpoints/step-0050000`, of
-    which `ema` is taken), or a file of weights of the model that the section `model` describes."""
+    which `ema` is taken), a file of weights of the model that the section `model` describes, or a
+    repository on the Hub, fetched as for `weights`."""
 
     decoder: Path | None = None
     """The VAE whose decoder draws, as `codec.weights` names one; null takes `codec.weights`. It has

@@ -1,0 +1,75 @@
+"""Uploads an exported model to the Hugging Face Hub, over no other run's."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from srepa_ds.documents.json_reader import read_json
+from srepa_ds.errors import OutputError, listed
+from srepa_ds.fetching.upload import Pushed, Repository, open_repository
+from srepa_ds.weights.exported import DOCUMENT, FORMAT
+
+_OF_DIFFUSERS = "provenance.json"
+_FILES = ("*.json", "*.safetensors", "README.md", "samples.png")
+"""What is uploaded of an exported folder."""
+
+_REPLACED = (
+    *("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    *("model_index.json", "provenance.json", "transformer/*", "scheduler/*", "vae/*"),
+    "samples.png",
+)
+"""What earlier pushes may have left there, of this or the other format, in other shards."""
+
+_OF_MODELS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".gguf", ".h5", ".msgpack"),
+    *("config.json", "model_index.json"),
+)
+
+
+def push_model(
+    folder: Path, name: str, *, message: str, is_private: bool = False, replace: bool = False
+) -> Pushed:
+    """Uploads the exported model in `folder` to the repository `name`, in one commit.
+
+    A missing repository is made. Raises OutputError for a Hub that cannot be used, and, without
+    `replace`, for a repository that holds a model of anything but this run.
+    """
+    repository = open_repository(name, is_private=is_private)
+    if not replace:
+        _refuse_another_model(repository, folder)
+    return repository.upload(folder, message=message, files=_FILES, replaced=_REPLACED)
+
+
+def _refuse_another_model(repository: Repository, folder: Path) -> None:
+    models = sorted(name for name in repository.files if name.endswith(_OF_MODELS))
+    if not models:
+        return
+    own, there = _run_in(_local(folder)), _run_in(repository.document)
+    if there is not None and there == own:
+        return
+    what = f"another run, '{there}'" if there else f"another program ({listed(models, most=3)})"
+    raise OutputError(
+        f"cannot push {repository.name}: it holds a model of {what}, not of the run '{own}'; push "
+        "to another repository, or add --replace"
+    )
+
+
+def _local(folder: Path) -> Callable[[str], Any]:
+    return lambda name: read_json(folder / name) if (folder / name).is_file() else None
+
+
+def _run_in(document: Callable[[str], Any]) -> str | None:
+    """Returns the name of the run whose model lies where `document` reads JSON files."""
+    own = document(DOCUMENT)
+    if isinstance(own, Mapping) and own.get("format") == FORMAT:
+        provenance, run = _part(own, "provenance"), _part(_part(own, "config"), "run")
+        named = provenance.get("run")
+        # Exports of earlier releases name the folder alone.
+        return named if isinstance(named, str) else Path(str(run.get("folder"))).name
+    named = _part({"": document(_OF_DIFFUSERS)}, "").get("run")
+    return named if isinstance(named, str) else None
+
+
+def _part(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = document.get(name)
+    return found if isinstance(found, Mapping) else {}
