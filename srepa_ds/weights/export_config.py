@@ -43,5 +43,9 @@ class ExportConfig(Section):
     optimizer: Annotated[bool, OnlyFor("format", "repa")] = True
     """Whether Adam's state is written too, so that REPA's trainer can go on."""
 
+    license: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    """The licence that the model card states, as the Hub names it (`apache-2.0`); without it the
+    card says `other`, and that it is not stated."""
+
     folder: Path | None = None
     """Where to; without it `<run.folder>/export`, or `export-repa`, `export-diffusers`."""

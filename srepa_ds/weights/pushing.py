@@ -1,13 +1,17 @@
 """Uploads an exported model to the Hugging Face Hub, over no other run's."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from srepa_ds.documents.json_reader import read_json
-from srepa_ds.errors import OutputError, listed
-from srepa_ds.fetching.upload import Pushed, Repository, open_repository
+from srepa_ds.errors import ConfigError, Fault, OutputError, listed
+from srepa_ds.fetching.upload import Pushed, Repository, check_pushable, open_repository
 from srepa_ds.weights.exported import DOCUMENT, FORMAT
+
+PUSHED_FORMATS = ("srepa_ds", "diffusers")
+"""The formats of an export that are uploaded: folders without pickles."""
 
 _OF_DIFFUSERS = "provenance.json"
 _FILES = ("*.json", "*.safetensors", "README.md", "samples.png")
@@ -26,15 +30,35 @@ _OF_MODELS = (
 )
 
 
-def push_model(
-    folder: Path, name: str, *, message: str, is_private: bool = False, replace: bool = False
-) -> Pushed:
-    """Uploads the exported model in `folder` to the repository `name`, in one commit.
+@dataclass(frozen=True)
+class Push:
+    """Where an exported model is uploaded to."""
+
+    name: str
+    """The repository, `owner/name`."""
+
+    is_private: bool = False
+    """Whether nobody else may see it."""
+
+    def check(self, format: str) -> None:
+        """Raises an error for what makes the upload impossible, before the work of an export.
+
+        ConfigError for a format without a folder of its own, OutputError for a name that is none,
+        and without a token. It asks nothing of the Hub.
+        """
+        if format not in PUSHED_FORMATS:
+            reason = f"'{format}' is not pushed; choose {' or '.join(PUSHED_FORMATS)}"
+            raise ConfigError("export --push", [Fault("export.format", reason)])
+        check_pushable(self.name)
+
+
+def push_model(folder: Path, push: Push, *, message: str, replace: bool = False) -> Pushed:
+    """Uploads the exported model in `folder` in one commit.
 
     A missing repository is made. Raises OutputError for a Hub that cannot be used, and, without
     `replace`, for a repository that holds a model of anything but this run.
     """
-    repository = open_repository(name, is_private=is_private)
+    repository = open_repository(push.name, is_private=push.is_private)
     if not replace:
         _refuse_another_model(repository, folder)
     return repository.upload(folder, message=message, files=_FILES, replaced=_REPLACED)
