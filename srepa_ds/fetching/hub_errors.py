@@ -68,10 +68,12 @@ def explained(action: Action) -> Iterator[None]:
         raise
     # Without a network the error is one of the client's transport, which it changes.
     except Exception as error:
-        raise _of_hub(error, action) or _of_disk_or_network(error, action) from error
+        # Some of the client's errors are of its own, with that of the Hub as their cause.
+        found = (_of_hub(cause, action) for cause in _causes(error))
+        raise next(filter(None, found), _of_disk_or_network(error, action)) from error
 
 
-def _of_hub(error: Exception, action: Action) -> SRepaError | None:
+def _of_hub(error: BaseException, action: Action) -> SRepaError | None:
     """Returns the error for an answer of the Hub, None for anything else."""
     from huggingface_hub import errors
 
@@ -102,7 +104,7 @@ def _of_hub(error: Exception, action: Action) -> SRepaError | None:
     return action.fault(text)
 
 
-def _of_status(error: Exception, action: Action) -> str:
+def _of_status(error: BaseException, action: Action) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     text = f"cannot {action.verb} {action.name}: {endpoint()} answers with {status or 'no status'}"
     if status == 401:
