@@ -14,6 +14,7 @@ _INDEX = ".safetensors.index.json"
 _OWN_MODEL = (("config.json",), ("model.safetensors", f"model{_INDEX}"))
 _PARTS = r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 _MODEL_LAYOUTS = (
+    (_OWN_MODEL, re.compile(rf"config\.json|model{_PARTS}")),
     (
         (
             ("transformer/config.json",),
@@ -24,7 +25,6 @@ _MODEL_LAYOUTS = (
             r"|scheduler/scheduler_config\.json|model_index\.json|provenance\.json"
         ),
     ),
-    (_OWN_MODEL, re.compile(rf"config\.json|model{_PARTS}")),
 )
 """Layouts of a model: the files that each needs, and all that are fetched of it."""
 

@@ -24,15 +24,15 @@ with open("experiment.yaml", "w") as file:
 Draw images into `drawn/` (`fetch` downloads the model, and whatever else the experiment names):
 
 ```sh
-srepa-ds fetch experiment.yaml sample.weights={name}
-srepa-ds sample experiment.yaml sample.weights={name} run.folder=drawn sample.num_samples=16
+srepa-ds fetch experiment.yaml sample.weights={name} {sample}
+srepa-ds sample experiment.yaml sample.weights={name} run.folder=drawn {sample}
 ```
 
 Train on from these weights, with data of your own in `data.folder`:
 
 ```sh
 srepa-ds fetch experiment.yaml train.init_from.path={name}
-srepa-ds train experiment.yaml train.init_from.path={name} {kind}run.folder=further
+srepa-ds train experiment.yaml train.init_from.path={name} {weights} run.folder=further
 ```
 """
 
@@ -50,7 +50,7 @@ Train on from these weights, by a configuration of yours with the same `model`:
 
 ```sh
 srepa-ds fetch experiment.yaml train.init_from.path={name}
-srepa-ds train experiment.yaml train.init_from.path={name} run.folder=further
+srepa-ds train experiment.yaml train.init_from.path={name} {weights} run.folder=further
 ```
 """
 
@@ -61,8 +61,18 @@ def usage(facts: CardFacts) -> str:
     """Returns the section, for the format of the export."""
     width = facts.trained.model.class_token_width
     is_master = facts.source.provenance["weights"] == "master"
+    sample, own = facts.trained.sample, []
+    # Where the experiment draws, and from what, was for the machine it ran on.
+    if sample.source != "export":
+        own.append("sample.source=export")
+    own += [
+        f"sample.{name}=null"
+        for name in ("folder", "guide", "label_file")
+        if (getattr(sample, name))
+    ]
     return _FORMATS[facts.given.export.format].format(
         name=facts.name,
         class_token="" if width is None else f", cls_t=torch.randn(1, {width})",
-        kind="train.init_from.weights=model " if is_master else "",
+        weights=f"train.init_from.weights={'model' if is_master else 'ema'}",
+        sample=" ".join([*own, "sample.num_samples=16"]),
     )

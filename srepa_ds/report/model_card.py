@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from srepa_ds import __version__
 from srepa_ds.config.experiment import Config
 from srepa_ds.errors import ConfigError
-from srepa_ds.evaluation.comparable import comparable, in_words
+from srepa_ds.evaluation.comparable import comparable
 from srepa_ds.files import write_aside, writing
 from srepa_ds.metrics.scores import printed_names
 from srepa_ds.report.card_facts import CardFacts
@@ -68,14 +68,14 @@ def _write_picture(path: Path, facts: CardFacts) -> None:
 
 def _metadata(facts: CardFacts) -> ModelCardData:
     conditional = ["class-conditional"] if facts.trained.model.num_classes > 1 else []
+    scores = list(_eval_results(facts.results))
     return ModelCardData(
         license=facts.given.export.license or "other",
         library_name="diffusers" if facts.given.export.format == "diffusers" else LIBRARY,
         pipeline_tag=_TASK,
         tags=[*TAGS, *conditional],
-        # Both or neither: the client refuses scores without a name.
-        model_name=facts.run,
-        eval_results=list(_eval_results(facts.results)),
+        model_name=facts.run if scores else None,
+        eval_results=scores or None,
     )
 
 
@@ -110,11 +110,12 @@ def _body(facts: CardFacts) -> str:
 def _summary(facts: CardFacts) -> str:
     model = facts.trained.model
     channels, height, width = model.latent_shape
+    kind = "pixels" if facts.trained.codec.kind == "identity" else "latents"
     lines = [
         f"# {escaped(facts.run)}\n",
         f"{escaped(model.variant)}, a diffusion transformer trained with "
         f"{escaped(mode_of(facts.trained))} for {facts.step:,} steps. It draws images of "
-        f"{model.num_classes:,} classes, as latents of {channels} x {height} x {width}.\n",
+        f"{model.num_classes:,} classes, as {kind} of {channels} x {height} x {width}.\n",
     ]
     if facts.picture is None:
         lines.append("The run has no picture of samples yet: `srepa-ds sample` draws some.\n")
@@ -157,12 +158,11 @@ def _codec(trained: Config) -> str:
 def _scores(facts: CardFacts) -> str:
     results = facts.results
     if not results:
-        reason = (
-            "There are scores of other weights of this run, and none"
-            if (facts.has_other_results)
-            else "There are none yet"
+        others = "scores of other weights of this run, but " if facts.has_other_results else ""
+        return (
+            f"There are {others}none of these weights yet: `srepa-ds sample` and `srepa-ds "
+            "evaluate` measure them.\n"
         )
-        return f"{reason} of these: `srepa-ds sample` and `srepa-ds evaluate` measure them.\n"
     scores = {_extractor(results): part(results, "scores"), **part(results, "further_scores")}
     rows = [
         (printed_names(label).get(key, key), number(value))
@@ -175,7 +175,8 @@ def _scores(facts: CardFacts) -> str:
 
 def _measured(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     verdict = comparable(results)
-    yield "comparable", f"{verdict['answer']}: {in_words(verdict)}"
+    reasons = f"because {'; '.join(verdict['because'])}"
+    yield "comparable", f"no, {reasons}" if verdict["because"] else f"yes, with {verdict['with']}"
     yield "reference", _reference(results)
     yield "feature space", _extractor(results)
     if (count := results.get("num_images")) is not None:
