@@ -11,10 +11,13 @@ _REPOSITORY = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[
 _VAE_FILES = (("config.json",), ("diffusion_pytorch_model.safetensors",))
 
 _INDEX = ".safetensors.index.json"
-_OWN_MODEL = (("config.json",), ("model.safetensors", f"model{_INDEX}"))
+_OWN_MODEL = (("config.json",), ("model.safetensors",))
 _PARTS = r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 _MODEL_LAYOUTS = (
-    (_OWN_MODEL, re.compile(rf"config\.json|model{_PARTS}")),
+    (
+        (("config.json",), ("model.safetensors", f"model{_INDEX}")),
+        re.compile(rf"config\.json|model{_PARTS}"),
+    ),
     (
         (
             ("transformer/config.json",),
@@ -71,6 +74,7 @@ class HubModel(HubFiles):
     """
 
     wanted: tuple[tuple[str, ...], ...] = _OWN_MODEL
+    """What makes a model in the cache of the Hub's client, which does not say if it is complete."""
 
     def chosen(self, present: Collection[str]) -> tuple[str, ...] | None:
         """Returns the files of the model among those `present`; None if there is none."""

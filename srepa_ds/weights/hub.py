@@ -133,14 +133,14 @@ class PretrainedSiT(SiT, ModelHubMixin, library_name=LIBRARY, tags=list(TAGS)):
             provenance=self.document.provenance,
         )
 
-    def push_to_hub(
+    # Not all that the mixin takes: a push to another branch, or of some files, is no whole model.
+    def push_to_hub(  # pyrefly: ignore[bad-override]
         self,
         repo_id: str,
         *,
         commit_message: str | None = None,
         private: bool | None = None,
         replace: bool = False,
-        **_: Any,
     ) -> str:
         """Uploads the model in one commit, and returns the commit's address.
 

@@ -1,12 +1,16 @@
 """`srepa-ds export --push` to a stand-in for the Hub, and the way back by `srepa-ds fetch`."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from builders import contents, objective_of, pieces_of
 from hub_stand_in import Repository, hub_stand_in
+from places import ROOT
 from safetensors.torch import load
 
 from srepa_ds.checkpoint import saving
@@ -219,6 +223,24 @@ def test_damage_on_the_way_back_is_named(hub, settings, tmp_path, capsys):
     words = said(capsys)
     assert f"sample.weights: {NAME}: no such file or folder" in words
     assert "run `srepa-ds fetch CONFIG`" in words
+
+
+def test_the_program_itself_goes_online_for_a_push_alone(hub, settings, tmp_path):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "SREPA_"))}
+    own = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "srepa_ds", "export", *settings, "--push", NAME]
+    done = subprocess.run(
+        command,
+        env={**inherited, **own, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"pushed to {hub.address}/{NAME}" in done.stderr
+    assert "secret" not in done.stdout + done.stderr
+    assert "model.safetensors" in hub.repositories[NAME].files
 
 
 def test_without_the_option_nothing_is_asked(hub, settings):
