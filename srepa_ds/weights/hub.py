@@ -134,7 +134,7 @@ class PretrainedSiT(SiT, ModelHubMixin, library_name=LIBRARY, tags=list(TAGS)):
         )
 
     # Not all that the mixin takes: a push to another branch, or of some files, is no whole model.
-    def push_to_hub(  # pyrefly: ignore[bad-override]
+    def push_to_hub(  # type: ignore[override]
         self,
         repo_id: str,
         *,
@@ -144,14 +144,18 @@ class PretrainedSiT(SiT, ModelHubMixin, library_name=LIBRARY, tags=list(TAGS)):
     ) -> str:
         """Uploads the model in one commit, and returns the commit's address.
 
-        The token is that of `HF_TOKEN` or of `hf auth login`. Raises OutputError as `srepa-ds
-        export --push` does: also for a repository with a model of another run, unless `replace`.
+        A model card that is there stays. The token is that of `HF_TOKEN` or of `hf auth login`.
+        Raises OutputError as `srepa-ds export --push` does: also for a repository with a model of
+        another run, unless `replace`.
         """
         message = commit_message or f"step {self.document.provenance['step']}"
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             push = Push(repo_id, is_private=bool(private))
-            pushed = push_model(Path(folder), push, message=message, replace=replace)
+            # That of an export says more.
+            pushed = push_model(
+                Path(folder), push, message=message, replace=replace, keeps_card=True
+            )
         return f"{pushed.address}/commit/{pushed.commit}"
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:

@@ -8,19 +8,18 @@ from typing import Any
 from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import ConfigError, Fault, OutputError, listed
 from srepa_ds.fetching.upload import Pushed, Repository, check_pushable, open_repository
-from srepa_ds.weights.exported import DOCUMENT, FORMAT
+from srepa_ds.weights.exported import CARD, DOCUMENT, FORMAT, PICTURE
 
 PUSHED_FORMATS = ("srepa_ds", "diffusers")
 """The formats of an export that are uploaded: folders without pickles."""
 
 _OF_DIFFUSERS = "provenance.json"
-_FILES = ("*.json", "*.safetensors", "README.md", "samples.png")
-"""What is uploaded of an exported folder."""
+_FILES = ("*.json", "*.safetensors")
+"""What is uploaded of an exported folder, beside its card."""
 
 _REPLACED = (
     *("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
     *("model_index.json", "provenance.json", "transformer/*", "scheduler/*", "vae/*"),
-    "samples.png",
 )
 """What earlier pushes may have left there, of this or the other format, in other shards."""
 
@@ -52,16 +51,22 @@ class Push:
         check_pushable(self.name)
 
 
-def push_model(folder: Path, push: Push, *, message: str, replace: bool = False) -> Pushed:
+def push_model(
+    folder: Path, push: Push, *, message: str, replace: bool = False, keeps_card: bool = False
+) -> Pushed:
     """Uploads the exported model in `folder` in one commit.
 
-    A missing repository is made. Raises OutputError for a Hub that cannot be used, and, without
-    `replace`, for a repository that holds a model of anything but this run.
+    A missing repository is made. With `keeps_card`, the card that is there stays. Raises
+    OutputError for a Hub that cannot be used, and, without `replace`, for a repository that holds a
+    model of anything but this run.
     """
     repository = open_repository(push.name, is_private=push.is_private)
     if not replace:
         _refuse_another_model(repository, folder)
-    return repository.upload(folder, message=message, files=_FILES, replaced=_REPLACED)
+    card = () if keeps_card and CARD in repository.files else (CARD, PICTURE)
+    return repository.upload(
+        folder, message=message, files=(*_FILES, *card), replaced=(*_REPLACED, *card)
+    )
 
 
 def _refuse_another_model(repository: Repository, folder: Path) -> None:

@@ -114,5 +114,9 @@ def test_another_model_is_not_overwritten(hub, exported):
     hub.repositories[NAME].files["config.json"] = json.dumps(document).encode()
     with pytest.raises(OutputError, match=r"a model of another run, 'other', not of the run 'run'"):
         model.push_to_hub(NAME)
+    hub.repositories[NAME].files |= {"README.md": b"of an export", "samples.png": b"picture"}
     model.push_to_hub(NAME, replace=True)
+    assert hub.repositories[NAME].files["README.md"] == b"of an export"
+    assert hub.repositories[NAME].files["samples.png"] == b"picture"
+    assert json.loads(hub.repositories[NAME].files["config.json"]) != document
     assert hub.repositories[NAME].messages == ["step 5"] * 2
