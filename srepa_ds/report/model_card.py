@@ -148,11 +148,9 @@ def _recipe(facts: CardFacts) -> Iterator[tuple[str, str]]:
 
 def _codec(trained: Config) -> str:
     weights = trained.codec.weights
-    return (
-        f"{trained.codec.kind} {weights}"
-        if weights and not weights.is_absolute()
-        else (trained.codec.kind)
-    )
+    # A repository's name, and no folder of this machine.
+    named = f" {weights}" if weights is not None and not weights.is_absolute() else ""
+    return f"{trained.codec.kind}{named}"
 
 
 def _scores(facts: CardFacts) -> str:
@@ -163,7 +161,9 @@ def _scores(facts: CardFacts) -> str:
             f"There are {others}none of these weights yet: `srepa-ds sample` and `srepa-ds "
             "evaluate` measure them.\n"
         )
-    scores = {_extractor(results): part(results, "scores"), **part(results, "further_scores")}
+    further = part(results, "further_scores")
+    scores = {_extractor(results): part(results, "scores")}
+    scores |= {label: part(further, label) for label in further}
     rows = [
         (printed_names(label).get(key, key), number(value))
         for label, values in scores.items()
@@ -182,7 +182,8 @@ def _measured(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if (count := results.get("num_images")) is not None:
         yield "images", number(count)
     for name, value in part(part(results, "samples"), "sampler").items():
-        yield name.replace("_", " "), number(value)
+        if value is not None:
+            yield name.replace("_", " "), number(value)
 
 
 def _reference(results: Mapping[str, Any]) -> str:

@@ -1,12 +1,19 @@
 """The settings of an export: which weights, in which format."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from srepa_ds.optim.ema import MAIN_EMA, RelativeLength
 from srepa_ds.schema import OnlyFor, Section
+
+
+def _identifier(license: str | None) -> str | None:
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise ValueError("write it as the Hub does, in small letters: apache-2.0, mit, other")
+    return license
 
 
 class ExportConfig(Section):
@@ -43,7 +50,7 @@ class ExportConfig(Section):
     optimizer: Annotated[bool, OnlyFor("format", "repa")] = True
     """Whether Adam's state is written too, so that REPA's trainer can go on."""
 
-    license: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    license: Annotated[str | None, AfterValidator(_identifier)] = None
     """The licence that the model card states, as the Hub names it (`apache-2.0`); without it the
     card says `other`, and that it is not stated."""
 

@@ -84,8 +84,20 @@ def test_the_files_of_a_model_and_no_others(hub, fetch, tmp_path, files, more):
     assert not (tmp_path / "outside.safetensors").exists()
 
 
-def local_model_of(name: str):
+def local_model_of(name: str) -> Path:
     return local_model(Path(name), setting="sample.weights")
+
+
+def test_what_an_earlier_fetch_left_does_not_come_in(hub, fetch, tmp_path):
+    left = tmp_path / "fetched/someone--model.partial"
+    for name in ("transformer/old.safetensors", "other/old.json", "transformer/deep/er/old.json"):
+        (left / name).parent.mkdir(parents=True, exist_ok=True)
+        (left / name).write_bytes(b"old")
+    hub.repositories[NAME] = Repository(dict(DIFFUSERS))
+    assert fetch(f"sample.weights={NAME}") == 0
+    found = contents(tmp_path / "fetched/someone--model")
+    folders = {"transformer": None, "scheduler": None, "vae": None}
+    assert found == {**DIFFUSERS, **folders}
 
 
 def test_a_single_file_is_found_as_a_file(hub, fetch, tmp_path):
