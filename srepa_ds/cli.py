@@ -201,15 +201,29 @@ def export(
     path: ConfigPath,
     overrides: Overrides = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Replace a model of another run in the folder.")
+        bool,
+        typer.Option("--replace", help="Replace a model of another run, in folder or repository."),
+    ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push", metavar="OWNER/NAME", help="Upload it to this repository on the Hub, too."
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: nobody else may see the repository.")
     ] = False,
 ) -> None:
     """Write a checkpoint's weights for other programs: safetensors, REPA's .pt, diffusers."""
     from srepa_ds.commands.export import export as run
     from srepa_ds.config.experiment import load_config
+    from srepa_ds.weights.pushing import Push
 
+    if private and push is None:
+        raise typer.BadParameter("--private needs --push, the repository to upload to")
     _in_one_process("export")
-    run(load_config(path, overrides or ()), replace=replace)
+    target = None if push is None else Push(push, is_private=private)
+    run(load_config(path, overrides or ()), replace=replace, push=target)
 
 
 @app.command("import")

@@ -13,13 +13,14 @@ from srepa_ds.config.sections import EvaluateConfig, SampleConfig
 from srepa_ds.encoders.extractors import ExtractorConfig
 from srepa_ds.encoders.fetched import fetched_folder, read_fetched
 from srepa_ds.encoders.publications import PUBLISHED, WEB_FILES, HubFiles, Published
-from srepa_ds.encoders.published import find_published, web_file_named
+from srepa_ds.encoders.published import find_published, model_to_fetch, web_file_named
 from srepa_ds.encoders.teacher import TeacherConfig
 from srepa_ds.errors import ConfigError, DataError, Fault
 from srepa_ds.fetching.hub import plan_of
 from srepa_ds.fetching.store import Plan, bring, check_space
 from srepa_ds.fetching.web import web_plan_of
 from srepa_ds.schema import Section
+from srepa_ds.weights.initial import InitialWeightsConfig
 
 log = logging.getLogger("srepa_ds")
 
@@ -75,8 +76,13 @@ def named_weights(section: Section, place: str = "") -> Iterator[Named]:
         yield from _of_encoder(section, section.row.published, place)
     if isinstance(section, TeacherConfig):
         yield from _of_encoder(section, _published_of_teacher, place)
-    if isinstance(section, SampleConfig) and section.decoder is not None:
-        yield _of_vae(section.decoder, f"{place}.decoder")
+    if isinstance(section, SampleConfig):
+        if section.decoder is not None:
+            yield _of_vae(section.decoder, f"{place}.decoder")
+        yield from _of_model(section.weights, f"{place}.weights")
+        yield from _of_model(section.guide, f"{place}.guide")
+    if isinstance(section, InitialWeightsConfig):
+        yield from _of_model(section.path, f"{place}.path")
     if isinstance(section, EvaluateConfig):
         yield from _of_evaluation(section, place)
     for name in type(section).model_fields:
@@ -100,6 +106,11 @@ def _of_vae(weights: Path, setting: str) -> Named:
         return Named(setting, PUBLISHED["vae"](str(weights)))
     except DataError as error:
         raise DataError(f"{setting}: {error}") from error
+
+
+def _of_model(path: Path | None, setting: str) -> Iterator[Named]:
+    if path is not None and (published := model_to_fetch(path)):
+        yield Named(setting, published)
 
 
 def _of_encoder(encoder: E, published: Callable[[E], Published], place: str) -> Iterator[Named]:

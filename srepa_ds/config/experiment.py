@@ -20,6 +20,7 @@ from srepa_ds.config.sections import (
 )
 from srepa_ds.config.sweep_config import SweepConfig
 from srepa_ds.data.loader import DataConfig
+from srepa_ds.encoders.published import path_of_model
 from srepa_ds.model.variants import SiTConfig
 from srepa_ds.objective import ObjectiveConfig
 from srepa_ds.optim.adamw import OptimizerConfig
@@ -101,9 +102,11 @@ class Config(Section):
 
     @property
     def weights_folder(self) -> Path:
-        """The folder that `sample` reads the model from."""
+        """The folder that `sample` reads the model from; raises DataError for changed files."""
+        if self.sample.weights is not None:
+            return path_of_model(self.sample.weights)
         own = self.export.folder if self.export.format == "srepa_ds" else None
-        return self.sample.weights or own or self.run_folder.export()
+        return own or self.run_folder.export()
 
 
 def samples_folder(config: Config) -> Path:

@@ -122,7 +122,8 @@ class SampleConfig(SamplerConfig):
     weights: Annotated[Path | None, OnlyFor("source", "export")] = None
     """The folder of an exported model; or weights of the model that the section `model` describes:
     a file (`.safetensors`, `.pt`) of REPA, iREPA, REG or the original SiT, or a folder of SiT as
-    diffusers saves it. Without it `<run.folder>/export`."""
+    diffusers saves it; or a repository on the Hugging Face Hub (`owner/name`,
+    `owner/name@revision`), which `srepa-ds fetch` downloads. Without it `<run.folder>/export`."""
 
     guide: Path | None = None
     """Autoguidance: a weaker model, whose velocity for the same class takes the place of the

@@ -11,6 +11,7 @@ from srepa_ds.codec.config import CodecConfig
 from srepa_ds.config.experiment import Config
 from srepa_ds.config.sections import SampleConfig
 from srepa_ds.distributed import ranks
+from srepa_ds.encoders.published import local_model
 from srepa_ds.errors import CheckpointError, ConfigError, Fault, listed
 from srepa_ds.objective import ObjectiveConfig
 from srepa_ds.optim.ema import MAIN_EMA
@@ -57,9 +58,14 @@ def open_models(config: Config) -> Models:
 
 
 def _place_of(config: Config) -> Path:
-    """Returns the folder or file of the model; raises CheckpointError without a checkpoint."""
+    """Returns the folder or file of the model.
+
+    Raises CheckpointError without a checkpoint, DataError for a repository that was not fetched.
+    """
     if config.sample.source == "checkpoint":
         return chosen_checkpoint(config.run_folder.checkpoints, config.export.step)
+    if config.sample.weights is not None:
+        return local_model(config.sample.weights, setting="sample.weights")
     return config.weights_folder
 
 
@@ -118,6 +124,7 @@ def _guide(config: Config) -> ExportedModel | None:
     if config.sample.cfg_scale <= 1:
         log.warning("sample.guide has no effect with cfg_scale 1; set cfg_scale above 1")
         return None
+    place = local_model(place, setting="sample.guide")
     # Unlike the methods of Path, these are False for whatever cannot be looked at.
     if os.path.isfile(place) or is_foreign_folder(place):
         # Not `export.weights`: that chooses the model's, and a plain file holds but one kind.

@@ -36,6 +36,16 @@ PlainName = Annotated[str, AfterValidator(_plain)]
 """The name of a file or folder beside others. A path could lead to any file of the machine."""
 
 
+def _plain_path(name: str) -> str:
+    if not all(map(is_plain_name, name.split("/"))):
+        raise ValueError(f"{name!r} is not the name of a file in this folder, or in one inside it")
+    return name
+
+
+PlainPath = Annotated[str, AfterValidator(_plain_path)]
+"""The name of a file, or of one in a folder, beside others; it cannot lead elsewhere."""
+
+
 class FetchedFile(Section):
     """Size and contents of a file."""
 
@@ -54,8 +64,8 @@ class Fetched(Section):
     """The commit of the repository."""
     when: str
     """The time, in ISO 8601."""
-    files: dict[PlainName, FetchedFile]
-    """The files by name."""
+    files: dict[PlainPath, FetchedFile]
+    """The files by name; with the folder if they lie in one."""
 
 
 class FetchedDocument(Section):
@@ -63,8 +73,8 @@ class FetchedDocument(Section):
 
     format: Literal["srepa_ds.fetched"] = _FORMAT
     """Tells this file from others."""
-    version: Literal[1] = 1
-    """Of the format."""
+    version: Literal[1, 2] = 2
+    """Of the format. Version 1 has no files in folders."""
     fetched: dict[PlainName, Fetched] = {}
     """By name of the folder."""
 

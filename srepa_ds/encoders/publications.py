@@ -1,7 +1,7 @@
 """The table of published things that `srepa-ds fetch` brings: `PUBLISHED`, a row for each kind."""
 
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from srepa_ds.errors import DataError
@@ -9,6 +9,29 @@ from srepa_ds.errors import DataError
 _REPOSITORY = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w][\w./-]*))?")
 
 _VAE_FILES = (("config.json",), ("diffusion_pytorch_model.safetensors",))
+
+_INDEX = ".safetensors.index.json"
+_OWN_MODEL = (("config.json",), ("model.safetensors",))
+_PARTS = r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+_MODEL_LAYOUTS = (
+    (
+        (("config.json",), ("model.safetensors", f"model{_INDEX}")),
+        re.compile(rf"config\.json|model{_PARTS}"),
+    ),
+    (
+        (
+            ("transformer/config.json",),
+            tuple(f"transformer/diffusion_pytorch_model{e}" for e in (".safetensors", _INDEX)),
+        ),
+        re.compile(
+            rf"(transformer|vae)/(config\.json|diffusion_pytorch_model{_PARTS})"
+            r"|scheduler/scheduler_config\.json|model_index\.json|provenance\.json"
+        ),
+    ),
+)
+"""Layouts of a model: the files that each needs, and all that are fetched of it."""
+
+_OF_WEIGHTS = re.compile(r".*\.(safetensors|pt|pth|bin|ckpt|tar)")
 
 
 @dataclass(frozen=True)
@@ -32,10 +55,43 @@ class HubFiles:
         """The name of the folder that receives the files."""
         return self.name.replace("/", "--")
 
-    def chosen(self, present: Container[str]) -> tuple[str, ...] | None:
+    def chosen(self, present: Collection[str]) -> tuple[str, ...] | None:
         """Returns the wanted files among those `present`; None if a group has none."""
         groups = [[name for name in group if name in present] for group in self.wanted]
         return tuple(group[0] for group in groups) if all(groups) else None
+
+    @property
+    def lacking(self) -> str:
+        """What to say of a repository without the files."""
+        return f"no {', '.join(' or '.join(group) for group in self.wanted)}"
+
+
+@dataclass(frozen=True)
+class HubModel(HubFiles):
+    """A diffusion model's repository: an export of this program, diffusers' layout, or one file.
+
+    Only files of these names are fetched, whatever else there is: never programs, never pickles.
+    """
+
+    wanted: tuple[tuple[str, ...], ...] = _OWN_MODEL
+    """What makes a model in the cache of the Hub's client, which does not say if it is complete."""
+
+    def chosen(self, present: Collection[str]) -> tuple[str, ...] | None:
+        """Returns the files of the model among those `present`; None if there is none."""
+        names = set(present)
+        for needed, allowed in _MODEL_LAYOUTS:
+            if all(any(name in names for name in group) for group in needed):
+                return tuple(sorted(name for name in names if allowed.fullmatch(name)))
+        single = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+        return (single[0],) if len(single) == 1 else None
+
+    @property
+    def lacking(self) -> str:
+        """What to say of a repository without the files."""
+        return (
+            "neither an exported model (config.json and model.safetensors), nor a model as "
+            "diffusers lays it out (transformer/), nor one file of safetensors"
+        )
 
 
 @dataclass(frozen=True)
@@ -98,6 +154,15 @@ def vae(name: str) -> HubFiles:
     return HubFiles(repository, _VAE_FILES, revision)
 
 
+def sit(name: str) -> HubModel:
+    """Returns the files of a diffusion model; raises DataError if `name` names no repository."""
+    parts = repository_of(name)
+    if parts is None or _OF_WEIGHTS.fullmatch(name):
+        raise DataError(f"{name}: not the name of a repository on the Hub, such as owner/name")
+    repository, revision = parts
+    return HubModel(repository, revision=revision)
+
+
 def timm_weights(architecture: str) -> HubFiles:
     """Returns the file of weights that timm publishes for `architecture`, which has a tag.
 
@@ -123,6 +188,7 @@ def _timm_files(named: str | None) -> tuple[tuple[str, ...], ...]:
 
 PUBLISHED: dict[str, Callable[[str], Published]] = {
     "vae": vae,
+    "sit": sit,
     "timm": timm_weights,
     "web": WEB_FILES.__getitem__,
 }

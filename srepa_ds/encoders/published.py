@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from srepa_ds.encoders.fetched import FETCH_AGAIN, fetched_folder, find_fetched, sha256_once
-from srepa_ds.encoders.publications import PUBLISHED, WEB_FILES, HubFiles, Published
+from srepa_ds.encoders.publications import PUBLISHED, WEB_FILES, HubFiles, HubModel, Published
 from srepa_ds.errors import DataError
 from srepa_ds.files import looked_for
 
@@ -34,6 +34,56 @@ def local_folder(weights: Path, *, setting: str, kind: str = "vae") -> Path:
         f"{setting}: {weights} is not a folder{looked_for(weights)} and not fetched (looked for in "
         f"{fetched_folder()}); {FETCH_AGAIN}, or give a folder"
     )
+
+
+def local_model(path: Path, *, setting: str) -> Path:
+    """Returns the folder or file of a diffusion model: that path, or what was fetched of a name.
+
+    A path that exists comes first, and one that is no repository's name is returned as it is.
+    Raises DataError, which names the `setting`, if there is neither, or if fetched files have
+    changed.
+    """
+    place = path_of_model(path)
+    if os.path.exists(place) or _model_named(path) is None:
+        return place
+    raise DataError(
+        f"{setting}: {path}: no such file or folder{looked_for(path)}, and no repository of this "
+        f"name was fetched (looked for in {fetched_folder()}); correct the path, or {FETCH_AGAIN}"
+    )
+
+
+def path_of_model(path: Path) -> Path:
+    """Returns where the model lies that a setting names, if it was fetched, else `path`.
+
+    It is a folder, or the file if the repository has a single one. Raises DataError if fetched
+    files have changed.
+    """
+    if os.path.exists(path) or (published := _model_named(path)) is None:
+        return path
+    folder = find_published(published)
+    if folder is None:
+        return path
+    names = published.chosen({str(p.relative_to(folder)) for p in folder.glob("**/*")}) or ()
+    return folder / names[0] if len(names) == 1 else folder
+
+
+def model_to_fetch(path: Path) -> HubModel | None:
+    """Returns the repository that a setting names in place of a path, else None.
+
+    Where there is a folder named like the owner, a path is meant, whether it exists yet or not.
+    """
+    if os.path.exists(path) or os.path.exists(path.parent):
+        return None
+    return _model_named(path)
+
+
+def _model_named(path: Path) -> HubModel | None:
+    try:
+        published = PUBLISHED["sit"](str(path))
+    except DataError:
+        return None
+    assert isinstance(published, HubModel)
+    return published
 
 
 def local_weights(architecture: str, *, setting: str = "teacher.weights") -> Path:

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from srepa_ds.encoders.fetched import (
     Fetched,
+    FetchedDocument,
     fetched_folder,
     read_fetched,
     write_fetched,
@@ -79,16 +80,17 @@ def _publish(coming: Path, folder: Path, entry: Fetched) -> None:
         shutil.rmtree(folder)
     document = read_fetched(root)
     known = {**document.fetched, folder.name: entry}
-    write_fetched(root, document.model_copy(update={"fetched": known}))
+    write_fetched(root, FetchedDocument(fetched=known))
     coming.replace(folder)
 
 
 def _remove_others(coming: Path, entry: Fetched) -> None:
     """Removes the notes of the Hub's client, and files of an earlier revision."""
-    for path in coming.iterdir():
-        if path.name in entry.files:
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    wanted = {parent for name in entry.files for parent in (Path(name), *Path(name).parents)}
+    # Folders before what is in them, which may then be gone.
+    for path in sorted(coming.rglob("*")):
+        if path.relative_to(coming) not in wanted and path.exists():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _remove_without_progress(coming: Path) -> None:

@@ -23,6 +23,12 @@ ShardSize = Annotated[str, AfterValidator(_checked_size)]
 """A size as huggingface_hub reads it; units are powers of 1000."""
 
 
+def _identifier(license: str | None) -> str | None:
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise ValueError("write it as the Hub does, in small letters: apache-2.0, mit, other")
+    return license
+
+
 class ExportConfig(Section):
     """The weights that `srepa-ds export` writes, and the format."""
 
@@ -56,6 +62,10 @@ class ExportConfig(Section):
 
     optimizer: Annotated[bool, OnlyFor("format", "repa")] = True
     """Whether Adam's state is written too, so that REPA's trainer can go on."""
+
+    license: Annotated[str | None, AfterValidator(_identifier)] = None
+    """The licence that the model card states, as the Hub names it (`apache-2.0`); without it the
+    card says `other`, and that it is not stated."""
 
     folder: Path | None = None
     """Where to; without it `<run.folder>/export`, or `export-repa`, `export-diffusers`."""

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from srepa_ds.encoders.published import local_model
 from srepa_ds.errors import CheckpointError, listed
 from srepa_ds.objective import Objective, official_name
 from srepa_ds.schema import Section
@@ -32,7 +33,8 @@ class InitialWeightsConfig(Section):
 
     path: Path
     """A folder written by `srepa-ds export`; a `.pt` or `.safetensors` file of REPA, iREPA, REG or
-    the original SiT; or a folder of SiT as diffusers saves it."""
+    the original SiT; a folder of SiT as diffusers saves it; or a repository on the Hugging Face Hub
+    (`owner/name`, `owner/name@revision`), which `srepa-ds fetch` downloads."""
 
     weights: WeightsKind = Field(default="ema")
     """If the file holds both: the moving average, or the weights themselves (`model`)."""
@@ -56,10 +58,12 @@ def initialise_from(objective: Objective, config: InitialWeightsConfig) -> FillR
     """Loads a file's weights into `objective`, logs and returns what was loaded.
 
     Call it before the engine is built, so that the masters start from these exact values. Raises
-    CheckpointError if the file cannot be read or is of a different model.
+    CheckpointError if the file cannot be read or is of a different model, DataError for a
+    repository that was not fetched.
     """
-    tensors = read_initial_weights(config.path, which=config.weights)
-    _check_heads(config.path, objective)
+    place = local_model(config.path, setting="train.init_from.path")
+    tensors = read_initial_weights(place, which=config.weights)
+    _check_heads(place, objective)
     try:
         report = fill(objective, tensors)
     except CheckpointError as error:

@@ -231,7 +231,7 @@ def test_damage_afterwards_is_found_and_mended(hub, config, tmp_path, capsys):
 
 def test_a_broken_list_of_what_was_fetched(hub, config, tmp_path, capsys):
     (tmp_path / "fetched").mkdir()
-    for text in ("{", "[]", '{"format": "srepa_ds.fetched", "version": 2, "fetched": {}}'):
+    for text in ("{", "[]", '{"format": "srepa_ds.fetched", "version": 3, "fetched": {}}'):
         (tmp_path / "fetched/fetched.json").write_text(text)
         assert run(["fetch", str(config)]) == 2
         assert "fetched.json" in said(capsys)

@@ -19,9 +19,18 @@ def unset(monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "is_offline"),
-    [(["train", "x"], True), (["--version"], True), ([], True), (["fetch", "x"], False)],
+    [
+        (["train", "x"], True),
+        (["--version"], True),
+        ([], True),
+        (["fetch", "x"], False),
+        (["export", "x"], True),
+        (["export", "x", "--push", "owner/name"], False),
+        (["export", "--push=owner/name", "x"], False),
+        (["train", "--push"], True),
+    ],
 )
-def test_all_commands_but_fetch_stay_off_the_network(unset, arguments, is_offline):
+def test_all_commands_but_fetch_and_a_push_stay_off_the_network(unset, arguments, is_offline):
     stay_offline(arguments)
     assert ("HF_HUB_OFFLINE" in os.environ) == is_offline
     assert all(os.environ[name] == "1" for name in NAMES[1:])
