@@ -1,0 +1,281 @@
+"""`SiTPipeline`: images of classes, the same ones as `srepa-ds sample` draws."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float
+from torch import Tensor
+
+from srepa_ds import noise
+from srepa_ds.codec.config import PerChannel
+from srepa_ds.codec.latent_codec import Rounding
+from srepa_ds.noise import NoiseStream
+from srepa_ds.pipeline.class_names import ClassNames
+from srepa_ds.pipeline.decoding import decoded
+from srepa_ds.pipeline.loading import (
+    folder_of,
+    load_scheduler,
+    load_transformer,
+    load_vae,
+    read_pipeline_index,
+    refuse_stochastic,
+)
+from srepa_ds.pipeline.scheduler import SiTFlowMatchScheduler
+from srepa_ds.pipeline.transformer import SiTTransformer2DModel
+from srepa_ds.sampling.guidance import Guidance, GuidedModel
+
+OutputType = Literal["pil", "np", "latent"]
+Generators = torch.Generator | list[torch.Generator] | None
+_HUB_SETTINGS = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
+
+
+@dataclass(frozen=True)
+class _Randomness:
+    """Where the noise comes from: a seed and the images' numbers, or generators of torch."""
+
+    shape: tuple[int, ...]
+    device: torch.device
+    seed: int | None
+    sample_ids: Tensor
+    generator: Generators
+
+    def start(self) -> Tensor:
+        """Returns the noise to start from, in float64."""
+        return self._normal(NoiseStream.SAMPLE_START, torch.float32, draw=0).double()
+
+    def of_step(self, index: int) -> Tensor:
+        """Returns the noise of a step of the SDE, in float64."""
+        return self._normal(NoiseStream.SAMPLE_STEP, torch.float64, draw=index)
+
+    def _normal(self, noise_stream: NoiseStream, dtype: torch.dtype, *, draw: int) -> Tensor:
+        if self.seed is None:
+            return randn_tensor(
+                self.shape, generator=self.generator, device=self.device, dtype=dtype
+            )
+        shape = self.shape[1:]
+        return noise.normal(self.seed, noise_stream, self.sample_ids, shape, draw=draw, dtype=dtype)
+
+
+class SiTPipeline(DiffusionPipeline):
+    """Draws images of classes with a SiT, a scheduler and, for models of latents, a VAE."""
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+
+    def __init__(
+        self,
+        transformer: SiTTransformer2DModel,
+        scheduler: Any,
+        vae: Any = None,
+        id2label: Mapping[str, str] | Mapping[int, str] | None = None,
+        latent_scale: float | Sequence[float] | None = None,
+        latent_shift: float | Sequence[float] | None = None,
+    ) -> None:
+        """Takes the parts, and the names of classes by number.
+
+        The transformer's latents are (z - latent_shift) x latent_scale, for all channels or one
+        number for each; without them the VAE's own are taken.
+        """
+        super().__init__()
+        refuse_stochastic(scheduler)
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        names = {int(number): text for number, text in (id2label or {}).items()}
+        self.register_to_config(
+            id2label={str(number): text for number, text in names.items()} or None,
+            latent_scale=_as_json(latent_scale),
+            latent_shift=_as_json(latent_shift),
+        )
+        self._names = ClassNames(names)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> "SiTPipeline":
+        """Returns the pipeline of a folder or of a Hub's repository.
+
+        Takes folders of `srepa-ds export` with export.format=diffusers, and those of the
+        community's `SiT-diffusers`: their weights and configs. Code in them is never run. `dtype`
+        (or `torch_dtype`), `variant` and other settings of diffusers go to transformer and VAE;
+        `subfolder`, `revision`, `token`, `cache_dir` and `local_files_only` to the Hub's client;
+        `transformer`, `scheduler`, `vae`, `id2label`, `latent_scale` and `latent_shift` replace
+        what the folder holds. Raises CheckpointError if it does not hold a pipeline.
+        """
+        if kwargs.pop("trust_remote_code", False) or kwargs.pop("custom_pipeline", None):
+            raise ValueError("SiTPipeline never runs code of a folder; leave trust_remote_code out")
+        hub = {name: kwargs.pop(name) for name in _HUB_SETTINGS if name in kwargs}
+        own = (
+            "transformer",
+            "scheduler",
+            "vae",
+            "id2label",
+            "latent_scale",
+            "latent_shift",
+        )
+        given: dict[str, Any] = {name: kwargs.pop(name) for name in own if name in kwargs}
+        folder = folder_of(pretrained_model_name_or_path, **hub)
+        index = read_pipeline_index(folder)
+        if "transformer" not in given:
+            given["transformer"] = load_transformer(folder, index, kwargs)
+        if "scheduler" not in given:
+            given["scheduler"] = load_scheduler(folder, index)
+        if "vae" not in given:
+            given["vae"] = load_vae(folder, index, kwargs)
+        for name in ("id2label", "latent_scale", "latent_shift"):
+            given.setdefault(name, index.get(name))
+        pipeline = cls(**given)
+        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipeline
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The class of each name that only one has, by name."""
+        return self._names.numbers
+
+    def get_label_ids(self, label: int | str | Sequence[int | str]) -> list[int]:
+        """Returns the numbers of classes given by number or by one of their names, exactly.
+
+        Raises ValueError for unknown and ambiguous names.
+        """
+        labels = [label] if isinstance(label, int | str) else label
+        return self._names.numbers_of(labels, num_classes=self.transformer.config["num_classes"])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str],
+        *,
+        guidance_scale: float = 1.0,
+        guidance_low: float = 0.0,
+        guidance_high: float = 1.0,
+        guided_channels: int | None = None,
+        num_inference_steps: int = 250,
+        solver: str | None = None,
+        seed: int | None = None,
+        sample_ids: Sequence[int] | None = None,
+        generator: Generators = None,
+        rounding: Rounding = "truncate",
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Returns one image per label as `.images`.
+
+        Guidance acts where its scale is above 1, at times from `guidance_low` to `guidance_high`
+        (t = 1 is noise), on all channels or the first `guided_channels`. `solver` (euler, heun,
+        euler_maruyama) takes the place of the pipeline's scheduler. With `seed`, image number i of
+        `sample_ids` (0, 1, 2, ... without it) starts from the noise that `srepa-ds sample` gives
+        image i; otherwise the noise comes from `generator`. `output_type`: `pil` images, `np`
+        float32 (n, H, W, 3) in [0, 1], or `latent` float32 (n, channels, height, width). Raises
+        ValueError for settings that do not fit the model or each other.
+        """
+        device = self._execution_device
+        labels = torch.tensor(self.get_label_ids(class_labels), device=device)
+        latent_shape = self.transformer.latent_shape
+        ids = _checked_ids(sample_ids, len(labels), seed, generator)
+        randomness = _Randomness(
+            (len(labels), *latent_shape), device, seed, ids.to(device), generator
+        )
+        guidance = Guidance(guidance_scale, guidance_low, guidance_high, channels=guided_channels)
+        scheduler = self.scheduler if solver is None else self._solving_by(solver)
+        model = self._guided(labels, guidance)
+        latents = self._solved(model, scheduler, randomness, num_inference_steps)
+        images = self._as_output(latents.float(), output_type, rounding)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _solving_by(self, solver: str) -> SiTFlowMatchScheduler:
+        path = self.scheduler.config.get("path", "linear")
+        return SiTFlowMatchScheduler(solver=solver, path=path)
+
+    def _guided(self, labels: Tensor, guidance: Guidance) -> GuidedModel:
+        """Returns the velocity data - noise of the transformer, guided; raises ValueError."""
+        null_label = self.transformer.null_label
+        if guidance.scale > 1 and null_label is None:
+            raise ValueError(
+                "the model was trained without dropping labels, so there is nothing to guide away "
+                "from; set guidance_scale to 1"
+            )
+        channels, height, width = self.transformer.latent_shape
+        guided = channels if guidance.channels is None else guidance.channels
+        if not 1 <= guided <= channels:
+            raise ValueError(f"guided_channels must be 1 to {channels}, got {guided}")
+        # Those that are not guided have scale 1, the conditional branch.
+        scales = torch.ones(channels, height, width, dtype=torch.float64, device=labels.device)
+        scales[:guided] = guidance.scale
+
+        def velocity(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            return self.transformer(x_t, t, labels, return_dict=False)[0]
+
+        return GuidedModel(velocity, labels, null_label or 0, guidance, scales=scales)
+
+    def _solved(
+        self, model: GuidedModel, scheduler: Any, randomness: _Randomness, num_steps: int
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Returns the latents at the end of the path that begins at noise, in float64."""
+        scheduler.set_timesteps(num_steps, device=randomness.device)
+        if isinstance(scheduler, SiTFlowMatchScheduler):
+            return self._solved_by_own(model, scheduler, randomness)
+        state = randomness.start()
+        # Those of diffusers go from 1000 (noise) to 0, and step with the velocity noise - data.
+        times = (scheduler.timesteps / scheduler.config["num_train_timesteps"]).tolist()
+        for t, timestep in self.progress_bar(list(zip(times, scheduler.timesteps, strict=True))):
+            output = model(state, 1.0 - t, t)
+            (state,) = scheduler.step(-output, timestep, state, return_dict=False)
+        return state
+
+    def _solved_by_own(
+        self, model: GuidedModel, scheduler: SiTFlowMatchScheduler, randomness: _Randomness
+    ) -> Float[Tensor, "batch channels height width"]:
+        state = randomness.start()
+        calls = zip(scheduler.calls, scheduler.timesteps, strict=True)
+        for call, timestep in self.progress_bar(list(calls)):
+            # The time at the step's start decides whether Heun's second call is guided.
+            output = model(state, 1.0 - call.t, call.step.t)
+            drawn = randomness.of_step(call.step.index) if call.draws else None
+            (state,) = scheduler.step(
+                output, timestep, state, variance_noise=drawn, return_dict=False
+            )
+        return state
+
+    def _as_output(self, latents: Tensor, output_type: OutputType, rounding: Rounding) -> Any:
+        if output_type == "latent":
+            return latents
+        config = self.config
+        pixels = decoded(
+            latents,
+            self.vae,
+            scale=_per_channel(config["latent_scale"]),
+            shift=_per_channel(config["latent_shift"]),
+            rounding=rounding,
+        )
+        # diffusers' form of the same pixels.
+        images = pixels.cpu().numpy().astype("float32") / 255.0
+        return self.numpy_to_pil(images) if output_type == "pil" else images
+
+
+def _checked_ids(
+    sample_ids: Sequence[int] | None, count: int, seed: int | None, generator: Generators
+) -> Tensor:
+    """Returns the number of each image; raises ValueError for settings that contradict."""
+    if seed is not None and generator is not None:
+        raise ValueError("seed and generator both say where noise comes from; give one of them")
+    if seed is None and sample_ids is not None:
+        raise ValueError("sample_ids are the images of a seed; give the seed too")
+    ids = range(count) if sample_ids is None else sample_ids
+    if len(ids) != count:
+        raise ValueError(f"{len(ids)} sample_ids were given for {count} class_labels")
+    return torch.tensor(list(ids), dtype=torch.int64)
+
+
+def _as_json(values: float | Sequence[float] | None) -> float | list[float] | None:
+    return values if values is None or isinstance(values, int | float) else list(values)
+
+
+def _per_channel(values: float | Sequence[float] | None) -> PerChannel | None:
+    if values is None or isinstance(values, int | float):
+        return None if values is None else float(values)
+    return tuple(map(float, values))
