@@ -7,17 +7,20 @@ classes choose among those below, and nothing else in the file names code.
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import is_accelerate_available
 from huggingface_hub import snapshot_download
+from pydantic import Field
 
+from srepa_ds.codec.config import PerChannel
 from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import CheckpointError, SRepaError, listed
 from srepa_ds.files import reason_of
 from srepa_ds.pipeline.scheduler import SiTFlowMatchScheduler
 from srepa_ds.pipeline.transformer import SiTTransformer2DModel
+from srepa_ds.schema import Section, validated
 
 INDEX = "model_index.json"
 _OWN_PACKAGE = "srepa_ds"
@@ -32,7 +35,7 @@ def folder_of(
     subfolder: str = "",
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
     """Returns the folder of a pipeline on this machine, or the download of a Hub's repository.
@@ -78,6 +81,25 @@ def read_pipeline_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+class IndexFacts(Section):
+    """What `model_index.json` says of a pipeline beside its parts."""
+
+    id2label: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], str] | None = None
+    """The names of classes by number, synonyms with commas between."""
+
+    latent_scale: PerChannel | None = None
+    """The transformer's latents are (z - shift) x scale; without it the VAE's own."""
+
+    latent_shift: PerChannel | None = None
+    """Without it the VAE's own."""
+
+
+def facts_of(folder: Path, index: Mapping[str, Any]) -> IndexFacts:
+    """Returns what an index says beside the parts; raises ConfigError with all faults."""
+    tree = {name: index[name] for name in IndexFacts.model_fields if name in index}
+    return validated(IndexFacts, tree, source=str(folder / INDEX))
+
+
 def load_transformer(folder: Path, index: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     """Returns the transformer of a pipeline's folder; raises CheckpointError."""
     _class_of(folder, index, "transformer", ("SiTTransformer2DModel",))
@@ -118,8 +140,8 @@ def load_vae(folder: Path, index: Mapping[str, Any], options: Mapping[str, Any])
         return None
     _class_of(folder, index, "vae", ("AutoencoderKL",))
     # As diffusers decides, which otherwise warns that accelerate is not there.
-    own = {"use_safetensors": True, "low_cpu_mem_usage": is_accelerate_available()}
-    return _loaded(AutoencoderKL.from_pretrained, folder / "vae", {**own, **options})
+    settings = {"low_cpu_mem_usage": is_accelerate_available(), **options, "use_safetensors": True}
+    return _loaded(AutoencoderKL.from_pretrained, folder / "vae", settings)
 
 
 def _class_of(

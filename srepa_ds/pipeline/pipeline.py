@@ -18,6 +18,7 @@ from srepa_ds.noise import NoiseStream
 from srepa_ds.pipeline.class_names import ClassNames
 from srepa_ds.pipeline.decoding import decoded
 from srepa_ds.pipeline.loading import (
+    facts_of,
     folder_of,
     load_scheduler,
     load_transformer,
@@ -31,6 +32,8 @@ from srepa_ds.sampling.guidance import Guidance, GuidedModel
 
 OutputType = Literal["pil", "np", "latent"]
 Generators = torch.Generator | list[torch.Generator] | None
+_FACTS = ("id2label", "latent_scale", "latent_shift")
+_OWN_SETTINGS = ("transformer", "scheduler", "vae", *_FACTS)
 _HUB_SETTINGS = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 
 
@@ -108,15 +111,7 @@ class SiTPipeline(DiffusionPipeline):
         if kwargs.pop("trust_remote_code", False) or kwargs.pop("custom_pipeline", None):
             raise ValueError("SiTPipeline never runs code of a folder; leave trust_remote_code out")
         hub = {name: kwargs.pop(name) for name in _HUB_SETTINGS if name in kwargs}
-        own = (
-            "transformer",
-            "scheduler",
-            "vae",
-            "id2label",
-            "latent_scale",
-            "latent_shift",
-        )
-        given: dict[str, Any] = {name: kwargs.pop(name) for name in own if name in kwargs}
+        given: dict[str, Any] = {name: kwargs.pop(name) for name in _OWN_SETTINGS if name in kwargs}
         folder = folder_of(pretrained_model_name_or_path, **hub)
         index = read_pipeline_index(folder)
         if "transformer" not in given:
@@ -125,8 +120,9 @@ class SiTPipeline(DiffusionPipeline):
             given["scheduler"] = load_scheduler(folder, index)
         if "vae" not in given:
             given["vae"] = load_vae(folder, index, kwargs)
-        for name in ("id2label", "latent_scale", "latent_shift"):
-            given.setdefault(name, index.get(name))
+        facts = facts_of(folder, index)
+        for name in _FACTS:
+            given.setdefault(name, getattr(facts, name))
         pipeline = cls(**given)
         pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         return pipeline
