@@ -19,6 +19,7 @@ from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import CheckpointError, SRepaError, listed
 from srepa_ds.files import reason_of
 from srepa_ds.pipeline.scheduler import SiTFlowMatchScheduler
+from srepa_ds.pipeline.strict import refuse_differences
 from srepa_ds.pipeline.transformer import SiTTransformer2DModel
 from srepa_ds.schema import Section, validated
 
@@ -141,7 +142,15 @@ def load_vae(folder: Path, index: Mapping[str, Any], options: Mapping[str, Any])
     _class_of(folder, index, "vae", ("AutoencoderKL",))
     # As diffusers decides, which otherwise warns that accelerate is not there.
     settings = {"low_cpu_mem_usage": is_accelerate_available(), **options, "use_safetensors": True}
-    return _loaded(AutoencoderKL.from_pretrained, folder / "vae", settings)
+    return _loaded(_strict_vae, folder / "vae", settings)
+
+
+def _strict_vae(folder: Path, **settings: Any) -> Any:
+    # Its annotation does not know of the second value.
+    load: Callable[..., Any] = AutoencoderKL.from_pretrained
+    vae, info = load(folder, output_loading_info=True, **settings)
+    refuse_differences(info, "it")
+    return vae
 
 
 def _class_of(

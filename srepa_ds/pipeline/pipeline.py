@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -30,8 +30,8 @@ from srepa_ds.pipeline.scheduler import SiTFlowMatchScheduler
 from srepa_ds.pipeline.transformer import SiTTransformer2DModel
 from srepa_ds.sampling.guidance import Guidance, GuidedModel
 
-OutputType = Literal["pil", "np", "latent"]
 Generators = torch.Generator | list[torch.Generator] | None
+_OUTPUT_TYPES = ("pil", "np", "latent")
 _FACTS = ("id2label", "latent_scale", "latent_shift")
 _OWN_SETTINGS = ("transformer", "scheduler", "vae", *_FACTS)
 _HUB_SETTINGS = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
@@ -155,7 +155,7 @@ class SiTPipeline(DiffusionPipeline):
         sample_ids: Sequence[int] | None = None,
         generator: Generators = None,
         rounding: Rounding = "truncate",
-        output_type: OutputType = "pil",
+        output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Returns one image per label as `.images`.
@@ -168,6 +168,12 @@ class SiTPipeline(DiffusionPipeline):
         float32 (n, H, W, 3) in [0, 1], or `latent` float32 (n, channels, height, width). Raises
         ValueError for settings that do not fit the model or each other.
         """
+        for name, value, known in (
+            ("output_type", output_type, _OUTPUT_TYPES),
+            ("rounding", rounding, get_args(Rounding)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} may be {' or '.join(known)}, got {value!r}")
         device = self._execution_device
         labels = torch.tensor(self.get_label_ids(class_labels), device=device)
         latent_shape = self.transformer.latent_shape
@@ -194,6 +200,11 @@ class SiTPipeline(DiffusionPipeline):
             raise ValueError(
                 "the model was trained without dropping labels, so there is nothing to guide away "
                 "from; set guidance_scale to 1"
+            )
+        if guidance.low > guidance.high:
+            raise ValueError(
+                f"guidance_low ({guidance.low}) is above guidance_high ({guidance.high}); the "
+                "interval is empty"
             )
         channels, height, width = self.transformer.latent_shape
         guided = channels if guidance.channels is None else guidance.channels
@@ -237,7 +248,7 @@ class SiTPipeline(DiffusionPipeline):
             )
         return state
 
-    def _as_output(self, latents: Tensor, output_type: OutputType, rounding: Rounding) -> Any:
+    def _as_output(self, latents: Tensor, output_type: str, rounding: Rounding) -> Any:
         if output_type == "latent":
             return latents
         config = self.config

@@ -14,13 +14,12 @@ from diffusers.utils import is_accelerate_available
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from srepa_ds.errors import CheckpointError, ConfigError, Fault, listed
+from srepa_ds.errors import ConfigError, Fault
 from srepa_ds.model.activation_checkpointing import ActivationCheckpointingConfig
 from srepa_ds.model.sit import SiT
 from srepa_ds.model.variants import MLP_RATIO, SiTConfig
+from srepa_ds.pipeline.strict import refuse_differences
 from srepa_ds.schema import validated
-
-_MOST_NAMED = 3
 
 
 class SiTTransformer2DModel(ModelMixin, ConfigMixin):
@@ -143,20 +142,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, **kwargs
         )
-        faults = [
-            f"{what} {listed(sorted(map(str, info[key])), most=_MOST_NAMED)}"
-            for key, what in (
-                ("missing_keys", "it lacks"),
-                ("unexpected_keys", "the model has no"),
-                ("mismatched_keys", "other shapes:"),
-            )
-            if info[key]
-        ]
-        if faults:
-            raise CheckpointError(
-                f"{pretrained_model_name_or_path} does not hold the weights of its config.json: "
-                f"{'; '.join(faults)}; export or download it again"
-            )
+        refuse_differences(info, pretrained_model_name_or_path)
         return (model, info) if wants_info else model
 
 

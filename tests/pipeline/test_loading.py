@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from golden_sit import golden_weights
 from places import GOLDEN
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_vae import write_vae
 
 from srepa_ds.errors import CheckpointError, ConfigError
@@ -198,6 +198,13 @@ def truncated(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
 
 
+def without_a_weight_of_the_vae(folder: Path) -> None:
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["decoder.conv_in.bias"]
+    save_file(weights, path, metadata={"format": "pt"})
+
+
 def without_transformer(folder: Path) -> None:
     (folder / "transformer").rename(folder / "elsewhere")
 
@@ -217,6 +224,7 @@ def leaving_the_folder(folder: Path) -> None:
     (without_weights, "cannot be read: .*export or download the pipeline again"),
     (with_a_pickle, "cannot be read: .*export or download the pipeline again"),
     (truncated, "cannot be read: .*export or download the pipeline again"),
+    (without_a_weight_of_the_vae, r"/vae: it does not hold .* lacks decoder\.conv_in\.bias"),
     (without_transformer, "transformer: no such folder"),
     (leaving_the_folder, "cannot be read: .*path separator"),
 ])  # fmt: skip

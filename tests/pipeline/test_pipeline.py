@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 
 from srepa_ds.pipeline import SiTFlowMatchScheduler, SiTPipeline, SiTTransformer2DModel
@@ -113,6 +114,20 @@ def test_saved_and_loaded_again(latents, tmp_path):
     assert np.array_equal(drawn(again), drawn(latents))
 
 
+def test_parts_load_by_themselves_and_diffusers_knows_no_pipeline(latents, of_latents):
+    """What the package's description says of diffusers' own entry points."""
+    folder = of_latents.folder
+    transformer = SiTTransformer2DModel.from_pretrained(folder, subfolder="transformer")
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", low_cpu_mem_usage=False)
+    scheduler = SiTFlowMatchScheduler.from_pretrained(folder, subfolder="scheduler")
+    parts = quiet(
+        SiTPipeline(transformer, scheduler, vae, latent_scale=latents.config["latent_scale"])
+    )
+    assert np.array_equal(drawn(parts), drawn(latents))
+    with pytest.raises(AttributeError, match="SiTPipeline"):
+        DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+
+
 def test_components_are_complete(latents):
     assert latents.components.keys() == {"transformer", "scheduler", "vae"}
 
@@ -123,6 +138,8 @@ def test_components_are_complete(latents):
     ({"seed": 1, "sample_ids": [1, 2]}, "2 sample_ids were given for 1 class_labels"),
     ({"guidance_scale": 2.0, "guided_channels": 4}, "guided_channels must be 1 to 3, got 4"),
     ({"num_inference_steps": 0}, "at least 1"),
+    ({"guidance_low": 0.8, "guidance_high": 0.2}, "the interval is empty"),
+    ({"output_type": "pt"}, "output_type may be pil or np or latent, got 'pt'"),
 ])  # fmt: skip
 def test_settings_that_contradict_are_named(pixels, settings, says):
     with pytest.raises(ValueError, match=says):
