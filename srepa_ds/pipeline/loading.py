@@ -122,12 +122,21 @@ def load_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
     if kind is SiTFlowMatchScheduler and library.split(".")[0] != _OWN_PACKAGE:
         return SiTFlowMatchScheduler()
     scheduler = _loaded(kind.from_pretrained, folder / "scheduler", {})
-    refuse_stochastic(scheduler)
+    check_scheduler(scheduler)
     return scheduler
 
 
-def refuse_stochastic(scheduler: Any) -> None:
-    """Raises CheckpointError for a scheduler of diffusers that adds noise, which no SiT means."""
+def check_scheduler(scheduler: Any) -> None:
+    """Raises CheckpointError for a scheduler that a SiT cannot be drawn with.
+
+    Others of diffusers round their times, or expect a model of another kind.
+    """
+    kinds: tuple[type, ...] = (SiTFlowMatchScheduler, FlowMatchEulerDiscreteScheduler)
+    if not isinstance(scheduler, kinds):
+        raise CheckpointError(
+            f"the scheduler {type(scheduler).__name__} is not supported; give "
+            f"{listed((kind.__name__ for kind in kinds), ' or ')}"
+        )
     if scheduler.config.get("stochastic_sampling"):
         raise CheckpointError(
             "the scheduler's stochastic_sampling adds noise in a way that SiT does not; give "

@@ -2,66 +2,35 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
-from srepa_ds import noise
 from srepa_ds.codec.config import PerChannel
 from srepa_ds.codec.latent_codec import Rounding
-from srepa_ds.noise import NoiseStream
 from srepa_ds.pipeline.class_names import ClassNames
 from srepa_ds.pipeline.decoding import decoded
 from srepa_ds.pipeline.loading import (
+    check_scheduler,
     facts_of,
     folder_of,
     load_scheduler,
     load_transformer,
     load_vae,
     read_pipeline_index,
-    refuse_stochastic,
 )
+from srepa_ds.pipeline.randomness import Generators, Randomness, randomness_of
 from srepa_ds.pipeline.scheduler import SiTFlowMatchScheduler
 from srepa_ds.pipeline.transformer import SiTTransformer2DModel
 from srepa_ds.sampling.guidance import Guidance, GuidedModel
 
-Generators = torch.Generator | list[torch.Generator] | None
 _OUTPUT_TYPES = ("pil", "np", "latent")
 _FACTS = ("id2label", "latent_scale", "latent_shift")
 _OWN_SETTINGS = ("transformer", "scheduler", "vae", *_FACTS)
 _HUB_SETTINGS = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
-
-
-@dataclass(frozen=True)
-class _Randomness:
-    """Where the noise comes from: a seed and the images' numbers, or generators of torch."""
-
-    shape: tuple[int, ...]
-    device: torch.device
-    seed: int | None
-    sample_ids: Tensor
-    generator: Generators
-
-    def start(self) -> Tensor:
-        """Returns the noise to start from, in float64."""
-        return self._normal(NoiseStream.SAMPLE_START, torch.float32, draw=0).double()
-
-    def of_step(self, index: int) -> Tensor:
-        """Returns the noise of a step of the SDE, in float64."""
-        return self._normal(NoiseStream.SAMPLE_STEP, torch.float64, draw=index)
-
-    def _normal(self, noise_stream: NoiseStream, dtype: torch.dtype, *, draw: int) -> Tensor:
-        if self.seed is None:
-            return randn_tensor(
-                self.shape, generator=self.generator, device=self.device, dtype=dtype
-            )
-        shape = self.shape[1:]
-        return noise.normal(self.seed, noise_stream, self.sample_ids, shape, draw=draw, dtype=dtype)
 
 
 class SiTPipeline(DiffusionPipeline):
@@ -85,7 +54,7 @@ class SiTPipeline(DiffusionPipeline):
         number for each; without them the VAE's own are taken.
         """
         super().__init__()
-        refuse_stochastic(scheduler)
+        check_scheduler(scheduler)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         names = {int(number): text for number, text in (id2label or {}).items()}
         self.register_to_config(
@@ -175,11 +144,10 @@ class SiTPipeline(DiffusionPipeline):
             if value not in known:
                 raise ValueError(f"{name} may be {' or '.join(known)}, got {value!r}")
         device = self._execution_device
-        labels = torch.tensor(self.get_label_ids(class_labels), device=device)
-        latent_shape = self.transformer.latent_shape
-        ids = _checked_ids(sample_ids, len(labels), seed, generator)
-        randomness = _Randomness(
-            (len(labels), *latent_shape), device, seed, ids.to(device), generator
+        labels = torch.tensor(self.get_label_ids(class_labels), dtype=torch.int64, device=device)
+        shape = (len(labels), *self.transformer.latent_shape)
+        randomness = randomness_of(
+            shape, device, seed=seed, sample_ids=sample_ids, generator=generator
         )
         guidance = Guidance(guidance_scale, guidance_low, guidance_high, channels=guided_channels)
         scheduler = self.scheduler if solver is None else self._solving_by(solver)
@@ -220,12 +188,13 @@ class SiTPipeline(DiffusionPipeline):
         return GuidedModel(velocity, labels, null_label or 0, guidance, scales=scales)
 
     def _solved(
-        self, model: GuidedModel, scheduler: Any, randomness: _Randomness, num_steps: int
+        self, model: GuidedModel, scheduler: Any, randomness: Randomness, num_steps: int
     ) -> Float[Tensor, "batch channels height width"]:
         """Returns the latents at the end of the path that begins at noise, in float64."""
         scheduler.set_timesteps(num_steps, device=randomness.device)
         if isinstance(scheduler, SiTFlowMatchScheduler):
             return self._solved_by_own(model, scheduler, randomness)
+        check_scheduler(scheduler)
         state = randomness.start()
         # Those of diffusers go from 1000 (noise) to 0, and step with the velocity noise - data.
         times = (scheduler.timesteps / scheduler.config["num_train_timesteps"]).tolist()
@@ -235,7 +204,7 @@ class SiTPipeline(DiffusionPipeline):
         return state
 
     def _solved_by_own(
-        self, model: GuidedModel, scheduler: SiTFlowMatchScheduler, randomness: _Randomness
+        self, model: GuidedModel, scheduler: SiTFlowMatchScheduler, randomness: Randomness
     ) -> Float[Tensor, "batch channels height width"]:
         state = randomness.start()
         calls = zip(scheduler.calls, scheduler.timesteps, strict=True)
@@ -262,20 +231,6 @@ class SiTPipeline(DiffusionPipeline):
         # diffusers' form of the same pixels.
         images = pixels.cpu().numpy().astype("float32") / 255.0
         return self.numpy_to_pil(images) if output_type == "pil" else images
-
-
-def _checked_ids(
-    sample_ids: Sequence[int] | None, count: int, seed: int | None, generator: Generators
-) -> Tensor:
-    """Returns the number of each image; raises ValueError for settings that contradict."""
-    if seed is not None and generator is not None:
-        raise ValueError("seed and generator both say where noise comes from; give one of them")
-    if seed is None and sample_ids is not None:
-        raise ValueError("sample_ids are the images of a seed; give the seed too")
-    ids = range(count) if sample_ids is None else sample_ids
-    if len(ids) != count:
-        raise ValueError(f"{len(ids)} sample_ids were given for {count} class_labels")
-    return torch.tensor(list(ids), dtype=torch.int64)
 
 
 def _as_json(values: float | Sequence[float] | None) -> float | list[float] | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from srepa_ds.codec.config import CodecConfig
 from srepa_ds.documents.json_reader import read_json
 from srepa_ds.documents.safetensors_writer import TensorEntry, in_file_order, write_safetensors
-from srepa_ds.errors import CheckpointError, ConfigError, Fault, OutputError, listed
+from srepa_ds.errors import CheckpointError, ConfigError, DataError, Fault, OutputError, listed
 from srepa_ds.files import claimed, flush_to_disk, is_of_the_system, writing
 from srepa_ds.model.variants import MLP_RATIO, SiTConfig
 from srepa_ds.objective import ObjectiveConfig
@@ -28,6 +28,7 @@ from srepa_ds.weights.export_request import ExportRequest
 from srepa_ds.weights.exported import METADATA
 from srepa_ds.weights.lazy import LazyTensors, shapes_of
 from srepa_ds.weights.reversed_time import reversed_time
+from srepa_ds.weights.whole_folder import write_whole_folder
 
 FORMAT = "srepa_ds.diffusers"
 VERSION = 1
@@ -50,7 +51,7 @@ def write_diffusers(folder: Path, request: ExportRequest) -> Path:
     """Writes the folder as a whole, and returns it; an earlier export of the run is replaced.
 
     Raises CheckpointError for a model that the layout cannot hold, ConfigError for a size of shards
-    that cannot be read, and OutputError if `folder` holds anything else, or cannot be written to;
+    that cannot be read, DataError for a VAE that is not whole, and OutputError if `folder` holds anything else, or cannot be written to;
     what is there then stays.
     """
     model = validated(SiTConfig, request.source.config["model"], source="the checkpoint: model")
@@ -65,13 +66,9 @@ def write_diffusers(folder: Path, request: ExportRequest) -> Path:
     with claimed(place, doing="exporting into", cure=_CURE, otherwise=otherwise):
         with writing(f"the model to {folder}", cure=_CURE):
             _refuse_others(place, mark["run"], replace=request.replace)
-            aside = place.with_name(f".{place.name}.writing")
-            try:
-                _remove(aside)
-                _write(aside, request, model, mark)
-                _take_place(aside, place)
-            finally:
-                _remove(aside)
+            write_whole_folder(
+                place, lambda aside: _write(aside, request, model, mark), names=_OWN_NAMES
+            )
     return folder
 
 
@@ -132,7 +129,6 @@ def _write(
         _copy_vae(request.vae, folder / "vae")
     _write_json(folder / INDEX, _index(request))
     _write_json(folder / PROVENANCE, provenance)
-    flush_to_disk(folder)
 
 
 def _tensors(tensors: LazyTensors, model: SiTConfig, *, has_null_label: bool) -> LazyTensors:
@@ -214,13 +210,21 @@ def _index(request: ExportRequest) -> dict[str, Any]:
 
 
 def _copy_vae(source: Path, target: Path) -> None:
-    """Copies config and safetensors files of a VAE, of all that its folder holds."""
+    """Copies config and safetensors files of a VAE, of all that its folder holds.
+
+    Raises DataError if there are none.
+    """
     index = source / SHARD_INDEX
     names = ["config.json"]
     if index.exists():
         names += [index.name, *sorted(set(read_json(index)["weight_map"].values()))]
     else:
         names.append(WEIGHTS)
+    if missing := [name for name in names if not (source / Path(name).name).is_file()]:
+        raise DataError(
+            f"{source}: holds no VAE, as it lacks {listed(missing)}; give a folder as diffusers "
+            "saves one (codec.weights, or sample.decoder)"
+        )
     target.mkdir()
     for name in names:
         shutil.copyfile(source / Path(name).name, target / Path(name).name)
@@ -259,26 +263,3 @@ def _mark_of(folder: Path) -> str | None:
         return str(mark["run"]) if mark["format"] == FORMAT else None
     except (OSError, ValueError, TypeError, KeyError, IndexError):
         return None
-
-
-def _take_place(aside: Path, place: Path) -> None:
-    """Gives a whole folder its name; what had it stays whole up to a kill between two renames."""
-    earlier = place.with_name(f".{place.name}.replaced")
-    _remove(earlier)
-    os.rename(place, earlier)
-    try:
-        os.rename(aside, place)
-    except OSError:
-        os.rename(earlier, place)
-        raise
-    flush_to_disk(place.parent)
-    shutil.rmtree(earlier, ignore_errors=True)
-
-
-def _remove(left: Path) -> None:
-    """Removes a folder that an export did not finish; raises OutputError if it is no such one."""
-    if not os.path.lexists(left):
-        return
-    if not left.is_dir() or {path.name for path in left.iterdir()} - _OWN_NAMES:
-        raise OutputError(f"{left} is in the way of the export; move it elsewhere")
-    shutil.rmtree(left)

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
+from srepa_ds.errors import CheckpointError
 from srepa_ds.pipeline import SiTFlowMatchScheduler, SiTPipeline, SiTTransformer2DModel
 
 LABELS = [3, 0, 7, 3, 0, 7]
@@ -144,6 +145,15 @@ def test_components_are_complete(latents):
 def test_settings_that_contradict_are_named(pixels, settings, says):
     with pytest.raises(ValueError, match=says):
         pixels([0], **settings)
+
+
+def test_schedulers_of_other_models_are_refused(pixels):
+    pipeline = SiTPipeline(pixels.transformer, pixels.scheduler)
+    pipeline.scheduler = DDIMScheduler()
+    with pytest.raises(CheckpointError, match="DDIMScheduler is not supported; give SiTFlowMatch"):
+        pipeline([0], num_inference_steps=1)
+    with pytest.raises(CheckpointError, match="DDIMScheduler is not supported"):
+        SiTPipeline(pixels.transformer, DDIMScheduler())
 
 
 def test_a_model_without_a_null_label_is_not_guided():

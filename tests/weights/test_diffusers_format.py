@@ -19,7 +19,7 @@ from srepa_ds.checkpoint.fragment_file import Piece
 from srepa_ds.checkpoint.reader import CheckpointReader
 from srepa_ds.commands.export import export
 from srepa_ds.config.experiment import load_config
-from srepa_ds.errors import CheckpointError, ConfigError, OutputError
+from srepa_ds.errors import CheckpointError, ConfigError, DataError, OutputError
 from srepa_ds.model.sit import SiT
 from srepa_ds.schema import to_tree
 from srepa_ds.weights.from_checkpoint import chosen_checkpoint, read_checkpoint_weights
@@ -175,6 +175,16 @@ def test_the_vae_is_copied_without_code(configured, tmp_path):
     assert (folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == (
         other / "diffusion_pytorch_model.safetensors"
     ).read_bytes()
+
+
+def test_a_vae_that_is_not_whole_is_refused(configured, tmp_path):
+    vae = write_vae(tmp_path / "vae")
+    config = configured(*LATENTS, f"codec.weights={vae}")
+    save_checkpoint(config, 5)
+    (vae / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(DataError, match="holds no VAE, as it lacks diffusion_pytorch_model"):
+        export(config)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints"}
 
 
 def test_a_vae_that_is_elsewhere_is_said_and_left_out(configured, tmp_path, caplog):
