@@ -51,8 +51,8 @@ def write_diffusers(folder: Path, request: ExportRequest) -> Path:
     """Writes the folder as a whole, and returns it; an earlier export of the run is replaced.
 
     Raises CheckpointError for a model that the layout cannot hold, ConfigError for a size of shards
-    that cannot be read, DataError for a VAE that is not whole, and OutputError if `folder` holds anything else, or cannot be written to;
-    what is there then stays.
+    that cannot be read, DataError for a VAE that is not whole, and OutputError if `folder` holds
+    anything else or cannot be written to; what is there then stays.
     """
     model = validated(SiTConfig, request.source.config["model"], source="the checkpoint: model")
     _refuse_what_it_cannot_hold(model)
@@ -166,12 +166,27 @@ def _write_weights(
     except ValueError as error:
         fault = Fault("export.max_shard_size", f"{error}; write it as 5GB or 500MB")
         raise ConfigError("configuration", [fault]) from error
+
+    def read(name: str) -> Tensor:
+        return _rounded(name, tensors[name], entries[name].dtype)
+
     for file, names in split.filename_to_tensors.items():
         ordered = in_file_order([entries[name] for name in names])
-        write_safetensors(folder / file, ordered, tensors.__getitem__, METADATA)
+        write_safetensors(folder / file, ordered, read, METADATA)
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
         _write_json(folder / SHARD_INDEX, index)
+
+
+def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns `value` in `dtype`; raises CheckpointError if a finite value becomes infinite."""
+    result = value.to(dtype)
+    if dtype != value.dtype and (result.isinf() & value.isfinite()).any():
+        raise CheckpointError(
+            f"{name} has values up to {value.abs().max():.3g}, beyond the range of "
+            f"{str(dtype).removeprefix('torch.')}; choose another export.dtype"
+        )
+    return result
 
 
 def _transformer(model: SiTConfig, label_dropout: float) -> dict[str, Any]:

@@ -40,9 +40,9 @@ def configured(small_world, tmp_path):
     return load
 
 
-def save_model(config) -> None:
-    """Writes a checkpoint of the model alone, for those that have no objective of ours."""
-    model = randomised(SiT(config.model))
+def save_model(config, model: SiT | None = None) -> None:
+    """Writes a checkpoint of a model alone, by default of random weights."""
+    model = model or randomised(SiT(config.model))
     pieces = [
         Piece("ema", f"sit.{name}", tuple(value.shape), 0, value.detach().reshape(-1))
         for name, value in model.named_parameters()
@@ -136,6 +136,17 @@ def test_half_precision_and_shards(configured, dtype, kind):
         assert torch.equal(found[name], value if name == "pos_embed" else value.to(kind)), name
     assert index["metadata"]["total_size"] == sum(v.nbytes for v in found.values())
     assert all((folder / file).stat().st_size < 110_000 for file in files)
+
+
+def test_weights_beyond_half_precision_are_refused(configured, tmp_path):
+    config = configured("export.dtype=fp16", "alignments=[]")
+    model = randomised(SiT(config.model))
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[0, 0] = 1e5
+    save_model(config, model)
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.mlp\.fc1\.weight has values up to 1e"):
+        export(config)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints"}
 
 
 def test_a_size_that_cannot_be_read_is_named(configured, tmp_path):
