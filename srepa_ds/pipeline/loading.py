@@ -4,6 +4,7 @@ diffusers would look for a Python file of the name that `model_index.json` gives
 classes choose among those below, and nothing else in the file names code.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from srepa_ds.pipeline.scheduler import SiTFlowMatchScheduler
 from srepa_ds.pipeline.strict import refuse_differences
 from srepa_ds.pipeline.transformer import SiTTransformer2DModel
 from srepa_ds.schema import Section, validated
+
+log = logging.getLogger("srepa_ds")
 
 INDEX = "model_index.json"
 _OWN_PACKAGE = "srepa_ds"
@@ -110,8 +113,8 @@ def load_transformer(folder: Path, index: Mapping[str, Any], options: Mapping[st
 def load_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
     """Returns the scheduler of a pipeline's folder; raises CheckpointError.
 
-    The community's `SiTFlowMatchScheduler` solved the ODE by Euler steps, as ours does unless told
-    otherwise; what its config means is only in its code.
+    The community's `SiTFlowMatchScheduler` becomes Euler's steps at equal times: what its config
+    means is only in its code.
     """
     kinds = {
         "SiTFlowMatchScheduler": SiTFlowMatchScheduler,
@@ -120,6 +123,7 @@ def load_scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
     library, name = _class_of(folder, index, "scheduler", tuple(kinds))
     kind = kinds[name]
     if kind is SiTFlowMatchScheduler and library.split(".")[0] != _OWN_PACKAGE:
+        log.info("%s: Euler's steps take the place of its own scheduler", folder)
         return SiTFlowMatchScheduler()
     scheduler = _loaded(kind.from_pretrained, folder / "scheduler", {})
     check_scheduler(scheduler)

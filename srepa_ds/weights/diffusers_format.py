@@ -164,7 +164,9 @@ def _write_weights(
             max_shard_size=total if max_shard_size is None else max_shard_size,
         )
     except ValueError as error:
-        fault = Fault("export.max_shard_size", f"{error}; write it as 5GB or 500MB")
+        fault = Fault(
+            "export.max_shard_size", f"{str(error).rstrip('.')}; write it as 5GB or 500MB"
+        )
         raise ConfigError("configuration", [fault]) from error
 
     def read(name: str) -> Tensor:
