@@ -59,11 +59,52 @@ def diffusion_grid(num_steps: int) -> Float[Tensor, " nodes"]:
     return torch.cat((inner, inner.new_zeros(1)))
 
 
+def advanced(
+    x_t: Float[Tensor, " batch *event"], velocity: Float[Tensor, " batch *event"], step: Step
+) -> Float[Tensor, " batch *event"]:
+    """Returns the state at `step.next_t` if `velocity` holds for the whole step."""
+    return x_t + (step.next_t - step.t) * velocity
+
+
+def corrected(
+    x_t: Float[Tensor, " batch *event"],
+    velocity: Float[Tensor, " batch *event"],
+    next_velocity: Float[Tensor, " batch *event"],
+    step: Step,
+) -> Float[Tensor, " batch *event"]:
+    """Returns the state at `step.next_t` by the mean of the velocities at both ends (Heun)."""
+    dt = step.next_t - step.t
+    return x_t + 0.5 * dt * (velocity + next_velocity)
+
+
+def diffused(
+    x_t: Float[Tensor, " batch *event"],
+    velocity: Float[Tensor, " batch *event"],
+    step: Step,
+    *,
+    score: Score,
+    noise: NoiseOfStep,
+) -> Float[Tensor, " batch *event"]:
+    """Returns the state at `step.next_t` of dx = (v - w s / 2) dt + sqrt(w) dW, w = 2 t.
+
+    The diffusion is 2 t on every path; the last step asks for no noise. Source: SiT, Eq. 6, with
+    the discretisation of REPA's sampler.
+    """
+    dt = step.next_t - step.t
+    diffusion = 2.0 * step.t
+    times = torch.full((len(x_t),), step.t, dtype=torch.float64, device=x_t.device)
+    drift = velocity - 0.5 * diffusion * score(velocity, x_t, times)
+    mean = x_t + drift * dt
+    if step.is_last:
+        return mean
+    return mean + (diffusion * abs(dt)) ** 0.5 * noise(step.index)
+
+
 def euler_step(
     dynamics: Dynamics, x_t: Float[Tensor, " batch *event"], step: Step
 ) -> Float[Tensor, " batch *event"]:
     """Returns the state at `step.next_t` after an Euler step of dx = v dt."""
-    return x_t + (step.next_t - step.t) * dynamics.velocity(x_t, step.t, step.t)
+    return advanced(x_t, dynamics.velocity(x_t, step.t, step.t), step)
 
 
 def heun_step(
@@ -73,31 +114,19 @@ def heun_step(
 
     As in REPA, the time at the step's start decides whether both evaluations are guided.
     """
-    dt = step.next_t - step.t
     velocity = dynamics.velocity(x_t, step.t, step.t)
-    predicted = x_t + dt * velocity
+    predicted = advanced(x_t, velocity, step)
     if step.is_last:
         return predicted
-    return x_t + 0.5 * dt * (velocity + dynamics.velocity(predicted, step.next_t, step.t))
+    return corrected(x_t, velocity, dynamics.velocity(predicted, step.next_t, step.t), step)
 
 
 def euler_maruyama_step(
     dynamics: Dynamics, x_t: Float[Tensor, " batch *event"], step: Step
 ) -> Float[Tensor, " batch *event"]:
-    """Returns the state at `step.next_t` of dx = (v - w s / 2) dt + sqrt(w) dW, w = 2 t.
-
-    The diffusion is 2 t on every path; the last step has no noise. Source: SiT, Eq. 6, with the
-    discretisation of REPA's sampler.
-    """
-    dt = step.next_t - step.t
-    diffusion = 2.0 * step.t
+    """Returns the state at `step.next_t` after an Euler-Maruyama step of the SDE in `diffused`."""
     velocity = dynamics.velocity(x_t, step.t, step.t)
-    times = torch.full((len(x_t),), step.t, dtype=torch.float64, device=x_t.device)
-    drift = velocity - 0.5 * diffusion * dynamics.score(velocity, x_t, times)
-    mean = x_t + drift * dt
-    if step.is_last:
-        return mean
-    return mean + (diffusion * abs(dt)) ** 0.5 * dynamics.noise(step.index)
+    return diffused(x_t, velocity, step, score=dynamics.score, noise=dynamics.noise)
 
 
 SOLVERS = {
@@ -105,6 +134,14 @@ SOLVERS = {
     "heun": Solver(uniform_grid, heun_step),
     "euler_maruyama": Solver(diffusion_grid, euler_maruyama_step),
 }
+
+
+def steps_of(solver: str, num_steps: int) -> tuple[Step, ...]:
+    """Returns the steps on a solver's grid, from noise to data."""
+    # Times are Python floats: the grid is known beforehand and no step waits for the device.
+    spans = list(pairwise(SOLVERS[solver].grid(num_steps).tolist()))
+    last = len(spans) - 1
+    return tuple(Step(i, t, next_t, i == last) for i, (t, next_t) in enumerate(spans))
 
 
 def integrate(
@@ -115,11 +152,7 @@ def integrate(
     num_steps: int,
 ) -> Float[Tensor, " batch *event"]:
     """Returns the float64 state at t = 0 of the path that starts at `x_start` at t = 1."""
-    row = SOLVERS[solver]
     x_t = x_start.double()
-    # Times are Python floats: the grid is known beforehand and no step waits for the device.
-    spans = list(pairwise(row.grid(num_steps).tolist()))
-    for index, (t, next_t) in enumerate(spans):
-        step = Step(index, t, next_t, is_last=index == len(spans) - 1)
-        x_t = row.step(dynamics, x_t, step)
+    for step in steps_of(solver, num_steps):
+        x_t = SOLVERS[solver].step(dynamics, x_t, step)
     return x_t

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from srepa_ds.weights.diffusers_format import write_diffusers
 from srepa_ds.weights.export_request import ExportRequest as ExportRequest
 from srepa_ds.weights.exported import write_model
 from srepa_ds.weights.lazy import DTYPES
@@ -39,6 +40,7 @@ def _repa(folder: Path, request: ExportRequest) -> Path:
 EXPORT_FORMATS: Mapping[str, Callable[[Path, ExportRequest], Path]] = {
     "srepa_ds": _own,
     "repa": _repa,
+    "diffusers": write_diffusers,
 }
 """Writes a model into a folder, and returns what it wrote: the folder, or a file in it.
 
