@@ -434,6 +434,17 @@ def verify(
 
 
 @app.command()
+def status(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or its YAML file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, for scripts.")] = False,
+) -> None:
+    """Say where a run is, from its files alone: rate, last checkpoint, scores, troubles."""
+    from srepa_ds.commands.status import status as run
+
+    typer.echo(run(path, as_json=as_json))
+
+
+@app.command()
 def version() -> None:
     """Print the versions of all packages, next to those this release was tested with."""
     from srepa_ds.commands.version import version as run

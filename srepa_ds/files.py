@@ -22,6 +22,7 @@ from srepa_ds.errors import OutputError
 PARTIAL = ".partial"
 
 _MOST_DOCUMENT_BYTES = 64 << 20
+_UNKNOWN_HOLDER = "which has just ended, or is on another machine or in another container"
 
 log = logging.getLogger("srepa_ds")
 
@@ -256,9 +257,10 @@ def claimed(
             try:
                 lock.enter_context(locked(folder, is_shared=is_shared))
             except BlockingIOError as error:
+                holder = holder_of(folder) or _UNKNOWN_HOLDER
                 raise OutputError(
-                    f"another process ({_holder_of(folder)}) is {doing} {folder}; wait for it or "
-                    f"end it{otherwise}"
+                    f"another process ({holder}) is {doing} {folder}; wait for it or end "
+                    f"it{otherwise}"
                 ) from error
             except OSError:
                 remove_empty(made)
@@ -269,8 +271,11 @@ def claimed(
             remove_empty(made)
 
 
-def _holder_of(folder: Path) -> str:
-    """Returns the process that holds the lock on `folder`, as far as this machine knows it."""
+def holder_of(folder: Path) -> str | None:
+    """Returns the process that holds the lock on `folder`: its number and command line.
+
+    None if there is none that this machine knows of. Raises OSError if the folder is missing.
+    """
     number = folder.stat().st_ino
     try:
         locks = Path("/proc/locks").read_text().split("\n")
@@ -278,7 +283,7 @@ def _holder_of(folder: Path) -> str:
         process = next(fields[4] for fields in found if fields[1] == "FLOCK")
         words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except (OSError, StopIteration):
-        return "which has just ended, or is on another machine or in another container"
+        return None
     return f"{process}: {' '.join(words).strip()}"
 
 

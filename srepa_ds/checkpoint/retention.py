@@ -25,7 +25,8 @@ from srepa_ds.files import despite_full_disk
 from srepa_ds.schema import Section
 
 _GOOD = "good"
-_FAILED = "failed-"
+FAILED = "failed-"
+"""Begins the names of checkpoints of which no later step was finite."""
 
 
 class CheckpointConfig(Section):
@@ -71,14 +72,14 @@ def rollback_point(root: Path) -> RollbackPoint | None:
     the good one too. Raises OutputError, and the errors of `newest_valid`.
     """
     folders = steps_in(root)
-    marked = [folder for folder in folders if _is_marked(folder)]
+    marked = [folder for folder in folders if is_good(folder)]
     good = next((folder for folder in reversed(marked) if fault_of(folder) is None), None)
     if good is None:
         newest = newest_valid(root)
         return None if newest is None else RollbackPoint(newest, is_good=False)
     with writing(root):
         for folder in folders[folders.index(good) + 1 :]:
-            aside = root / f"{_FAILED}{step_folder(root, step_of(folder)).name}"
+            aside = root / f"{FAILED}{step_folder(root, step_of(folder)).name}"
             if aside.is_dir():
                 shutil.rmtree(aside)
             folder.rename(aside)
@@ -93,8 +94,8 @@ def prune(root: Path, config: CheckpointConfig, *, newest: int) -> None:
     """
     folders = [folder for folder in steps_in(root) if step_of(folder) <= newest]
     kept = {*folders[-config.keep_last :], *_milestones(folders, config.keep_every_steps)}
-    kept |= {*[folder for folder in folders if _is_marked(folder)][-1:]}
-    failed = [folder for folder in named(root, _FAILED) if step_of(folder) <= newest]
+    kept |= {*[folder for folder in folders if is_good(folder)][-1:]}
+    failed = [folder for folder in named(root, FAILED) if step_of(folder) <= newest]
     for folder in {*folders, *failed} - kept:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -108,5 +109,6 @@ def _milestones(folders: Sequence[Path], every: int) -> Iterator[Path]:
             yield folder
 
 
-def _is_marked(folder: Path) -> bool:
+def is_good(folder: Path) -> bool:
+    """Returns whether a step after that of the checkpoint was applied."""
     return (folder / _GOOD).is_file()

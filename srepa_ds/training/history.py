@@ -69,7 +69,7 @@ def _entries(run: RunFolder) -> list[Mapping[str, Any]]:
     Raises OutputError if the file cannot be read: rollbacks would be forgotten.
     """
     try:
-        lines = read_lines(run.skipped, _is_entry)
+        lines = read_lines(run.skipped, is_entry)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -83,7 +83,8 @@ def _entries(run: RunFolder) -> list[Mapping[str, Any]]:
     return [line.value for line in lines.good]
 
 
-def _is_entry(line: Mapping[str, Any]) -> bool:
+def is_entry(line: Mapping[str, Any]) -> bool:
+    """Returns whether an object is a line of the history."""
     if "rolled_back_to" in line:
         return all(map(is_count, (line.get("step"), line.get("samples_seen"))))
     return is_count(line.get("step")) and "sample_ids" in line
