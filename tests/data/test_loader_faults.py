@@ -22,6 +22,12 @@ STORAGES = ("raw", "png", "webp")
 FILES = ("shard", "latents")
 
 
+@pytest.fixture(autouse=True)
+def _short_goodbyes(monkeypatch):
+    """Loaders of workers that are stuck or dead wait 5 s for them when they are cleared up."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+
+
 @pytest.fixture(params=STORAGES)
 def folder(tmp_path, request):
     return write_data(tmp_path / "data", count=COUNT, storage=request.param, samples_per_shard=5)
