@@ -50,9 +50,11 @@ def import_weights(
     checkpoint to continue from, if the file has the optimizer's state and no override names
     `train.init_from`, else an exported model that training starts from. Raises OutputError if
     `folder` holds anything or cannot be written to, CheckpointError for weights that cannot be read
-    or do not fit, and ConfigError with all faults of the settings; nothing is left then.
+    or do not fit, DataError for a repository that was not fetched, and ConfigError with all faults
+    of the settings; nothing is left then.
     """
-    source, folder, overrides = _place("SOURCE", source), _place("FOLDER", folder), [*overrides]
+    folder, overrides = _place("FOLDER", folder), [*overrides]
+    source = local_model(_place("SOURCE", source), setting="SOURCE")
     _check_layout(layout)
     _refuse_filled(folder)
     wants_weights = any(override.startswith(_INITIAL) for override in overrides)

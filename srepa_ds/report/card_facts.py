@@ -1,7 +1,5 @@
 """What a model card says of a run: its scores and a picture, as far as they are of the model."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,12 +86,6 @@ class CardFacts:
             return read_document(self.given.run_folder.environment)
         except DataError:
             return {}
-
-    def config_sha256(self) -> str:
-        """Returns the hash of the configuration the model was trained with."""
-        known = self.source.provenance.get("config_sha256")
-        text = json.dumps(self.source.config, sort_keys=True, separators=(",", ":"))
-        return known if isinstance(known, str) else hashlib.sha256(text.encode()).hexdigest()
 
     def _drew(self, samples: Mapping[str, Any]) -> bool:
         """Returns whether a sample set's provenance names these weights."""

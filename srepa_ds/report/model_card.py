@@ -225,7 +225,7 @@ def _provenance(facts: CardFacts) -> Iterator[tuple[str, str]]:
     yield "weights", str(source["weights"])
     yield "numbers", facts.given.export.dtype
     yield "checkpoint", str(source["checkpoint"])
-    yield "sha256 of the configuration", facts.config_sha256()
+    yield "sha256 of the configuration", facts.source.provenance["config_sha256"]
     yield "exported by", f"srepa_ds {__version__}"
     known = facts.environment()
     versions = [

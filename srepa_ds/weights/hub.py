@@ -130,7 +130,7 @@ class PretrainedSiT(SiT, ModelHubMixin, library_name=LIBRARY, tags=list(TAGS)):
             save_directory,
             self.state_dict(),
             config=self.document.config,
-            provenance=self.document.provenance,
+            provenance={**self.document.provenance, "dtype": "fp32"},
         )
 
     # Not all that the mixin takes: a push to another branch, or of some files, is no whole model.

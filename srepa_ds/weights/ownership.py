@@ -153,7 +153,7 @@ def _runs_of_pipeline(folder: Path, names: frozenset[str]) -> frozenset[str | No
     if "model_index.json" not in names:
         return None
     try:
-        run = read_json(folder / "provenance.json")["run"]
+        run = read_json(folder / "provenance.json")["run_folder"]
     except (OSError, ValueError, TypeError, KeyError, IndexError):
         run = None
     return frozenset({run if isinstance(run, str) else None})

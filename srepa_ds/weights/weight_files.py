@@ -9,7 +9,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from srepa_ds.documents.safetensors_writer import TensorEntry, in_file_order
 
-WEIGHTS = "model.safetensors"
+STEM = "model"
+WEIGHTS = f"{STEM}.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 METADATA = {"format": "pt"}
 """What a weight file says of itself."""
@@ -23,16 +24,16 @@ def is_weight_file(name: str) -> bool:
 
 
 def split_into_files(
-    entries: Sequence[TensorEntry], max_shard_size: str | None
+    entries: Sequence[TensorEntry], max_shard_size: str | None, *, stem: str = STEM
 ) -> dict[str, list[TensorEntry]]:
     """Returns the entries of each file, in its order; without a size there is one file."""
     if max_shard_size is None:
-        return {WEIGHTS: in_file_order(entries)}
+        return {f"{stem}.safetensors": in_file_order(entries)}
     by_name = {entry.name: entry for entry in entries}
     split = split_state_dict_into_shards_factory(
         by_name,
         get_storage_size=lambda entry: entry.num_bytes,
-        filename_pattern="model{suffix}.safetensors",
+        filename_pattern=stem + "{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
     files = split.filename_to_tensors.items()

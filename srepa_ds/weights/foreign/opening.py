@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from srepa_ds.errors import CheckpointError, listed, nearest
+from srepa_ds.errors import CheckpointError, listed
 from srepa_ds.weight_file import plain_tensors, read_weight_file, without_wrappers
 from srepa_ds.weights.fit import check_finite
 from srepa_ds.weights.foreign.converted import Converted
@@ -71,8 +71,6 @@ def open_foreign(
     to correct `setting`, if it cannot be read, holds no state_dict, or NaN, is of no SiT, or if the
     state of its optimizer is damaged.
     """
-    if layout is not None and layout not in LAYOUTS:
-        raise CheckpointError(f"there is no layout '{layout}'; {nearest(layout, LAYOUTS)}")
     file = open_file(path, setting=setting)
     first = plain_state(file, next(iter(file.states)))
     layout = layout or layout_of(first, file.settings)
