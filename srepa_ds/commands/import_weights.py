@@ -13,6 +13,7 @@ from srepa_ds.alignment.alignment import TeacherShape
 from srepa_ds.config.cross_checks import CROSS_CHECKS
 from srepa_ds.config.experiment import Config
 from srepa_ds.config.yaml_text import to_yaml
+from srepa_ds.encoders.published import local_model
 from srepa_ds.errors import CheckpointError, ConfigError, Fault, OutputError, listed, nearest
 from srepa_ds.files import claimed, expanded, flush_to_disk, unexpanded, write_aside, writing
 from srepa_ds.objective import Objective
