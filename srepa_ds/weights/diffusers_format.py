@@ -24,12 +24,11 @@ from srepa_ds.schema import validated
 from srepa_ds.weights.export_config import ExportConfig
 from srepa_ds.weights.export_request import ExportRequest
 from srepa_ds.weights.lazy import DTYPES, LazyTensors, entries_of, rounded
-from srepa_ds.weights.ownership import CARD, PICTURE, room_for_model, run_of
+from srepa_ds.weights.ownership import CARD, PICTURE, PIPELINE_FORMAT, room_for_model, run_of
 from srepa_ds.weights.reversed_time import reversed_time
 from srepa_ds.weights.weight_files import METADATA, index_of, split_into_files
 from srepa_ds.weights.whole_folder import write_whole_folder
 
-FORMAT = "srepa_ds.diffusers"
 VERSION = 1
 INDEX = "model_index.json"
 PROVENANCE = "provenance.json"
@@ -83,7 +82,12 @@ def _provenance(request: ExportRequest) -> dict[str, Any]:
     source = request.source
     names = ("run", "step", "weights", "config_sha256", "checkpoint")
     facts = {name: source.provenance[name] for name in names}
-    return {"format": FORMAT, "version": VERSION, **facts, "run_folder": run_of(source.config)}
+    return {
+        "format": PIPELINE_FORMAT,
+        "version": VERSION,
+        **facts,
+        "run_folder": run_of(source.config),
+    }
 
 
 def _write(folder: Path, request: ExportRequest, model: SiTConfig) -> None:

@@ -14,7 +14,8 @@ from srepa_ds.errors import CheckpointError, OutputError, listed
 from srepa_ds.files import PARTIAL, claimed, is_of_the_system, writing
 from srepa_ds.weight_file import read_weight_file
 
-FORMAT = "srepa_ds.model"
+FORMAT, PIPELINE_FORMAT = "srepa_ds.model", "srepa_ds.diffusers"
+"""What an exported model, and one for diffusers, says of its format."""
 DOCUMENT = "config.json"
 CARD, PICTURE = "README.md", "samples.png"
 """What may lie beside any model, for people who find it."""
@@ -150,12 +151,14 @@ def _run_of_file(path: Path) -> str | None:
 
 
 def _runs_of_pipeline(folder: Path, names: frozenset[str]) -> frozenset[str | None] | None:
-    if "model_index.json" not in names:
-        return None
     try:
-        run = read_json(folder / "provenance.json")["run_folder"]
+        mark = read_json(folder / "provenance.json")
+        # A pipeline of somebody else is not to be replaced, even if it has such a file.
+        if mark["format"] != PIPELINE_FORMAT:
+            return None
+        run = mark["run_folder"]
     except (OSError, ValueError, TypeError, KeyError, IndexError):
-        run = None
+        return None
     return frozenset({run if isinstance(run, str) else None})
 
 

@@ -17,7 +17,8 @@ from srepa_ds.schema import Section
 
 # Fields of extractors are those of the teacher's; without the right kind, no other is looked at.
 _SEEN_ELSEWHERE = ("evaluate.extractor.", "evaluate.further_extractors", "kind")
-_TEXT = "nonsense"
+# A capital, which licences do not have.
+_TEXT = "Nonsense"
 
 
 def _cases() -> Iterator[Case]:

@@ -235,8 +235,8 @@ def test_shards_of_fewer_bits_without_projectors(configured, tmp_path):
     assert found.keys() == expected.keys() | {"pos_embed"}
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert read_model(folder).provenance["dtype"] == "bf16"
-    assert verify(tmp_path / "run").startswith(f"{len(shards) + 5} files, ")
-    assert verify(folder).startswith(f"{len(shards) + 2} files, ")
+    assert verify(tmp_path / "run").startswith(f"{len(shards) + 6} files, ")
+    assert verify(folder).startswith(f"{len(shards) + 3} files, ")
     shards[1].unlink()
     with pytest.raises(DataError, match=rf"{shards[1].name}: No such file"):
         verify(folder)

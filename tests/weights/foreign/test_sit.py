@@ -79,11 +79,6 @@ def test_a_dit_that_says_so_is_refused(tmp_path):
             opened(tmp_path / "dit.pt", content, layout=layout)
 
 
-def test_an_unknown_layout_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="no layout 'SIT'; known: diffusers, repa, sit"):
-        opened(tmp_path / "sit.pt", layout="SIT")
-
-
 @pytest.mark.parametrize("name", [*LAST, "t_embedder.mlp.0.weight"])
 @pytest.mark.parametrize("damage", ["missing", "of another shape"])
 def test_what_cannot_be_turned_is_named(tmp_path, name, damage):
