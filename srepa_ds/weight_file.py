@@ -181,30 +181,24 @@ def _reason(error: Exception) -> str:
 
 
 def plain_tensors(
-    state: Mapping[str, Tensor], path: Path, *, named: str, fault: type[SRepaError]
+    state: Mapping[str, Tensor], *files: Path, named: str, fault: type[SRepaError]
 ) -> dict[str, Tensor]:
-    """Returns tensors of the file `path` as contiguous ones that any operation takes.
+    """Returns tensors that were read from `files` as contiguous ones that any operation takes.
 
-    `path` may be the folder of several files. Raises `fault` for a tensor without values, that is
-    sparse, quantised or of an unusual type, and if they would take far more memory than there are
-    bytes on disk.
+    Raises `fault` for a tensor without values, that is sparse, quantised or of an unusual type, and
+    if they would take far more memory than the files have bytes.
     """
     for name, tensor in state.items():
         if kind := _unusual_kind(tensor):
             raise fault(f"{named}: '{name}' is {kind}; save it as an ordinary float32 tensor")
     total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    size = _size_of(path)
+    size = sum(file.stat().st_size for file in files)
     if total > _MOST_REPETITION * size + _SMALL_BYTES:
         raise fault(
             f"{named}: its tensors would take {total >> 20:,} MiB, but the file has "
             f"{size >> 20:,} MiB: they repeat a few values; save contiguous copies"
         )
     return {name: tensor.detach().contiguous() for name, tensor in state.items()}
-
-
-def _size_of(path: Path) -> int:
-    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
 
 
 def _unusual_kind(tensor: Tensor) -> str | None:

@@ -3,7 +3,7 @@
 import os
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from srepa_ds.files import claimed, expanded, flush_to_disk, unexpanded, write_a
 from srepa_ds.objective import Objective
 from srepa_ds.run_folder import RunFolder
 from srepa_ds.schema import section_of, to_tree
-from srepa_ds.trees import Tree, merged
+from srepa_ds.trees import Tree, apply_overrides, merged
 from srepa_ds.weights.foreign.latent_statistics import read_latent_statistics
 from srepa_ds.weights.foreign.layouts import LAYOUTS
 from srepa_ds.weights.foreign.model import ForeignModel
@@ -60,13 +60,15 @@ def import_weights(
     _refuse_filled(folder)
     wants_weights = any(override.startswith(_INITIAL) for override in overrides)
     model = open_foreign(source, layout=layout, with_optimizer=not wants_weights, setting="SOURCE")
-    found = described(model, _statistics(latent_statistics))
+    statistics = _statistics(latent_statistics)
+    found = described(model, statistics)
     given = {override.partition("=")[0] for override in overrides}
-    _check_known(model, found, given)
+    _check_heads(model, found, overrides)
     continues = not lacking(model)
     tree = merged(found.tree, _of_run(folder, model, continues=continues))
     config = section_of(Config, [tree], overrides, source=str(source), cross_checks=CROSS_CHECKS)
-    _check_places(config, folder, source)
+    _check_places(config, folder, source, continues=continues)
+    _check_latents(model, found, config, statistics)
     notes = [*model.notes, *found.notes_beside(given), *check_positions(model, config.model)]
     if model.optimizer is not None and not continues:
         absent = listed(lacking(model))
@@ -103,19 +105,38 @@ def _refuse_filled(folder: Path) -> None:
         )
 
 
-def _check_known(model: ForeignModel, found: Described, given: Set[str]) -> None:
-    """Raises ConfigError for what no shape shows and neither the file nor an override tells."""
-    faults = []
-    if found.lacks_heads and not given & {"model", "model.num_heads"}:
+def _check_heads(model: ForeignModel, found: Described, overrides: Iterable[str]) -> None:
+    """Raises ConfigError for heads that no shape shows and neither file nor override tells."""
+    of_model = [o for o in overrides if o.partition("=")[0].partition(".")[0] == "model"]
+    sizes = apply_overrides({}, of_model).get("model") or {}
+    if found.lacks_heads and isinstance(sizes, Mapping) and sizes.get("num_heads") is None:
         reason = "sizes of no variant, and the number of heads changes no shape; give it"
-        faults.append(Fault("model.num_heads", reason))
-    if found.lacks_latent_statistics and not given & {"codec", "codec.kind", "codec.scale"}:
+        raise ConfigError(str(model.path), [Fault("model.num_heads", reason)])
+
+
+def _check_latents(
+    model: ForeignModel, found: Described, config: Config, statistics: LatentStatistics | None
+) -> None:
+    """Raises ConfigError for a scale of latents that is not known, or is of another model."""
+    codec, faults = config.codec, []
+    of_vae = {"codec.scale": codec.scale, "codec.shift": codec.shift}
+    missing = [name for name, value in of_vae.items() if value is None]
+    if found.lacks_latent_statistics and codec.kind == "vae" and missing:
         reason = (
             "iREPA scales each channel of its latents by statistics that the file does not hold; "
             "give --latent-statistics with its sdvae-ft-mse-f8d4-latents-stats.pt, or codec.scale "
             "and codec.shift"
         )
-        faults.append(Fault("codec.scale", reason))
+        faults.append(Fault(missing[0], reason))
+    if statistics is not None and codec.kind == "identity":
+        reason = "codec.kind is identity, which scales nothing; leave it out"
+        faults.append(Fault("--latent-statistics", reason))
+    elif statistics is not None and len(statistics[0]) != config.model.in_channels:
+        reason = (
+            f"is of {len(statistics[0])} channels, and the model's latents have "
+            f"{config.model.in_channels}; give the file of its own latents"
+        )
+        faults.append(Fault("--latent-statistics", reason))
     if faults:
         raise ConfigError(str(model.path), faults)
 
@@ -129,12 +150,18 @@ def _of_run(folder: Path, model: ForeignModel, *, continues: bool) -> Tree:
     return {**run, "train": {"init_from": {"path": path, "weights": kind}}}
 
 
-def _check_places(config: Config, folder: Path, source: Path) -> None:
+def _check_places(config: Config, folder: Path, source: Path, *, continues: bool) -> None:
     """Raises ConfigError if an override leads away from the folder that is made."""
     initial = config.train.init_from
     faults = []
     if config.run.folder != folder:
         faults.append(Fault("run.folder", f"is FOLDER, {folder}; leave it out"))
+    if initial is None and not continues:
+        reason = (
+            "is the model that is made of SOURCE; do not set it to null, nor the whole section "
+            "train: give single fields, as in train.steps=100"
+        )
+        faults.append(Fault(_INITIAL, reason))
     if initial is not None and initial.path != RunFolder(folder).export():
         faults.append(
             Fault(f"{_INITIAL}.path", "is the model that is made of SOURCE; leave it out")

@@ -33,6 +33,17 @@ def of_irepa(place: Place) -> None:
     loop.save(place.folder / "0000001.pt", opt=None)
 
 
+def of_irepa_alone(place: Place) -> None:
+    """A bare state_dict, in which only the names of its projector tell."""
+    state = {**repa_run(place.folder / "experiment.yaml").ema}
+    state["x_embedder.proj.weight"] = torch.zeros(48, 4, 2, 2)
+    state = {
+        name.replace("projectors.0.", "projectors.0.projection_layer."): value
+        for name, value in state.items()
+    }
+    torch.save(state, place.folder / "0000001.pt")
+
+
 def of_an_x_prediction(place: Place) -> None:
     loop = repa_run(place.folder / "experiment.yaml")
     loop.arguments["prediction"] = "x"
@@ -56,6 +67,21 @@ def statistics_of_three(place: Place) -> None:
     torch.save({"latents_scale": torch.ones(3)}, place.folder / "stats.pt")
 
 
+def _statistics(place: Place, channels: int) -> None:
+    values = dict.fromkeys(("latents_scale", "latents_bias"), torch.ones(channels))
+    torch.save(values, place.folder / "stats.pt")
+
+
+def statistics_of_sixteen(place: Place) -> None:
+    of_irepa(place)
+    _statistics(place, 16)
+
+
+def statistics_for_pixels(place: Place) -> None:
+    of_repa(place)
+    _statistics(place, 3)
+
+
 _IMPORT = "import 0000001.pt run"
 _HEADS = f"{_IMPORT} model.num_heads=3"
 
@@ -76,6 +102,15 @@ CASES = [
          ("--layout: unknown layout 'rapa'; did you mean 'repa'?",)),
     Case("import without heads", of_repa, _IMPORT,
          ("model.num_heads: sizes of no variant, and the number of heads changes no shape",)),
+    Case("import with a section model without heads", of_repa,
+         'import 0000001.pt run model={{"variant":"SiT-B/2","depth":3,"hidden_size":48}}',
+         ("model.num_heads: sizes of no variant",)),
+    Case("import without initial weights", without_an_average,
+         f"{_HEADS} alignments=[] train.init_from=null",
+         ("train.init_from: is the model that is made of SOURCE; do not set it to null",)),
+    Case("import with a section train", without_an_average,
+         _HEADS + ' alignments=[] train={{"steps":100}}',
+         ("train.init_from: is the model that is made of SOURCE", "train.steps=100")),
     Case("import with wrong settings", of_repa, f"{_HEADS} train.steps=0 ema.decay=2",
          ("2 faults", "train.steps: ", "ema.decay: ")),
     Case("import of a misspelt setting", of_repa, f"{_HEADS} train.stps=3",
@@ -100,6 +135,21 @@ CASES = [
          ("0000001.pt predicts 'x'; only a model of the velocity",)),
     Case("import of iREPA without its statistics", of_irepa, _HEADS,
          ("codec.scale: iREPA scales each channel of its latents", "--latent-statistics")),
+    *(
+        Case(f"import of iREPA without its statistics: {name}", damage, f"{_HEADS} {settings}",
+             (f"{place}: iREPA scales each channel of its latents", "--latent-statistics"))
+        for name, damage, settings, place in (
+            ("the kind alone", of_irepa, "codec.kind=vae", "codec.scale"),
+            ("no shift", of_irepa, "codec.scale=[1,2,3,4]", "codec.shift"),
+            ("a state_dict", of_irepa_alone, "", "codec.scale"),
+        )
+    ),
+    Case("import with statistics of other latents", statistics_of_sixteen,
+         f"{_HEADS} --latent-statistics stats.pt",
+         ("--latent-statistics: is of 16 channels, and the model's latents have 4",)),
+    Case("import of pixels with statistics", statistics_for_pixels,
+         f"{_HEADS} --latent-statistics stats.pt",
+         ("--latent-statistics: codec.kind is identity, which scales nothing; leave it out",)),
     Case("import with statistics of something else", statistics_of_three,
          f"{_HEADS} --latent-statistics stats.pt", ("stats.pt holds no statistics of latents",)),
     Case("import with missing statistics", of_irepa, f"{_HEADS} --latent-statistics stats.pt",

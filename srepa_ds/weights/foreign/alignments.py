@@ -13,6 +13,9 @@ _TEACHERS = {
     **{f"dinov3-vit-{s}16": f"dinov3-vit-{s}" for s in "sbl"},
 }
 
+# The default of iREPA's trainer of latents.
+_GAMMA = 0.6
+
 
 def alignments_of(told: Told, sizes: Sizes) -> list[Tree]:
     """Returns the experiment's alignments, one for each encoder that the trainer names.
@@ -34,7 +37,12 @@ def alignments_of(told: Told, sizes: Sizes) -> list[Tree]:
         return []
     spatial_norm: Tree = {}
     if norm == "zscore":
-        spatial_norm = {"spatial_norm": {"gamma": 1.0 if gamma is None else gamma}}
+        spatial_norm = {"spatial_norm": {"gamma": _GAMMA if gamma is None else gamma}}
+        if gamma is None:
+            told.note(
+                f"zscore_alpha is not told: {_GAMMA}, as in iREPA's trainer of latents",
+                "alignments.0.spatial_norm.gamma",
+            )
     elif norm not in (None, "none"):
         told.note(f"spnorm_method '{norm}' is not here: tokens are not normalised")
     if losses is not None and {*str(losses).split(",")} != {"cosine"}:

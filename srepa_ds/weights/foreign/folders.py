@@ -87,6 +87,12 @@ def weights_in(folder: Path, *, setting: str) -> Path:
     return found
 
 
+def weight_files_in(folder: Path) -> list[Path]:
+    """Returns the files that the weights of a folder are read from; raises CheckpointError."""
+    weights = weights_in(folder, setting="the path")
+    return shards_of(weights) if weights.name.endswith(INDEX_ENDING) else [weights]
+
+
 def settings_in(folder: Path) -> dict[str, Any]:
     """Returns what `config.json` says of the model, empty without one; raises CheckpointError."""
     path = _with_weights(folder) / _CONFIG

@@ -9,8 +9,16 @@ from torch import Tensor
 
 from srepa_ds.errors import CheckpointError
 from srepa_ds.weights.foreign.converted import Converted
-from srepa_ds.weights.foreign.names import official_names
+from srepa_ds.weights.foreign.names import has_names_of_irepa, official_names
 from srepa_ds.weights.foreign.sit import is_of_diffusers, is_sit, of_sit
+from srepa_ds.weights.lazy import shapes_of
+
+UNSCALED = (
+    "projectors as iREPA's, which scales each channel of its latents by statistics that are in no "
+    "model: codec.scale and codec.shift must be those it was trained with"
+)
+"""Of latents that iREPA's trainer may have scaled."""
+_CHANNELS_OF_LATENTS = 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,10 @@ def _of_repa(weights: Mapping[str, Tensor], path: Path) -> Converted:
         names = official_names(weights)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; keep one of them") from error
-    return Converted({new: weights[old] for old, new in names.items()})
+    found = {new: weights[old] for old, new in names.items()}
+    patches = shapes_of(found).get("x_embedder.proj.weight", ())
+    is_of_latents = patches[1:2] == (_CHANNELS_OF_LATENTS,)
+    return Converted(found, (UNSCALED,) if is_of_latents and has_names_of_irepa(weights) else ())
 
 
 LAYOUTS: Mapping[str, Layout] = {

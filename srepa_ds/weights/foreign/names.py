@@ -14,11 +14,17 @@ _PARTS = frozenset(
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _LATER_BLOCK = re.compile(r"^decoder_blocks\.(\d+)\.")
 _LAYER_OF_MLP = re.compile(r"^(projectors\.\d+\.)projection_layer\.(?=\d)")
+_OF_IREPA = re.compile(r"(^|\.)projectors\.\d+\.projection_layer\.")
 
 
 def is_official(name: str) -> bool:
     """Returns whether a name begins as one of a model of REPA's family does."""
     return name.partition(".")[0] in _PARTS
+
+
+def has_names_of_irepa(names: Iterable[str]) -> bool:
+    """Returns whether projectors have the names that iREPA gives them."""
+    return any(_OF_IREPA.search(name) for name in names)
 
 
 def official_names(names: Iterable[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from srepa_ds.errors import CheckpointError, listed
 from srepa_ds.weight_file import plain_tensors, read_weight_file, without_wrappers
 from srepa_ds.weights.fit import check_finite
 from srepa_ds.weights.foreign.converted import Converted
-from srepa_ds.weights.foreign.folders import read_folder
+from srepa_ds.weights.foreign.folders import read_folder, weight_files_in
 from srepa_ds.weights.foreign.layouts import LAYOUTS, layout_of
 from srepa_ds.weights.foreign.model import ForeignModel, OptimizerState
 from srepa_ds.weights.foreign.names import is_official
@@ -165,5 +165,6 @@ def plain_state(file: ForeignFile, kind: str) -> Mapping[str, Tensor]:
         reason = f"{listed(other)} are not tensors" if other else "it is empty"
         raise CheckpointError(f"{file.path} does not hold a state_dict: {reason}")
     tensors = {str(key): value for key, value in state.items()}
-    ordinary = plain_tensors(tensors, file.path, named=str(file.path), fault=CheckpointError)
+    files = weight_files_in(file.path) if file.path.is_dir() else [file.path]
+    ordinary = plain_tensors(tensors, *files, named=str(file.path), fault=CheckpointError)
     return without_wrappers(ordinary, is_official)

@@ -12,6 +12,7 @@ from srepa_ds.errors import CheckpointError, listed
 from srepa_ds.sampling.presets import PRESETS
 from srepa_ds.trees import Tree
 from srepa_ds.weights.foreign.alignments import alignments_of
+from srepa_ds.weights.foreign.layouts import UNSCALED
 from srepa_ds.weights.foreign.model import ForeignModel
 from srepa_ds.weights.foreign.sizes import Sizes, sizes_of
 from srepa_ds.weights.foreign.told import Note, Told
@@ -67,7 +68,7 @@ def described(model: ForeignModel, statistics: LatentStatistics | None = None) -
     family = _family(model, sizes)
     tree: Tree = {
         "data": _data(told, resolution),
-        "codec": _codec(told, sizes, statistics),
+        "codec": _codec(told, sizes, statistics, family),
         "model": _model(told, sizes, input_size),
         "objective": _objective(told),
         "alignments": alignments_of(told, sizes),
@@ -76,8 +77,7 @@ def described(model: ForeignModel, statistics: LatentStatistics | None = None) -
         "train": _train(told, model),
         "engine": _engine(told),
     }
-    tree["sample"] = _sample(family, tree["codec"])
-    told.note(f"sample.preset: {family}", "sample.preset")
+    tree["sample"] = _sample(told, family, tree["codec"])
     tree["run"] = {} if (seed := told.number("seed", "global_seed")) is None else {"seed": seed}
     if rest := told.rest():
         told.note(f"not taken over: {listed(rest, most=60)}")
@@ -86,16 +86,22 @@ def described(model: ForeignModel, statistics: LatentStatistics | None = None) -
         tree,
         tuple(told.notes),
         lacks_heads=sizes.variant is None and "num_heads" not in tree["model"],
-        lacks_latent_statistics=scaled and bool(model.settings),
+        lacks_latent_statistics=scaled,
     )
 
 
-def _family(model: ForeignModel, sizes: Sizes) -> str:
-    """Returns the row of `PRESETS` that its authors draw with."""
+def _family(model: ForeignModel, sizes: Sizes) -> str | None:
+    """Returns the row of `PRESETS` that its authors draw with; None if nothing tells the trainer.
+
+    A folder of diffusers may be of any trainer.
+    """
+    if model.layout == "diffusers":
+        return None
     if sizes.class_token_width is not None:
         return "reg"
     kinds = {projector.settings["kind"] for projector in sizes.projectors}
-    if "projection_layer_type" in model.settings or kinds & {"conv", "linear"}:
+    is_irepa = "projection_layer_type" in model.settings or UNSCALED in model.notes
+    if is_irepa or kinds & {"conv", "linear"}:
         return "irepa"
     return "sit" if model.layout != "repa" else "repa"
 
@@ -129,8 +135,9 @@ def _data(told: Told, resolution: int | None) -> Tree:
     return {"folder": folder, **({} if workers is None else {"num_workers": workers})}
 
 
-def _codec(told: Told, sizes: Sizes, statistics: LatentStatistics | None) -> Tree:
-    told.take("vae")
+def _codec(
+    told: Told, sizes: Sizes, statistics: LatentStatistics | None, family: str | None
+) -> Tree:
     if sizes.in_channels == 3:
         told.note("3 channels are taken to be pixels (codec.kind: identity)", "codec.kind")
         return {"kind": "identity"}
@@ -140,7 +147,19 @@ def _codec(told: Told, sizes: Sizes, statistics: LatentStatistics | None) -> Tre
             "codec.kind is stored, which cannot decode them",
             "codec.kind",
         )
+        if statistics is None:
+            told.note(
+                "the scale of its latents is not in it, and none is assumed: LightningDiT has it "
+                "in latents_stats.pt, for --latent-statistics",
+                "codec.scale",
+            )
         return {"kind": "stored", **_scaled(statistics)}
+    if statistics is not None and family != "irepa":
+        told.note(
+            "nothing in it says that its latents were scaled by statistics, as iREPA's are: those "
+            "that were given are taken",
+            "codec.scale",
+        )
     return {"kind": "vae", "weights": VAE, **_scaled(statistics)}
 
 
@@ -197,7 +216,7 @@ def _objective(told: Told) -> Tree:
     }
 
 
-def _optimizer(told: Told, model: ForeignModel, family: str) -> Tree:
+def _optimizer(told: Told, model: ForeignModel, family: str | None) -> Tree:
     """Returns the section `optimizer`; the state of AdamW tells more than the arguments."""
     kept = Told(model.optimizer.settings if model.optimizer else {})
     of_state, of_arguments = kept.take("betas"), (told.take("adam_beta1"), told.take("adam_beta2"))
@@ -230,12 +249,12 @@ def _ema(told: Told) -> Tree:
 def _train(told: Told, model: ForeignModel) -> Tree:
     steps = told.number("max_train_steps")
     batch_size = told.number("batch_size", "global_batch_size")
-    accumulation = told.number("gradient_accumulation_steps") or 1
+    accumulation = _first(told.number("gradient_accumulation_steps"), 1)
     assumed = {"train.steps": (steps, _STEPS), "train.batch_size": (batch_size, _BATCH_SIZE)}
     for name, (value, default) in assumed.items():
         if value is None:
             told.note(f"{name} is not in it: {default:,} is assumed", name)
-    steps, batch_size = steps or _STEPS, (batch_size or _BATCH_SIZE) * accumulation
+    steps, batch_size = _first(steps, _STEPS), _first(batch_size, _BATCH_SIZE) * accumulation
     if model.step is not None and model.step >= steps:
         told.note(
             f"it has taken all of its {steps:,} steps: raise train.steps to go on", "train.steps"
@@ -248,7 +267,6 @@ def _train(told: Told, model: ForeignModel) -> Tree:
 
 
 def _engine(told: Told) -> Tree:
-    told.take("allow_tf32", "compile")
     given = told.take("mixed_precision")
     precision = _PRECISIONS.get(str(given), "bf16_autocast")
     origin = "its precision is not told" if given is None else f"mixed_precision was {given}"
@@ -256,7 +274,14 @@ def _engine(told: Told) -> Tree:
     return {"precision": precision}
 
 
-def _sample(family: str, codec: Tree) -> Tree:
+def _sample(told: Told, family: str | None, codec: Tree) -> Tree:
+    if family is None:
+        told.note(
+            "its trainer is not told: optimizer and sample have the defaults here",
+            "sample.preset",
+        )
+        return {}
+    told.note(f"sample.preset: {family}", "sample.preset")
     decoder = PRESETS[family].decoder
     own = {"decoder": decoder} if codec["kind"] == "vae" and decoder != VAE else {}
     return {"preset": family, **own}

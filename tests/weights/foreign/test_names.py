@@ -6,6 +6,7 @@ from golden_sit import golden_weights
 from original_sit import ORIGINAL
 
 from srepa_ds.errors import CheckpointError
+from srepa_ds.weights.foreign.layouts import LAYOUTS
 from srepa_ds.weights.foreign.names import official_names
 from srepa_ds.weights.foreign.opening import open_foreign
 
@@ -43,6 +44,18 @@ def test_legacy_names_keep_the_order_that_optimizers_count_by():
     assert list(official_names(given).values()) == [
         "pos_embed", "blocks.0.w", "blocks.1.w", "projectors.0.0.weight", "blocks.2.w",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_latents_that_irepa_may_have_scaled_are_noted(tmp_path, channels):
+    state = {
+        "x_embedder.proj.weight": torch.zeros(8, channels, 2, 2),
+        "projectors.0.projection_layer.0.weight": torch.zeros(8, 8),
+    }
+    notes = LAYOUTS["repa"].convert(state, tmp_path).notes
+    assert ["codec.scale and codec.shift must be" in note for note in notes] == (
+        [True] if channels == 4 else []
+    )
 
 
 def test_layers_of_irepa_that_are_no_mlp_keep_their_names():

@@ -75,7 +75,7 @@ def test_repa():
     assert str(config.data.folder) == "data/imagenet256/train"
     assert not found.lacks_heads
     assert not found.lacks_latent_statistics
-    assert "not taken over: data_dir, report_to" in notes_of(found)
+    assert "not taken over: allow_tf32, data_dir, report_to" in notes_of(found)
     assert "engine.precision: bf16_autocast (mixed_precision was fp16)" in notes_of(found)
     assert "data.folder is not in it: data/imagenet256/train is assumed" in notes_of(found)
 
@@ -111,6 +111,8 @@ def test_irepa():
     assert "the teacher dinov3-vit-b16 is dinov3-vit-b here" in notes_of(found)
     assert not found.lacks_latent_statistics
     assert described(model_of(IREPA, CONV)).lacks_latent_statistics
+    assert described(model_of({}, CONV)).lacks_latent_statistics
+    assert not described(model_of(IREPA, CONV, in_channels=3)).lacks_latent_statistics
 
 
 def test_irepa_without_its_loss_has_no_alignment():
@@ -174,7 +176,7 @@ def test_original_sit():
     assert config.objective.interpolant.path == "cosine"
     assert (config.optimizer.gradient_clipping, config.sample.preset) == (0.0, "sit")
     assert str(config.data.folder) == "data/imagenet512/train"
-    assert "not taken over: loss_weight, epochs" in notes_of(found)
+    assert "not taken over: vae, loss_weight, epochs" in notes_of(found)
     assert "mirrors half of its images" in notes_of(found)
 
 
@@ -189,6 +191,25 @@ def test_a_folder_of_diffusers():
     assert config.model.shape == SiTConfig(**SIZES).shape
     assert (config.model.input_size, config.objective.label_dropout) == (32, 0.2)
     assert "not taken over" not in notes_of(found)
+    assert (config.optimizer.gradient_clipping, config.sample.preset) == (1.0, None)
+    assert "its trainer is not told" in notes_of(found)
+
+
+def test_a_told_zero_is_refused_where_settings_are():
+    names = ("batch_size", "gradient_accumulation_steps", "max_train_steps")
+    found = described(model_of(REPA | dict.fromkeys(names, 0), MLP))
+    with pytest.raises(ConfigError) as caught:
+        experiment_of(found)
+    places = {fault.path for fault in caught.value.faults}
+    assert places == {"train.batch_size", "train.accumulation_steps", "train.steps"}
+
+
+def test_statistics_of_latents_that_nothing_tells_of_are_taken_with_a_note():
+    statistics = ((2.0, 3.0, 4.0, 5.0), (0.1, 0.2, 0.3, 0.4))
+    assert "nothing in it says that its latents were" in notes_of(
+        described(model_of(REPA, MLP), statistics)
+    )
+    assert "nothing in it says" not in notes_of(described(model_of(IREPA, CONV), statistics))
 
 
 def test_the_optimizers_state_tells_more_than_arguments():
@@ -220,6 +241,12 @@ def test_the_optimizers_state_tells_more_than_arguments():
         ),
         ({"proj_coeff": "0.5,1.0"}, "alignments.0.pointwise.weight", 1.5, "of several losses"),
         ({"proj_coeff": None}, "alignments.0.pointwise.weight", 0.5, "proj_coeff) is not told"),
+        (
+            {"spnorm_method": "zscore"},
+            "alignments.0.spatial_norm.gamma",
+            0.6,
+            "zscore_alpha is not told: 0.6",
+        ),
         ({"spnorm_method": "l2"}, "alignments.0.spatial_norm", None, "'l2' is not here"),
     ],
 )
@@ -250,6 +277,7 @@ def test_the_codec_follows_the_channels(channels, kind):
     assert config.codec.kind == kind
     assert config.model.in_channels == channels
     assert ("codec.kind" in notes_of(found)) == (kind != "vae")
+    assert ("the scale of its latents is not in it" in notes_of(found)) == (kind == "stored")
 
 
 ODD = (
