@@ -17,7 +17,7 @@ from srepa_ds.weights.foreign.layouts import LAYOUTS, layout_of
 from srepa_ds.weights.foreign.model import ForeignModel, OptimizerState
 from srepa_ds.weights.foreign.names import is_official
 from srepa_ds.weights.foreign.refusals import check_is_sit
-from srepa_ds.weights.foreign.sit import UNNAMED
+from srepa_ds.weights.foreign.sit import SCALED, UNNAMED, is_lightning
 from srepa_ds.weights.foreign.trainer import read_optimizer, steps_taken
 from srepa_ds.weights.lazy import LazyTensors, shapes_of
 
@@ -148,8 +148,12 @@ def convert(file: ForeignFile, kind: str, *, layout: str | None = None) -> Conve
         lambda name: name != "pos_embed"
     )
     check_finite(own, file.path)
-    is_unnamed = layout == "sit" and not file.settings
-    return Converted(own, (*converted.notes, *((UNNAMED,) if is_unnamed else ())))
+    notes = {
+        UNNAMED: layout == "sit" and not file.settings,
+        SCALED: is_lightning(file.settings),
+    }
+    applying = (note for note, applies in notes.items() if applies)
+    return Converted(own, (*converted.notes, *applying))
 
 
 def plain_state(file: ForeignFile, kind: str) -> Mapping[str, Tensor]:

@@ -149,8 +149,8 @@ def _codec(
         )
         if statistics is None:
             told.note(
-                "the scale of its latents is not in it, and none is assumed: LightningDiT has it "
-                "in latents_stats.pt, for --latent-statistics",
+                "the scale of its latents is not in it, and none is assumed: --latent-statistics "
+                "brings one",
                 "codec.scale",
             )
         return {"kind": "stored", **_scaled(statistics)}

@@ -27,6 +27,11 @@ UNNAMED = (
     "and cannot be drawn from or continued here"
 )
 """Of weights without settings."""
+SCALED = (
+    "LightningDiT scales each channel of its latents by latents_stats.pt, which is in no model: "
+    "codec.scale and codec.shift must be of it"
+)
+"""Of LightningDiT, whose sizes may be those of a SiT."""
 
 
 def is_sit(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool:
@@ -35,7 +40,7 @@ def is_sit(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool:
     Learned sigma shows in the last layer. Without it the settings must say so: `learn_sigma` is
     False where nothing is of REPA, or the model is a LightningDiT.
     """
-    if _has_learned_sigma(weights) or model_in(settings).startswith("LightningDiT"):
+    if _has_learned_sigma(weights) or is_lightning(settings):
         return True
     return settings.get("learn_sigma") is False and not any(key in settings for key in _OF_REPA)
 
@@ -43,6 +48,11 @@ def is_sit(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool:
 def is_of_diffusers(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> bool:
     """Returns whether weights lie in a folder of the layout that SiT has in diffusers."""
     return settings.get("_class_name") == "SiTTransformer2DModel"
+
+
+def is_lightning(settings: Mapping[str, Any]) -> bool:
+    """Returns whether the settings are of a LightningDiT."""
+    return model_in(settings).startswith("LightningDiT")
 
 
 def of_sit(weights: Mapping[str, Tensor], path: Path) -> Converted:

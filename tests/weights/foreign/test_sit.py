@@ -58,6 +58,8 @@ def test_without_learned_sigma_only_settings_tell(tmp_path, told):
     settings, layout = TOLD[told]
     content = {"ema": without_sigma(), "config": settings}
     found = opened(tmp_path / "sit.pt", content, layout=layout)
+    is_noted = any("scales each channel of its latents" in note for note in found.notes)
+    assert is_noted == (told == "LightningDiT's")
     assert found.layout == "sit"
     assert_golden(found.weights["ema"])
     assert not any(SIGMA in note for note in found.notes)
