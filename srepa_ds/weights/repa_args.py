@@ -38,11 +38,14 @@ def args_of(config: Mapping[str, Any], model: TrainedModel, *, source: Path) -> 
         cfg_prob=objective.label_dropout,
         legacy=False,
         **({} if model.sizes.class_token_width is None else {"cls": objective.cls_weight}),
-        batch_size=train["batch_size"],
+        # Theirs is that of a micro step, over all processes.
+        batch_size=train["batch_size"] // train["accumulation_steps"],
         max_train_steps=train["steps"],
         gradient_accumulation_steps=train["accumulation_steps"],
         mixed_precision="no" if config["engine"]["precision"] == "fp32" else "bf16",
         **_of_optimizer(optimizer),
+        # REPA's and REG's trainers do not read it: theirs is 0.9999.
+        ema_decay=config["ema"]["decay"],
         seed=config["run"]["seed"],
     )
 
@@ -71,7 +74,8 @@ def _of_alignments(model: TrainedModel) -> dict[str, Any]:
     if not model.is_of_irepa:
         return found
     found |= {"proj_coeff": str(coefficient), "projection_loss_type": "cosine"}
-    found |= {"projection_layer_type": first.projector.kind}
+    # Without the first, iREPA's trainer aligns nothing.
+    found |= {"repa_loss": True, "projection_layer_type": first.projector.kind}
     if first.projector.kind == "conv":
         found |= {"proj_kwargs_kernel_size": first.projector.kernel}
     if first.spatial_norm is None:
