@@ -203,8 +203,9 @@ def plain_tensors(
 
 
 def _size_of(path: Path) -> int:
-    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
+    """Returns the bytes of a file, or of all below a folder, as a pipeline's weights lie deeper."""
+    files = path.rglob("*") if path.is_dir() else (path,)
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _unusual_kind(tensor: Tensor) -> str | None:

@@ -1,9 +1,10 @@
 """`srepa-ds import`: weights of another program as a run of this one."""
 
 import os
+import re
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,13 +61,15 @@ def import_weights(
     _refuse_filled(folder)
     wants_weights = any(override.startswith(_INITIAL) for override in overrides)
     model = open_foreign(source, layout=layout, with_optimizer=not wants_weights, setting="SOURCE")
-    found = described(model, _statistics(latent_statistics))
+    statistics = _statistics(latent_statistics)
+    found = described(model, statistics)
     given = {override.partition("=")[0] for override in overrides}
-    _check_known(model, found, given)
     continues = not lacking(model)
     tree = merged(found.tree, _of_run(folder, model, continues=continues))
     config = section_of(Config, [tree], overrides, source=str(source), cross_checks=CROSS_CHECKS)
-    _check_places(config, folder, source)
+    _check_known(model, found, config, overrides)
+    _check_statistics(statistics, config)
+    _check_places(config, folder, source, continues=continues)
     notes = [*model.notes, *found.notes_beside(given), *check_positions(model, config.model)]
     if model.optimizer is not None and not continues:
         absent = listed(lacking(model))
@@ -94,6 +97,8 @@ def _statistics(path: Path | None) -> LatentStatistics | None:
 
 
 def _refuse_filled(folder: Path) -> None:
+    if folder.is_symlink() and not folder.exists():
+        raise OutputError(f"{folder} is a link to a folder that does not exist; make that folder")
     with writing(folder, cure=_CURE):
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if names:
@@ -103,21 +108,41 @@ def _refuse_filled(folder: Path) -> None:
         )
 
 
-def _check_known(model: ForeignModel, found: Described, given: Set[str]) -> None:
+def _check_known(
+    model: ForeignModel, found: Described, config: Config, overrides: Iterable[str]
+) -> None:
     """Raises ConfigError for what no shape shows and neither the file nor an override tells."""
     faults = []
-    if found.lacks_heads and not given & {"model", "model.num_heads"}:
+    # A whole section in one override may give it too.
+    has_heads = any(re.match(r"model\.num_heads=|model=.*num_heads", text) for text in overrides)
+    if found.lacks_heads and not has_heads:
         reason = "sizes of no variant, and the number of heads changes no shape; give it"
         faults.append(Fault("model.num_heads", reason))
-    if found.lacks_latent_statistics and not given & {"codec", "codec.kind", "codec.scale"}:
+    codec = config.codec
+    if found.lacks_latent_statistics and codec.kind == "vae":
         reason = (
             "iREPA scales each channel of its latents by statistics that the file does not hold; "
             "give --latent-statistics with its sdvae-ft-mse-f8d4-latents-stats.pt, or codec.scale "
             "and codec.shift"
         )
-        faults.append(Fault("codec.scale", reason))
+        given = {"codec.scale": codec.scale, "codec.shift": codec.shift}
+        faults += [Fault(name, reason) for name, value in given.items() if value is None][:1]
     if faults:
         raise ConfigError(str(model.path), faults)
+
+
+def _check_statistics(statistics: LatentStatistics | None, config: Config) -> None:
+    """Raises ConfigError for statistics that are not of the model's latents."""
+    if statistics is None:
+        return
+    channels = config.model.in_channels
+    if config.codec.kind == "identity":
+        reason = "the model works on pixels, which have none; leave it out"
+    elif len(statistics[0]) != channels:
+        reason = f"is of {len(statistics[0])} channels, and the model has {channels}"
+    else:
+        return
+    raise ConfigError("import", [Fault("--latent-statistics", reason)])
 
 
 def _of_run(folder: Path, model: ForeignModel, *, continues: bool) -> Tree:
@@ -129,8 +154,8 @@ def _of_run(folder: Path, model: ForeignModel, *, continues: bool) -> Tree:
     return {**run, "train": {"init_from": {"path": path, "weights": kind}}}
 
 
-def _check_places(config: Config, folder: Path, source: Path) -> None:
-    """Raises ConfigError if an override leads away from the folder that is made."""
+def _check_places(config: Config, folder: Path, source: Path, *, continues: bool) -> None:
+    """Raises ConfigError if an override leads away from what is made."""
     initial = config.train.init_from
     faults = []
     if config.run.folder != folder:
@@ -139,6 +164,11 @@ def _check_places(config: Config, folder: Path, source: Path) -> None:
         faults.append(
             Fault(f"{_INITIAL}.path", "is the model that is made of SOURCE; leave it out")
         )
+    if initial is None and not continues:
+        # An override of the whole section, or null.
+        path = RunFolder(folder).export()
+        reason = f"training would not start from these weights; give {{path: {path}, weights: ema}}"
+        faults.append(Fault(_INITIAL, reason))
     if faults:
         raise ConfigError(str(source), faults)
 

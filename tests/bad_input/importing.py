@@ -102,6 +102,13 @@ CASES = [
          ("codec.scale: iREPA scales each channel of its latents", "--latent-statistics")),
     Case("import with statistics of something else", statistics_of_three,
          f"{_HEADS} --latent-statistics stats.pt", ("stats.pt holds no statistics of latents",)),
+    Case("import of iREPA with half of its statistics", of_irepa,
+         f"{_HEADS} codec.scale=[1.0,1.0,1.0,1.0]", ("codec.shift: iREPA scales each channel",)),
+    Case("import of iREPA as of any VAE", of_irepa, f"{_HEADS} codec.kind=vae",
+         ("codec.scale: iREPA scales each channel",)),
+    Case("import of weights that nothing starts from", without_an_average,
+         f"{_HEADS} alignments=[] train.init_from=null",
+         ("train.init_from: training would not start from these weights",)),
     Case("import with missing statistics", of_irepa, f"{_HEADS} --latent-statistics stats.pt",
          ("stats.pt: no such file",)),
 ]  # fmt: skip

@@ -12,6 +12,8 @@ _TEACHERS = {
     "dino-vit-b": "dinov1-vit-b",
     **{f"dinov3-vit-{s}16": f"dinov3-vit-{s}" for s in "sbl"},
 }
+_GAMMA = 0.6
+"""iREPA's `zscore_alpha` for latents."""
 
 
 def alignments_of(told: Told, sizes: Sizes) -> list[Tree]:
@@ -34,7 +36,10 @@ def alignments_of(told: Told, sizes: Sizes) -> list[Tree]:
         return []
     spatial_norm: Tree = {}
     if norm == "zscore":
-        spatial_norm = {"spatial_norm": {"gamma": 1.0 if gamma is None else gamma}}
+        if gamma is None:
+            gamma = _GAMMA
+            told.note(f"zscore_alpha is not told: {_GAMMA}, the default of iREPA's trainer")
+        spatial_norm = {"spatial_norm": {"gamma": gamma}}
     elif norm not in (None, "none"):
         told.note(f"spnorm_method '{norm}' is not here: tokens are not normalised")
     if losses is not None and {*str(losses).split(",")} != {"cosine"}:

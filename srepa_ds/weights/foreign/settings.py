@@ -86,7 +86,7 @@ def described(model: ForeignModel, statistics: LatentStatistics | None = None) -
         tree,
         tuple(told.notes),
         lacks_heads=sizes.variant is None and "num_heads" not in tree["model"],
-        lacks_latent_statistics=scaled and bool(model.settings),
+        lacks_latent_statistics=scaled,
     )
 
 
@@ -97,7 +97,7 @@ def _family(model: ForeignModel, sizes: Sizes) -> str:
     kinds = {projector.settings["kind"] for projector in sizes.projectors}
     if "projection_layer_type" in model.settings or kinds & {"conv", "linear"}:
         return "irepa"
-    return "sit" if model.layout != "repa" else "repa"
+    return {"sit": "sit", "diffusers": "unguided"}.get(model.layout, "repa")
 
 
 def _check_prediction(told: Told, model: ForeignModel) -> None:
@@ -130,7 +130,6 @@ def _data(told: Told, resolution: int | None) -> Tree:
 
 
 def _codec(told: Told, sizes: Sizes, statistics: LatentStatistics | None) -> Tree:
-    told.take("vae")
     if sizes.in_channels == 3:
         told.note("3 channels are taken to be pixels (codec.kind: identity)", "codec.kind")
         return {"kind": "identity"}
@@ -230,12 +229,13 @@ def _ema(told: Told) -> Tree:
 def _train(told: Told, model: ForeignModel) -> Tree:
     steps = told.number("max_train_steps")
     batch_size = told.number("batch_size", "global_batch_size")
-    accumulation = told.number("gradient_accumulation_steps") or 1
+    accumulation = _first(told.number("gradient_accumulation_steps"), 1)
     assumed = {"train.steps": (steps, _STEPS), "train.batch_size": (batch_size, _BATCH_SIZE)}
     for name, (value, default) in assumed.items():
         if value is None:
             told.note(f"{name} is not in it: {default:,} is assumed", name)
-    steps, batch_size = steps or _STEPS, (batch_size or _BATCH_SIZE) * accumulation
+    steps = _STEPS if steps is None else steps
+    batch_size = (_BATCH_SIZE if batch_size is None else batch_size) * accumulation
     if model.step is not None and model.step >= steps:
         told.note(
             f"it has taken all of its {steps:,} steps: raise train.steps to go on", "train.steps"
@@ -248,7 +248,6 @@ def _train(told: Told, model: ForeignModel) -> Tree:
 
 
 def _engine(told: Told) -> Tree:
-    told.take("allow_tf32", "compile")
     given = told.take("mixed_precision")
     precision = _PRECISIONS.get(str(given), "bf16_autocast")
     origin = "its precision is not told" if given is None else f"mixed_precision was {given}"

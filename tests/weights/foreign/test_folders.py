@@ -16,6 +16,7 @@ from original_sit import (
 )
 from safetensors.torch import load_file, save_file
 
+from srepa_ds import weight_file
 from srepa_ds.errors import CheckpointError
 from srepa_ds.files import sha256_of
 from srepa_ds.weights.exported import write_model
@@ -36,6 +37,12 @@ def test_a_pipeline_or_its_transformer(tmp_path, form, part):
     assert found.settings == transformer_config()
     assert len(found.notes) == 2
     assert not (tmp_path / "sit" / "trace").exists()
+
+
+def test_large_weights_below_the_folder_of_a_pipeline(tmp_path, monkeypatch):
+    # Nothing is small enough to pass unmeasured then.
+    monkeypatch.setattr(weight_file, "_SMALL_BYTES", 0)
+    assert_golden(open_foreign(write_pipeline(tmp_path / "sit")).weights["model"])
 
 
 @pytest.mark.parametrize("form", ["safetensors", "shards"])

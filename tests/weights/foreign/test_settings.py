@@ -75,7 +75,7 @@ def test_repa():
     assert str(config.data.folder) == "data/imagenet256/train"
     assert not found.lacks_heads
     assert not found.lacks_latent_statistics
-    assert "not taken over: data_dir, report_to" in notes_of(found)
+    assert "not taken over: allow_tf32, data_dir, report_to" in notes_of(found)
     assert "engine.precision: bf16_autocast (mixed_precision was fp16)" in notes_of(found)
     assert "data.folder is not in it: data/imagenet256/train is assumed" in notes_of(found)
 
@@ -174,7 +174,7 @@ def test_original_sit():
     assert config.objective.interpolant.path == "cosine"
     assert (config.optimizer.gradient_clipping, config.sample.preset) == (0.0, "sit")
     assert str(config.data.folder) == "data/imagenet512/train"
-    assert "not taken over: loss_weight, epochs" in notes_of(found)
+    assert "not taken over: vae, loss_weight, epochs" in notes_of(found)
     assert "mirrors half of its images" in notes_of(found)
 
 
