@@ -89,7 +89,8 @@ def _check_group(group: Mapping[str, Any], num_weights: int, path: Path) -> None
     if group.get("params") != list(range(num_weights)):
         raise _fault(path, f"its group does not name the model's {num_weights} weights in order")
     for name in ("amsgrad", "maximize"):
-        if group.get(name) not in (None, False):
+        # Not by its truth: it may be a tensor of many.
+        if (used := group.get(name)) is not None and used is not False:
             raise _fault(path, f"it uses {name}, which is not here")
     decay = group.get("weight_decay", 0.0)
     if not isinstance(decay, int | float):
