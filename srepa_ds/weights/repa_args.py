@@ -11,6 +11,7 @@ from srepa_ds.model.variants import SIT_VARIANTS, SiTConfig
 from srepa_ds.objective import ObjectiveConfig
 from srepa_ds.optim.adamw import OptimizerConfig
 from srepa_ds.schema import validated
+from srepa_ds.weights.ownership import run_of
 from srepa_ds.weights.repa_names import TrainedModel
 
 _PIXELS_PER_LATENT = 8
@@ -30,6 +31,8 @@ def args_of(config: Mapping[str, Any], model: TrainedModel, *, source: Path) -> 
     return Namespace(
         output_dir=str(place.parent),
         exp_name=place.name,
+        # Not theirs: tells this run from others of the same name.
+        run_id=run_of(config),
         **_of_model(model.sizes),
         **_of_alignments(model),
         path_type=objective.interpolant.path,
