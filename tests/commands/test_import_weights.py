@@ -74,7 +74,7 @@ def test_a_trainers_file_becomes_a_checkpoint_to_the_bit(small_world, loop, tmp_
     said = capsys.readouterr().out
     assert f"{file}: layout repa; step 2; ema, model; Adam's state is taken over" in said
     assert f"{tmp_path / 'run'} holds checkpoints/step-0000002 and config.yaml" in said
-    assert "note: not taken over: output_dir, " in said
+    assert "note: not taken over: " in said
     assert "data_dir" in said
     # It was given.
     assert "note: data.folder" not in said

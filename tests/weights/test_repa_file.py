@@ -297,9 +297,10 @@ def test_files_of_other_steps_stay_and_those_of_other_runs_are_asked_about(repa,
     export(config)
     assert {file.name for file in path.parent.iterdir()} == {path.name, earlier.name}
     other, _ = repa(name="other", folder=shared)
-    words = rf"holds a model of the run {tmp_path}/run in the format repa, .*run {tmp_path}/other"
-    with pytest.raises(OutputError, match=f"{words} .*--replace"):
+    words = rf"holds a model of the run {tmp_path}/run \[.*format repa, .*run {tmp_path}/other"
+    with pytest.raises(OutputError, match=f"{words}.*--replace"):
         export(other)
     assert opened(path)["args"].exp_name == "run"
     assert opened(export(other, replace=True))["args"].exp_name == "other"
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    # Of the other run only the file of that name is replaced.
+    assert {file.name for file in path.parent.iterdir()} == {path.name, earlier.name}
