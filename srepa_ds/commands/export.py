@@ -40,7 +40,8 @@ def export(config: Config, *, replace: bool = False, push: Push | None = None) -
     )
     if settings.format == "diffusers":
         vae, class_names = _vae(config, source), _class_names(config, source)
-        request = ExportRequest(source, settings, replace, vae, class_names)
+        solver = config.sample.solver
+        request = ExportRequest(source, settings, replace, vae, solver, class_names)
     else:
         request = ExportRequest(source, settings, replace)
     written = EXPORT_FORMATS[settings.format](config.export_folder, request)

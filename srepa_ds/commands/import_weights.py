@@ -96,6 +96,8 @@ def _statistics(path: Path | None) -> LatentStatistics | None:
 
 
 def _refuse_filled(folder: Path) -> None:
+    if folder.is_symlink() and not folder.exists():
+        raise OutputError(f"{folder} is a link to a folder that does not exist; make that folder")
     with writing(folder, cure=_CURE):
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if names:

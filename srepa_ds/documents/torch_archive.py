@@ -12,6 +12,11 @@ from pathlib import Path
 from srepa_ds.documents.pickle_check import NoWeightsError, check_length, check_pickle
 from srepa_ds.errors import listed
 
+_END, _ZIP64_END, _ZIP64_LOCATOR = b"PK\5\6", b"PK\6\6", b"PK\6\7"
+_IN_ZIP64 = 0xFFFFFFFF
+# The record with the longest comment, and the locator before it.
+_LONGEST_END = 20 + 22 + 0xFFFF
+
 
 def check_archive(path: Path, size: int) -> None:
     """Raises NoWeightsError unless a zip archive of `size` bytes is torch.save's, and of weights.
@@ -19,7 +24,10 @@ def check_archive(path: Path, size: int) -> None:
     It may raise whatever zipfile and pickletools raise for damage.
     """
     with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
+        entries, begin = archive.infolist(), archive.start_dir
+    if _stated_begin(path, size) != begin:
+        # Then torch would read another list of entries than is looked at here.
+        raise NoWeightsError("it is damaged or malicious: its archive has two lists of entries")
     _check_entries(entries, size)
     by_name = {entry.filename: entry for entry in entries}
     folder = entries[0].filename.partition("/")[0]
@@ -33,6 +41,30 @@ def check_archive(path: Path, size: int) -> None:
                 f"it is damaged or malicious: its tensors claim {claimed:,} bytes of the storage "
                 f"'{key[:40]}', which has {record.file_size:,}"
             )
+
+
+def _stated_begin(path: Path, size: int) -> int | None:
+    """Returns where the list of entries begins by the record at the end of the file, or None.
+
+    zipfile takes the list that lies right before the record instead.
+    """
+    with path.open("rb") as file:
+        file.seek(max(size - _LONGEST_END, 0))
+        tail = file.read()
+        place = tail.rfind(_END)
+        if place < 0 or len(tail) < place + 22:
+            return None
+        (begin,) = struct.unpack_from("<L", tail, place + 16)
+        if begin != _IN_ZIP64:
+            return begin
+        locator = place - 20
+        if locator < 0 or tail[locator : locator + 4] != _ZIP64_LOCATOR:
+            return None
+        (record,) = struct.unpack_from("<Q", tail, locator + 8)
+        file.seek(record)
+        found = file.read(56)
+        is_whole = len(found) == 56 and found[:4] == _ZIP64_END
+        return struct.unpack_from("<Q", found, 48)[0] if is_whole else None
 
 
 def _content_of(path: Path, entry: zipfile.ZipInfo) -> bytes:

@@ -1,6 +1,7 @@
 """Classes by number or by name, as ImageNet's are written: synonyms with commas between."""
 
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 
 from srepa_ds.errors import nearest
 
@@ -39,6 +40,8 @@ class ClassNames:
                 hint = nearest(label, self._classes) if self._classes else "the model has no names"
                 raise ValueError(f"no class is called '{label}'; {hint}, or give its number")
             label = found[0]
+        if isinstance(label, bool) or not isinstance(label, Integral):
+            raise ValueError(f"a class is a whole number or a name, got {label!r}")
         if not 0 <= label < num_classes:
             raise ValueError(f"class {label} is not one of the model's, 0 to {num_classes - 1}")
         return int(label)

@@ -146,6 +146,12 @@ def check_scheduler(scheduler: Any) -> None:
             "the scheduler's stochastic_sampling adds noise in a way that SiT does not; give "
             "scheduler=SiTFlowMatchScheduler(solver='euler_maruyama') for its SDE"
         )
+    for name in ("invert_sigmas", "use_dynamic_shifting"):
+        if scheduler.config.get(name):
+            raise CheckpointError(
+                f"the scheduler's {name} is of other models; give one without it, such as "
+                "scheduler=SiTFlowMatchScheduler()"
+            )
 
 
 def load_vae(folder: Path, index: Mapping[str, Any], options: Mapping[str, Any]) -> Any:

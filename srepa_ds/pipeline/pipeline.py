@@ -106,7 +106,13 @@ class SiTPipeline(DiffusionPipeline):
 
         Raises ValueError for unknown and ambiguous names.
         """
-        labels = [label] if isinstance(label, int | str) else label
+        labels = (
+            list(label)
+            if isinstance(label, Sequence | Tensor) and not isinstance(label, str)
+            else [label]
+        )
+        if not labels:
+            raise ValueError("class_labels is empty; give a class for each image")
         return self._names.numbers_of(labels, num_classes=self.transformer.config["num_classes"])
 
     @torch.no_grad()

@@ -93,7 +93,8 @@ class CardFacts:
         if drawn_with is None:
             return False
         # The second takes reading all weights.
-        return drawn_with == self._written or drawn_with == self._whole
+        is_whole = self.given.export.dtype == "fp32"
+        return drawn_with == self._written or (is_whole and drawn_with == self._whole)
 
     @cached_property
     def _written(self) -> str | None:

@@ -46,6 +46,9 @@ def write_card(config: Config, source: CheckpointWeights, *, name: str | None = 
         trained = validated(Config, source.config, source="the run's configuration")
     except ConfigError as error:
         log.warning("no model card: %s", error)
+        # An earlier one would be of other weights.
+        for name in (CARD, PICTURE):
+            (config.export_folder / name).unlink(missing_ok=True)
         return
     folder = config.export_folder
     facts = CardFacts(config, trained, source, name or _PLACEHOLDER)
@@ -137,7 +140,7 @@ def _recipe(facts: CardFacts) -> Iterator[tuple[str, str]]:
         )
     yield "path", trained.objective.interpolant.path
     yield "latents", _codec(trained)
-    yield "data", trained.data.folder.name
+    yield "data", _data_name(trained)
     yield "images per step", f"{trained.train.batch_size:,}"
     yield "steps", f"{facts.step:,} of {trained.train.steps:,}"
     yield "learning rate", f"{trained.optimizer.learning_rate:g}, {trained.optimizer.schedule}"
@@ -197,9 +200,15 @@ def _extractor(results: Mapping[str, Any]) -> str:
     return str(next(filter(None, known), part(extractor, "spec").get("architecture")))
 
 
+def _data_name(trained: Config) -> str:
+    """Returns the name of the data set, whose folder has a part for training."""
+    folder = trained.data.folder
+    return folder.parent.name if folder.name == "train" and folder.parent.name else folder.name
+
+
 def _limits(facts: CardFacts) -> str:
     lines = [
-        f"- It draws what its training data ({escaped(facts.trained.data.folder.name)}) show, with "
+        f"- It draws what its training data ({escaped(_data_name(facts.trained))}) show, with "
         "their biases and faults. There is no filter for unsafe images.",
         "- Images come from a class, not from a text.",
     ]

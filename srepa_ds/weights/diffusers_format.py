@@ -80,14 +80,8 @@ def _refuse_what_it_cannot_hold(model: SiTConfig) -> None:
 
 def _provenance(request: ExportRequest) -> dict[str, Any]:
     source = request.source
-    names = ("run", "step", "weights", "config_sha256", "checkpoint")
-    facts = {name: source.provenance[name] for name in names}
-    return {
-        "format": PIPELINE_FORMAT,
-        "version": VERSION,
-        **facts,
-        "run_folder": run_of(source.config),
-    }
+    facts = {**source.provenance, "dtype": request.config.dtype, "run_id": run_of(source.config)}
+    return {"format": PIPELINE_FORMAT, "version": VERSION, **facts}
 
 
 def _write(folder: Path, request: ExportRequest, model: SiTConfig) -> None:
@@ -102,7 +96,7 @@ def _write(folder: Path, request: ExportRequest, model: SiTConfig) -> None:
     _write_json(folder / "transformer" / "config.json", _transformer(model, dropout))
     scheduler = {
         "_class_name": "SiTFlowMatchScheduler",
-        "solver": request.source.config.get("sample", {}).get("solver", "euler_maruyama"),
+        "solver": request.solver,
         "path": objective.interpolant.path,
     }
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -180,7 +174,7 @@ def _copy_vae(source: Path, target: Path) -> None:
     index = source / SHARD_INDEX
     names = ["config.json"]
     if index.exists():
-        names += [index.name, *sorted(set(read_json(index)["weight_map"].values()))]
+        names += [index.name, *_shards_of(index)]
     else:
         names.append(f"{STEM}.safetensors")
     if missing := [name for name in names if not (source / Path(name).name).is_file()]:
@@ -192,6 +186,14 @@ def _copy_vae(source: Path, target: Path) -> None:
     for name in names:
         shutil.copyfile(source / Path(name).name, target / Path(name).name)
         flush_to_disk(target / Path(name).name)
+
+
+def _shards_of(index: Path) -> list[str]:
+    try:
+        found = {str(name) for name in read_json(index)["weight_map"].values()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{index}: is no index of shards; download the VAE again") from error
+    return sorted(found)
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -9,12 +9,13 @@ from pydantic import AfterValidator, Field
 from srepa_ds.optim.ema import MAIN_EMA, RelativeLength
 from srepa_ds.schema import OnlyFor, Section
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?[KMGT]B")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])B")
+_UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 def _checked_size(text: str) -> str:
     match = _SIZE.fullmatch(text)
-    if match is None or float(match[1]) == 0:
+    if match is None or float(match[1]) * _UNITS[match[2]] < 1:
         raise ValueError(f"'{text}' is no size; write a number and its unit: 500MB, 5GB")
     return text
 

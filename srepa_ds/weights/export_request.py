@@ -18,5 +18,7 @@ class ExportRequest:
     """Whether a model of another run may be replaced."""
     vae: Path | None = None
     """The folder of the VAE that decodes, where the model has one and it is on this machine."""
+    solver: str = "euler_maruyama"
+    """The solver to draw with, where the format has one."""
     class_names: Mapping[int, str] = field(default_factory=dict)
     """The names of classes, as far as they are known."""

@@ -24,7 +24,7 @@ from srepa_ds.weights.exported import ExportDocument, ExportedModel
 from srepa_ds.weights.file_hash import hash_of_weight_file
 from srepa_ds.weights.fit import model_of
 from srepa_ds.weights.lazy import LazyTensors
-from srepa_ds.weights.ownership import run_of
+from srepa_ds.weights.ownership import folder_of
 from srepa_ds.weights.weight_files import METADATA
 
 log = logging.getLogger("srepa_ds")
@@ -90,7 +90,7 @@ def read_checkpoint_weights(
         "step": reader.state["step"],
         "weights": label,
         "ema_decay": stored["ema"]["decay"],
-        "run": Path(run_of(stored) or reader.folder.parent.parent).name,
+        "run": Path(folder_of(stored) or reader.folder.parent.parent).absolute().name,
         "config_sha256": _hash_of_config(stored),
         **({} if error is None else {"profile_error": error}),
         # What its latents mean; exports of the first release have none.

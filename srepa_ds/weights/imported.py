@@ -15,6 +15,7 @@ from srepa_ds.objective import Objective, official_name
 from srepa_ds.optim.ema import MAIN_EMA
 from srepa_ds.weights.exported import write_model
 from srepa_ds.weights.foreign.model import ForeignModel
+from srepa_ds.weights.foreign.positions import refuse_others
 from srepa_ds.weights.initial import WeightsKind
 from srepa_ds.weights.lazy import LazyTensors, shapes_of
 
@@ -22,8 +23,6 @@ _PROJECTOR = re.compile(r"projectors\.\d+\.")
 _MOST_NAMED = 3
 # What the trainer calls a kind, if not as a checkpoint does.
 _KINDS = {"master": "model"}
-# REPA's trainer averages this constant too, which rounds it a little at each step.
-_LARGEST_DRIFT = 1e-2
 
 
 def lacking(model: ForeignModel) -> list[str]:
@@ -44,12 +43,7 @@ def check_positions(model: ForeignModel, sizes: SiTConfig) -> tuple[str, ...]:
     if there.shape != own.shape:
         shapes = f"{tuple(there.shape)} there, {tuple(own.shape)} here"
         return (f"the position embedding is computed anew for another size: {shapes}",)
-    distance = (there.float() - own).abs().max().item()
-    if not distance <= _LARGEST_DRIFT:
-        raise CheckpointError(
-            f"{model.path}: its pos_embed is not SiT's sines and cosines (they differ by up to "
-            f"{distance:.3g}); such a model cannot go on here"
-        )
+    refuse_others(there, own, model.path)
     return ()
 
 

@@ -94,7 +94,7 @@ def read_initial_weights(
     weights.
     """
     if path.is_dir() and not is_foreign_folder(path):
-        return _weights_in_folder(path, which)
+        return _weights_in_folder(path, which, choice)
     file = open_file(path, setting=setting)
     if not file.is_plain and which not in file.states:
         raise CheckpointError(
@@ -149,14 +149,14 @@ def _shape(tensor: Tensor | None) -> str:
     return "none" if tensor is None else str(tuple(tensor.shape))
 
 
-def _weights_in_folder(path: Path, which: WeightsKind) -> dict[str, Tensor]:
+def _weights_in_folder(path: Path, which: WeightsKind, choice: str) -> dict[str, Tensor]:
     """Returns a whole exported model of the kind `which`; raises CheckpointError for others."""
     document, _ = checked_document(path)
     kind = "model" if document.weights == "master" else "ema"
     if kind != which:
         raise CheckpointError(
-            f"{path} holds the weights '{document.weights}'; set train.init_from.weights to "
-            f"{kind}, or export again with "
+            f"{path} holds the weights '{document.weights}'; set {choice} to {kind}, or export "
+            "again with "
             f"export.weights={'master' if which == 'model' else 'ema'}"
         )
     tensors = stored_tensors(document)

@@ -1,5 +1,7 @@
 """Whose model a folder holds, so that an export replaces no other one without being told to."""
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -71,19 +73,49 @@ def room_for_model(
         with writing(f"the model to {folder}", cure=_CURE):
             held, run = held_model(folder), run_of(config)
             is_other = held is not None and (held.format, held.runs) != (format, {run})
-            if is_other and not replace:
+            # A trainer's files are its checkpoints: one may be replaced, never all of them.
+            are_files = held is not None and held.format == "repa"
+            if is_other and (not replace or (are_files and format != "repa")):
+                cure = "" if are_files and format != "repa" else ", or add --replace to replace it"
                 raise OutputError(
                     f"{folder} holds {held}, and this is one of the run {run or 'unknown'} in the "
-                    f"format {format}; choose another export.folder, or add --replace to replace it"
+                    f"format {format}; choose another export.folder{cure}"
                 )
-            earlier = _stamps(folder, held.names) if held is not None and is_other else {}
+            is_left = held is None or not is_other or are_files
+            earlier = {} if is_left else _stamps(folder, held.names)
             yield
             _remove_unchanged(folder, earlier)
             _remove_leftovers(folder)
 
 
 def run_of(config: Mapping[str, Any]) -> str | None:
-    """Returns the folder of the run of an experiment's tree, by which runs are told apart."""
+    """Returns what tells the run of an experiment's tree from others: folder, and a hash.
+
+    The folder alone is often relative. The hash is of what a run keeps for its whole life.
+    """
+    folder = folder_of(config)
+    if folder is None:
+        return None
+    seed = config["run"].get("seed", 0)
+    kept = [seed, *(_without(config.get(name), left) for name, left in _KEPT.items())]
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{folder} [{digest[:_DIGITS]}]"
+
+
+_KEPT = {"model": "attention", "objective": "", "optimizer": "cpu_adam", "ema": ""}
+"""Sections that no resumed run may change, and the field of each that it may."""
+
+_DIGITS = 12
+
+
+def _without(section: Any, field: str) -> Any:
+    if not isinstance(section, Mapping):
+        return section
+    return {name: value for name, value in section.items() if name != field}
+
+
+def folder_of(config: Mapping[str, Any]) -> str | None:
+    """Returns the folder of the run of an experiment's tree, as it was written there."""
     section = config.get("run")
     folder = section.get("folder") if isinstance(section, Mapping) else None
     return folder if isinstance(folder, str) else None
@@ -145,7 +177,8 @@ def _run_of_file(path: Path) -> str | None:
     try:
         found = read_weight_file(path, named=str(path), setting="", fault=CheckpointError)
         args = vars(found["args"])
-        return str(Path(args["output_dir"]) / args["exp_name"])
+        # REPA's own files name the folder alone.
+        return args.get("run_id") or str(Path(args["output_dir"]) / args["exp_name"])
     except (CheckpointError, LookupError, TypeError):
         return None
 
@@ -156,7 +189,7 @@ def _runs_of_pipeline(folder: Path, names: frozenset[str]) -> frozenset[str | No
         # A pipeline of somebody else is not to be replaced, even if it has such a file.
         if mark["format"] != PIPELINE_FORMAT:
             return None
-        run = mark["run_folder"]
+        run = mark["run_id"]
     except (OSError, ValueError, TypeError, KeyError, IndexError):
         return None
     return frozenset({run if isinstance(run, str) else None})
@@ -199,5 +232,7 @@ def _remove_leftovers(folder: Path) -> None:
         left = place.parent / f".{place.name}.{ending}"
         first_release = {"model.safetensors", DOCUMENT}
         # Not Path.is_dir, for which a name that is too long is an error.
-        if os.path.isdir(left) and {path.name for path in left.iterdir()} <= first_release:
+        # An empty one may be of an export for diffusers that has just begun.
+        names = {path.name for path in left.iterdir()} if os.path.isdir(left) else set()
+        if names and names <= first_release:
             shutil.rmtree(left, ignore_errors=True)

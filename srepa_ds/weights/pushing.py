@@ -8,7 +8,14 @@ from typing import Any
 from srepa_ds.documents.json_reader import read_json
 from srepa_ds.errors import ConfigError, Fault, OutputError, listed
 from srepa_ds.fetching.upload import Pushed, Repository, check_pushable, open_repository
-from srepa_ds.weights.exported import CARD, DOCUMENT, FORMAT, PICTURE
+from srepa_ds.weights.ownership import (
+    CARD,
+    DOCUMENT,
+    FORMAT,
+    PICTURE,
+    PIPELINE_FORMAT,
+    run_of,
+)
 
 PUSHED_FORMATS = ("srepa_ds", "diffusers")
 """The formats of an export that are uploaded: folders without pickles."""
@@ -17,9 +24,11 @@ _OF_DIFFUSERS = "provenance.json"
 _FILES = ("*.json", "*.safetensors")
 """What is uploaded of an exported folder, beside its card."""
 
+_PART = "diffusion_pytorch_model*.safetensors*"
 _REPLACED = (
     *("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
-    *("model_index.json", "provenance.json", "transformer/*", "scheduler/*", "vae/*"),
+    *("model_index.json", "provenance.json", "scheduler/scheduler_config.json"),
+    *("transformer/config.json", f"transformer/{_PART}", "vae/config.json", f"vae/{_PART}"),
 )
 """What earlier pushes may have left there, of this or the other format, in other shards."""
 
@@ -73,13 +82,18 @@ def _refuse_another_model(repository: Repository, folder: Path) -> None:
     models = sorted(name for name in repository.files if name.endswith(_OF_MODELS))
     if not models:
         return
-    own, there = _run_in(_local(folder)), _run_in(repository.document)
+    own, there = _held(_local(folder)), _held(repository.document)
     if there is not None and there == own:
         return
-    what = f"another run, '{there}'" if there else f"another program ({listed(models, most=3)})"
+    if there is None:
+        what = f"another program ({listed(models, most=3)})"
+    else:
+        what = f"the run {there[1] or 'unknown'} in the format {there[0]}"
+    assert own is not None
     raise OutputError(
-        f"cannot push {repository.name}: it holds a model of {what}, not of the run '{own}'; push "
-        "to another repository, or add --replace"
+        f"cannot push {repository.name}: it holds a model of {what}, and this is one of the run "
+        f"{own[1] or 'unknown'} in the format {own[0]}; push to another repository, or add "
+        "--replace"
     )
 
 
@@ -87,16 +101,16 @@ def _local(folder: Path) -> Callable[[str], Any]:
     return lambda name: read_json(folder / name) if (folder / name).is_file() else None
 
 
-def _run_in(document: Callable[[str], Any]) -> str | None:
-    """Returns the name of the run whose model lies where `document` reads JSON files."""
+def _held(document: Callable[[str], Any]) -> tuple[str, str | None] | None:
+    """Returns the format and the run of the exported model where `document` reads JSON files."""
     own = document(DOCUMENT)
     if isinstance(own, Mapping) and own.get("format") == FORMAT:
-        provenance, run = _part(own, "provenance"), _part(_part(own, "config"), "run")
-        named = provenance.get("run")
-        # Exports of earlier releases name the folder alone.
-        return named if isinstance(named, str) else Path(str(run.get("folder"))).name
-    named = _part({"": document(_OF_DIFFUSERS)}, "").get("run")
-    return named if isinstance(named, str) else None
+        return "srepa_ds", run_of(_part(own, "config"))
+    mark = document(_OF_DIFFUSERS)
+    if isinstance(mark, Mapping) and mark.get("format") == PIPELINE_FORMAT:
+        run = mark.get("run_id")
+        return "diffusers", run if isinstance(run, str) else None
+    return None
 
 
 def _part(document: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from srepa_ds.model.variants import SIT_VARIANTS, SiTConfig
 from srepa_ds.objective import ObjectiveConfig
 from srepa_ds.optim.adamw import OptimizerConfig
 from srepa_ds.schema import validated
+from srepa_ds.weights.ownership import run_of
 from srepa_ds.weights.repa_names import TrainedModel
 
 _PIXELS_PER_LATENT = 8
@@ -30,6 +31,8 @@ def args_of(config: Mapping[str, Any], model: TrainedModel, *, source: Path) -> 
     return Namespace(
         output_dir=str(place.parent),
         exp_name=place.name,
+        # Not theirs: tells this run from others of the same name.
+        run_id=run_of(config),
         **_of_model(model.sizes),
         **_of_alignments(model),
         path_type=objective.interpolant.path,
@@ -38,11 +41,14 @@ def args_of(config: Mapping[str, Any], model: TrainedModel, *, source: Path) -> 
         cfg_prob=objective.label_dropout,
         legacy=False,
         **({} if model.sizes.class_token_width is None else {"cls": objective.cls_weight}),
-        batch_size=train["batch_size"],
+        # Theirs is that of a micro step, over all processes.
+        batch_size=train["batch_size"] // train["accumulation_steps"],
         max_train_steps=train["steps"],
         gradient_accumulation_steps=train["accumulation_steps"],
         mixed_precision="no" if config["engine"]["precision"] == "fp32" else "bf16",
         **_of_optimizer(optimizer),
+        # REPA's and REG's trainers do not read it: theirs is 0.9999.
+        ema_decay=config["ema"]["decay"],
         seed=config["run"]["seed"],
     )
 
@@ -71,7 +77,8 @@ def _of_alignments(model: TrainedModel) -> dict[str, Any]:
     if not model.is_of_irepa:
         return found
     found |= {"proj_coeff": str(coefficient), "projection_loss_type": "cosine"}
-    found |= {"projection_layer_type": first.projector.kind}
+    # Without the first, iREPA's trainer aligns nothing.
+    found |= {"repa_loss": True, "projection_layer_type": first.projector.kind}
     if first.projector.kind == "conv":
         found |= {"proj_kwargs_kernel_size": first.projector.kernel}
     if first.spatial_norm is None:

@@ -2,6 +2,7 @@
 
 import mmap
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,12 +31,14 @@ def staged(
 
 
 def _mapped(descriptor: int, entries: Iterable[TensorEntry]) -> dict[str, Tensor]:
-    # Copies of pages on writing: torch warns about memory that it may not write to.
-    content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    # A mapping that may be written to counts as memory, of which there may be less.
+    content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
     tensors, offset = {}, 0
     for entry in entries:
         numel = entry.num_bytes // entry.dtype.itemsize
-        flat = torch.frombuffer(content, dtype=entry.dtype, count=numel, offset=offset)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            flat = torch.frombuffer(content, dtype=entry.dtype, count=numel, offset=offset)
         tensors[entry.name] = flat.reshape(entry.shape)
         offset += entry.num_bytes
     return tensors

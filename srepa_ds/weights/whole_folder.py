@@ -5,8 +5,11 @@ import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from srepa_ds.errors import OutputError
+from srepa_ds.errors import OutputError, listed
 from srepa_ds.files import flush_to_disk
+
+# What desktops leave in folders that people look at.
+_OF_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def write_whole_folder(
@@ -22,6 +25,11 @@ def write_whole_folder(
     """
     aside = place.with_name(f".{place.name}.writing")
     earlier = place.with_name(f".{place.name}.replaced")
+    _refuse_hidden(place, names)
+    if os.path.lexists(earlier) and not any(place.iterdir()):
+        # A kill between the two renames: that is the only one.
+        _refuse_others(earlier, names)
+        os.rename(earlier, place)
     for left in (aside, earlier):
         _remove_leftover(left, names)
     try:
@@ -39,9 +47,27 @@ def write_whole_folder(
     shutil.rmtree(earlier, ignore_errors=True)
 
 
+def _refuse_hidden(place: Path, names: Collection[str]) -> None:
+    """Raises OutputError for a folder that is more than an export, such as a clone of git's."""
+    hidden = sorted(p.name for p in place.iterdir() if p.name not in {*names, *_OF_SYSTEMS})
+    if hidden:
+        raise OutputError(
+            f"{place} holds {listed(hidden, most=3)}, which would go with the earlier export; "
+            "choose another export.folder"
+        )
+    if Path.cwd().is_relative_to(place):
+        raise OutputError(
+            f"{place} is where this command runs, and is replaced as a whole; choose another "
+            "export.folder"
+        )
+
+
 def _remove_leftover(left: Path, names: Collection[str]) -> None:
-    if not os.path.lexists(left):
-        return
+    if os.path.lexists(left):
+        _refuse_others(left, names)
+        shutil.rmtree(left)
+
+
+def _refuse_others(left: Path, names: Collection[str]) -> None:
     if left.is_symlink() or not left.is_dir() or not {p.name for p in left.iterdir()} <= {*names}:
         raise OutputError(f"{left} is in the way of the export; move it elsewhere")
-    shutil.rmtree(left)

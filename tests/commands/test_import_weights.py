@@ -74,7 +74,8 @@ def test_a_trainers_file_becomes_a_checkpoint_to_the_bit(small_world, loop, tmp_
     said = capsys.readouterr().out
     assert f"{file}: layout repa; step 2; ema, model; Adam's state is taken over" in said
     assert f"{tmp_path / 'run'} holds checkpoints/step-0000002 and config.yaml" in said
-    assert "note: not taken over: allow_tf32, output_dir, data_dir" in said
+    assert "note: not taken over: " in said
+    assert "data_dir" in said
     # It was given.
     assert "note: data.folder" not in said
 
@@ -96,11 +97,15 @@ def test_the_written_experiment_is_whole(small_world, loop, tmp_path):
     )
 
 
+def doubled(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: v if name == "pos_embed" else 2 * v for name, v in state.items()}
+
+
 @pytest.mark.parametrize("kind", ["ema", "model"])
 def test_a_bare_file_becomes_a_model_to_start_from(small_world, loop, tmp_path, capsys, kind):
     state = {name: weight.detach().contiguous() for name, weight in loop.weights.items()}
     save_file(state, tmp_path / "last.safetensors")
-    document = {"ema": state, "model": {name: 2 * value for name, value in state.items()}}
+    document = {"ema": state, "model": doubled(state)}
     torch.save(document, tmp_path / "both.pt")
     bare = kind == "ema"
     source = tmp_path / ("last.safetensors" if bare else "both.pt")

@@ -132,12 +132,15 @@ def test_somebody_else_s_commit_meanwhile_is_not_overwritten(hub, settings, caps
     assert "model.safetensors" not in hub.repositories[NAME].files
 
 
+_FACES = b'{"format": "srepa_ds.diffusers", "run_id": "faces"}'
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
         ({"config.json": b'{"model_type": "bert"}'}, "another program (config.json)"),
         ({"weights.bin": b"x"}, "another program (weights.bin)"),
-        ({"transformer/x.safetensors": b"x", "provenance.json": b'{"run": "faces"}'}, "'faces'"),
+        ({"transformer/x.safetensors": b"x", "provenance.json": _FACES}, "the run faces in"),
         ({"config.json": b"{"}, "another program (config.json)"),
     ],
 )
@@ -146,7 +149,7 @@ def test_another_model_is_replaced_only_when_told(hub, settings, tmp_path, capsy
     assert push(settings) == 2
     message = said(capsys)
     assert words in message
-    assert "not of the run 'digits'" in message
+    assert "digits [" in message
     assert "add --replace" in message
     assert hub.repositories[NAME].files == files
     assert (tmp_path / "digits/export/model.safetensors").exists(), "the export stays"

@@ -198,7 +198,19 @@ CODE: dict[str, Hostile] = {
     ),
 }
 
+
+def with_two_lists() -> bytes:
+    """An archive of which zipfile reads one list of entries, and torch another."""
+    content = archive()
+    end = content.rfind(b"PK\5\6")
+    (begin,) = struct.unpack_from("<L", content, end + 16)
+    return content[:end] + content[begin:end] + content[end:]
+
+
 ARCHIVES: dict[str, Hostile] = {
+    "two lists of entries": Hostile(
+        lambda t: with_two_lists(), "its archive has two lists of entries"
+    ),
     "archive in an archive": Hostile(
         lambda t: archive(extra=(("data.pkl/inner.pt", saved(t, zipped=True)),)),
         _NEVER.format(r"several folders \(archive, data.pkl\)"),

@@ -23,6 +23,7 @@ from srepa_ds.errors import CheckpointError, DataError, OutputError
 from srepa_ds.model.sit import SiT
 from srepa_ds.schema import to_tree
 from srepa_ds.weights.from_checkpoint import chosen_checkpoint, read_checkpoint_weights
+from srepa_ds.weights.ownership import run_of
 from srepa_ds.weights.reversed_time import reversed_time
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -119,7 +120,9 @@ def test_what_is_in_it(configured, tmp_path):
         "weights": "ema",
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "checkpoint": CheckpointReader(checkpoint).fingerprint(),
-        "run_folder": str(tmp_path / "run"),
+        "run_id": run_of(tree),
+        "dtype": "fp32",
+        "ema_decay": 0.9,
     }
 
 
@@ -247,7 +250,7 @@ def test_another_runs_export_is_replaced_only_if_asked_for(configured, tmp_path)
     other = configured(f"run.folder={tmp_path}/other", place)
     save_checkpoint(other, 7)
     with pytest.raises(
-        OutputError, match=r"of the run .*/run in .*, and this is one of .*/other in .*--replace"
+        OutputError, match=r"of the run .*/run \[.*, and this is one of .*/other \[.*--replace"
     ):
         export(other)
     assert contents(tmp_path / "model") == before
@@ -269,6 +272,37 @@ def test_a_folder_with_anything_else_is_left_alone(configured, tmp_path, name):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="is no folder"):
         export(configured(f"export.folder={tmp_path}/file"))
+
+
+def test_a_clone_of_git_is_left_alone(configured, tmp_path):
+    save_checkpoint(configured(), 5)
+    folder = export(configured())
+    (folder / ".git").mkdir()
+    with pytest.raises(OutputError, match=r"holds \.git, which would go with the earlier export"):
+        export(configured(), replace=True)
+    assert (folder / ".git").exists()
+
+
+def test_the_folder_of_the_command_is_not_replaced(configured, tmp_path, monkeypatch):
+    save_checkpoint(configured(), 5)
+    folder = export(configured())
+    monkeypatch.chdir(folder)
+    before = contents(folder)
+    with pytest.raises(OutputError, match="is where this command runs"):
+        export(configured())
+    assert contents(folder) == before
+
+
+def test_a_model_between_two_names_is_found_again(configured, tmp_path):
+    config = configured()
+    save_checkpoint(config, 5)
+    folder = export(config)
+    before = contents(folder)
+    folder.rename(tmp_path / "run" / ".export-diffusers.replaced")
+    save_checkpoint(config, 10)
+    with largest_file(100_000), pytest.raises(OutputError, match="cannot write the model"):
+        export(config)
+    assert contents(folder) == before
 
 
 def test_a_link_stays_a_link(configured, tmp_path):

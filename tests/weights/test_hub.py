@@ -113,7 +113,10 @@ def test_another_model_is_not_overwritten(hub, exported):
     document = json.loads(hub.repositories[NAME].files["config.json"])
     document["config"]["run"]["folder"] = "/elsewhere/other"
     hub.repositories[NAME].files["config.json"] = json.dumps(document).encode()
-    with pytest.raises(OutputError, match=r"a model of another run, 'other', not of the run 'run'"):
+    with pytest.raises(
+        OutputError,
+        match=r"a model of the run /elsewhere/other \[.*, and this is one of the run .*/run \[",
+    ):
         model.push_to_hub(NAME)
     hub.repositories[NAME].files |= {"README.md": b"of an export", "samples.png": b"picture"}
     model.push_to_hub(NAME, replace=True)

@@ -246,9 +246,19 @@ def test_its_arguments_are_those_of_repa(repa):
         "prediction": "v", "qk_norm": False, "cfg_prob": 0.1, "legacy": False, "batch_size": 16,
         "max_train_steps": 10, "mixed_precision": "no", "learning_rate": 1e-2, "adam_beta1": 0.8,
         "adam_beta2": 0.95, "adam_weight_decay": 0.1, "adam_epsilon": 1e-6, "max_grad_norm": 1.0,
-        "seed": 0,
+        "seed": 0, "ema_decay": 0.9,
     }.items()  # fmt: skip
     assert not {"cls", "spnorm_method", "projection_layer_type"} & vars(args).keys()
+
+
+def test_their_batch_is_that_of_a_micro_step(small_world, tmp_path):
+    config = experiment(small_world, tmp_path, POINTWISE)
+    tree = to_tree(config)
+    tree["train"] |= {"batch_size": 16, "accumulation_steps": 4}
+    config = config_from(tree, source="test")
+    Trainer(config).save(config)
+    args = opened(export(config))["args"]
+    assert (args.batch_size, args.gradient_accumulation_steps) == (4, 4)
 
 
 @pytest.mark.parametrize(("changes", "model", "expected"), [
@@ -256,7 +266,8 @@ def test_its_arguments_are_those_of_repa(repa):
     (IREPA, {}, {"spnorm_method": "zscore", "zscore_alpha": 0.6, "projection_layer_type": "mlp",
                  "proj_coeff": "0.5"}),
     ({**POINTWISE, "projector": {"kind": "conv"}}, {},
-     {"spnorm_method": "none", "projection_layer_type": "conv", "proj_kwargs_kernel_size": 3}),
+     {"spnorm_method": "none", "projection_layer_type": "conv", "proj_kwargs_kernel_size": 3,
+      "repa_loss": True}),
     ({"teacher": {"name": "clip-vit-l"}, "resampling": RESAMPLING}, {}, {"enc_type": "clip-vit-L"}),
 ])  # fmt: skip
 def test_arguments_of_its_relatives(small_world, tmp_path, changes, model, expected):
@@ -286,9 +297,10 @@ def test_files_of_other_steps_stay_and_those_of_other_runs_are_asked_about(repa,
     export(config)
     assert {file.name for file in path.parent.iterdir()} == {path.name, earlier.name}
     other, _ = repa(name="other", folder=shared)
-    words = rf"holds a model of the run {tmp_path}/run in the format repa, .*run {tmp_path}/other"
-    with pytest.raises(OutputError, match=f"{words} .*--replace"):
+    words = rf"holds a model of the run {tmp_path}/run \[.*format repa, .*run {tmp_path}/other"
+    with pytest.raises(OutputError, match=f"{words}.*--replace"):
         export(other)
     assert opened(path)["args"].exp_name == "run"
     assert opened(export(other, replace=True))["args"].exp_name == "other"
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    # Of the other run only the file of that name is replaced.
+    assert {file.name for file in path.parent.iterdir()} == {path.name, earlier.name}

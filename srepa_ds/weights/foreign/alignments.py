@@ -12,7 +12,6 @@ _TEACHERS = {
     "dino-vit-b": "dinov1-vit-b",
     **{f"dinov3-vit-{s}16": f"dinov3-vit-{s}" for s in "sbl"},
 }
-
 # The default of iREPA's trainer of latents.
 _GAMMA = 0.6
 

@@ -14,6 +14,7 @@ from srepa_ds.errors import CheckpointError, listed
 from srepa_ds.files import PARTIAL, reason_of, sha256_of
 from srepa_ds.weight_file import read_weight_file
 from srepa_ds.weights.foreign.sharded import INDEX_ENDING, read_shards, shards_of
+from srepa_ds.weights.ownership import FORMAT
 
 _TRANSFORMER = "transformer"
 _CONFIG = "config.json"
@@ -23,8 +24,6 @@ _OF_DIFFUSERS = tuple(
     for ending in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 )
 _OF_HUB = ("model.safetensors", "model.safetensors.index.json")
-# What the document of an exported model has, which is read elsewhere.
-_OF_EXPORT = ("format", "version", "provenance", "sha256")
 
 
 def is_foreign_folder(folder: Path) -> bool:
@@ -45,7 +44,7 @@ def is_foreign_folder(folder: Path) -> bool:
         config = read_json(place / _CONFIG)
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and bool(config) and not {*_OF_EXPORT} & {*config}
+    return isinstance(config, dict) and bool(config) and config.get("format") != FORMAT
 
 
 def read_folder(folder: Path, *, setting: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -56,10 +55,10 @@ def read_folder(folder: Path, *, setting: str) -> tuple[dict[str, Any], dict[str
     `setting`.
     """
     weights, settings = weights_in(folder, setting=setting), settings_in(folder)
-    if {*_OF_EXPORT} <= {*settings}:
+    if settings.get("format") == FORMAT:
         raise CheckpointError(
             f"{folder} holds a model that srepa-ds has exported: there is nothing to convert; set "
-            "train.init_from.path or sample.weights to it"
+            "train.init_from.path or sample.weights to it instead"
         )
     if weights.name.endswith(INDEX_ENDING):
         tensors: dict[str, Any] = dict(read_shards(weights))

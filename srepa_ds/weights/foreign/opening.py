@@ -16,6 +16,8 @@ from srepa_ds.weights.foreign.folders import read_folder, weight_files_in
 from srepa_ds.weights.foreign.layouts import LAYOUTS, layout_of
 from srepa_ds.weights.foreign.model import ForeignModel, OptimizerState
 from srepa_ds.weights.foreign.names import is_official
+from srepa_ds.weights.foreign.positions import NAME as POSITIONS
+from srepa_ds.weights.foreign.positions import check_own_positions
 from srepa_ds.weights.foreign.refusals import check_is_sit
 from srepa_ds.weights.foreign.sit import SCALED, UNNAMED, is_lightning
 from srepa_ds.weights.foreign.trainer import read_optimizer, steps_taken
@@ -52,10 +54,10 @@ class ForeignFile:
         """The settings that a trainer has kept with its weights, or the folder's `config.json`."""
         found = self.content.get("args", self.content.get("config"))
         if isinstance(found, argparse.Namespace):
-            return dict(vars(found))
-        return (
-            {str(key): value for key, value in found.items()} if isinstance(found, Mapping) else {}
-        )
+            found = vars(found)
+        if not isinstance(found, Mapping):
+            return {}
+        return {str(key): value for key, value in found.items()}
 
 
 def open_foreign(
@@ -103,7 +105,7 @@ def _optimizer(file: ForeignFile, layout: str) -> OptimizerState | None:
 
 
 def _positions(state: Mapping[str, Tensor]) -> Tensor | None:
-    table = state.get("pos_embed")
+    table = state.get(POSITIONS)
     return table if table is not None and table.ndim == 3 else None
 
 
@@ -142,10 +144,11 @@ def convert(file: ForeignFile, kind: str, *, layout: str | None = None) -> Conve
     state = plain_state(file, kind)
     check_is_sit(shapes_of(state), file.settings, file.path)
     layout = layout or layout_of(state, file.settings)
+    check_own_positions(state, file.path)
     converted = LAYOUTS[layout].convert(state, file.path)
     # Not a weight but a function of the model's sizes, and so of the resolution.
     own = LazyTensors(shapes_of(converted.weights), converted.weights.__getitem__).only(
-        lambda name: name != "pos_embed"
+        lambda name: name != POSITIONS
     )
     check_finite(own, file.path)
     notes = {

@@ -79,6 +79,8 @@ def described(model: ForeignModel, statistics: LatentStatistics | None = None) -
     }
     tree["sample"] = _sample(told, family, tree["codec"])
     tree["run"] = {} if (seed := told.number("seed", "global_seed")) is None else {"seed": seed}
+    # Written by this package, beside the trainer's own.
+    told.take("run_id", "ema_decay")
     if rest := told.rest():
         told.note(f"not taken over: {listed(rest, most=60)}")
     scaled = family == "irepa" and tree["codec"]["kind"] == "vae" and statistics is None

@@ -86,12 +86,16 @@ def _parts_of(found: Any, path: Path) -> tuple[Mapping[Any, Any], Mapping[str, A
 
 
 def _check_group(group: Mapping[str, Any], num_weights: int, path: Path) -> None:
-    if list(group.get("params") or ()) != list(range(num_weights)):
+    if group.get("params") != list(range(num_weights)):
         raise _fault(path, f"its group does not name the model's {num_weights} weights in order")
     for name in ("amsgrad", "maximize"):
-        if group.get(name):
+        # Not by its truth: it may be a tensor of many.
+        if (used := group.get(name)) is not None and used is not False:
             raise _fault(path, f"it uses {name}, which is not here")
-    if group.get("decoupled_weight_decay") is False and group.get("weight_decay"):
+    decay = group.get("weight_decay", 0.0)
+    if not isinstance(decay, int | float):
+        raise _fault(path, f"its weight_decay is a {type(decay).__name__}, not a number")
+    if group.get("decoupled_weight_decay") is False and decay:
         raise _fault(path, "it is Adam's, whose weight decay is not AdamW's")
 
 
@@ -119,7 +123,7 @@ def _checked(name: str, state: Mapping[str, Any], weight: Tensor, path: Path) ->
             raise _fault(path, f"{key} of '{name}' is {shape}, the weight {tuple(weight.shape)}")
     try:
         return float(state["step"])
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise _fault(path, f"the step of '{name}' is no number") from error
 
 

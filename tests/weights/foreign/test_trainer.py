@@ -153,6 +153,10 @@ FAULTS = {
     "fewer weights": (_fewer_weights, "its group does not name the model's 48 weights in order"),
     "amsgrad": (_group(amsgrad=True), "it uses amsgrad, which is not here"),
     "maximize": (_group(maximize=True), "it uses maximize, which is not here"),
+    "weights that are no list": (_group(params=5), "its group does not name the model's 48"),
+    "amsgrad of many": (_group(amsgrad=torch.ones(3)), "it uses amsgrad, which is not here"),
+    "a decay of many": (_group(weight_decay=torch.ones(3)), "its weight_decay is a Tensor"),
+    "a huge step": (_state(2, step=10**400), "the step of 'x_embedder.proj.bias' is no number"),
     "Adam": (
         _group(decoupled_weight_decay=False, weight_decay=0.1),
         "it is Adam's, whose weight decay is not AdamW's",
