@@ -86,7 +86,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def listed(words: Iterable[str], separator: str = ", ", most: int = 5) -> str:
-    """Returns the first `most` words, and the number of the others if there are any."""
+    """Returns the first `most` words, and the number of the others if there are any.
+
+    On one line, whatever they hold: they may be names in a file of somebody else.
+    """
     words = list(words)
     more = f" and {len(words) - most} more" if len(words) > most else ""
-    return separator.join(words[:most]) + more
+    return separator.join(map(printable, words[:most])) + more
+
+
+def printable(text: str) -> str:
+    """Returns a text without line feeds and codes that a terminal would obey: they are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -100,6 +100,8 @@ def _refuse_filled(folder: Path) -> None:
         raise OutputError(f"{folder} is a link to a folder that does not exist; make that folder")
     with writing(folder, cure=_CURE):
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if folder.exists() and Path.cwd().is_relative_to(folder.resolve()):
+        raise OutputError(f"{folder} is where this command runs; choose another FOLDER")
     if names:
         raise OutputError(
             f"{folder} is not empty ({listed(names, most=3)}); choose another FOLDER, in which the "

@@ -79,6 +79,11 @@ class SiTPipeline(DiffusionPipeline):
         """
         if kwargs.pop("trust_remote_code", False) or kwargs.pop("custom_pipeline", None):
             raise ValueError("SiTPipeline never runs code of a folder; leave trust_remote_code out")
+        if kwargs.pop("output_loading_info", False) or kwargs.pop("use_safetensors", None) is False:
+            raise ValueError(
+                "SiTPipeline reads safetensors alone and strictly; leave output_loading_info and "
+                "use_safetensors out"
+            )
         hub = {name: kwargs.pop(name) for name in _HUB_SETTINGS if name in kwargs}
         given: dict[str, Any] = {name: kwargs.pop(name) for name in _OWN_SETTINGS if name in kwargs}
         folder = folder_of(pretrained_model_name_or_path, **hub)

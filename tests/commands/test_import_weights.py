@@ -319,3 +319,12 @@ def test_a_training_that_is_not_whole_starts_anew(
     assert not (tmp_path / "run" / "checkpoints").exists()
     said = capsys.readouterr().out
     assert f"Adam's state is not taken over: there is no {missing} to go on with" in said
+
+
+def test_the_folder_of_the_command_is_not_replaced(loop, tmp_path, monkeypatch, capsys):
+    file = loop.save(tmp_path / "0000002.pt")
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    assert command(["import", str(file), ".", "model.num_heads=3"]) == 2
+    assert "is where this command runs; choose another FOLDER" in capsys.readouterr().err
+    assert not [*(tmp_path / "run").iterdir()]

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -18,6 +19,7 @@ from small_vae import write_vae
 
 from srepa_ds.errors import CheckpointError, ConfigError
 from srepa_ds.pipeline import SiTFlowMatchScheduler, SiTPipeline, SiTTransformer2DModel, loading
+from srepa_ds.pipeline.loading import check_scheduler
 
 SIZES = {"input_size": 8, "hidden_size": 64, "depth": 3, "num_heads": 4, "num_classes": 10}
 FLOW_EULER = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
@@ -270,3 +272,27 @@ def test_what_is_neither_folder_nor_repository_is_refused(tmp_path):
         SiTPipeline.from_pretrained(tmp_path / "missing", local_files_only=True)
     with pytest.raises(CheckpointError, match="is not a folder, and was not got from the Hub"):
         SiTPipeline.from_pretrained("a/b", local_files_only=True, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{"output_loading_info": True}, {"use_safetensors": False}])
+def test_what_it_does_not_do_is_refused(tmp_path, settings):
+    with pytest.raises(ValueError, match="reads safetensors alone and strictly"):
+        SiTPipeline.from_pretrained(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("name", ["invert_sigmas", "use_dynamic_shifting"])
+def test_schedulers_of_other_models_are_refused(name):
+    scheduler = FlowMatchEulerDiscreteScheduler(**{name: True})
+    with pytest.raises(CheckpointError, match=f"the scheduler's {name} is of other models"):
+        check_scheduler(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [([1.5], "whole number or a name, got 1.5"), ([True], "got True"), ([], "is empty")],
+)
+def test_labels_that_are_none_are_named(tmp_path, unchecked_shapes, labels, words):
+    pipeline = opened(write_community(tmp_path / "sit"))
+    assert pipeline.get_label_ids(np.int64(7)) == [7]
+    with pytest.raises(ValueError, match=words):
+        pipeline.get_label_ids(labels)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from srepa_ds.errors import CheckpointError, listed
+from srepa_ds.errors import CheckpointError, listed, printable
 from srepa_ds.sampling.presets import PRESETS
 from srepa_ds.trees import Tree
 from srepa_ds.weights.foreign.alignments import alignments_of
@@ -111,8 +111,9 @@ def _family(model: ForeignModel, sizes: Sizes) -> str | None:
 def _check_prediction(told: Told, model: ForeignModel) -> None:
     prediction = told.take("prediction")
     if prediction is not None and prediction not in _VELOCITIES:
+        shown = printable(str(prediction)[:80])
         raise CheckpointError(
-            f"{model.path} predicts '{prediction}'; only a model of the velocity can go on here"
+            f"{model.path} predicts '{shown}'; only a model of the velocity can go on here"
         )
 
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from srepa_ds.errors import printable
+
 # Of numbers that are told; it leaves out infinity and NaN too.
 _LARGEST = 1e18
 
@@ -49,7 +51,7 @@ class Told:
 
     def note(self, text: str, place: str = "") -> None:
         """Keeps a note for the user."""
-        self.notes.append(Note(text, place))
+        self.notes.append(Note(printable(text), place))
 
     def rest(self) -> list[str]:
         """Returns the names of settings that were not used."""

@@ -14,6 +14,7 @@ from srepa_ds.model.variants import SiTConfig
 from srepa_ds.trees import merged
 from srepa_ds.weights.foreign.model import ForeignModel, OptimizerState
 from srepa_ds.weights.foreign.settings import Described, described
+from srepa_ds.weights.foreign.told import Told
 
 REPA = {
     "model": "SiT-XL/2", "resolution": 256, "num_classes": 1000, "encoder_depth": 8,
@@ -161,6 +162,12 @@ def test_sizes_of_no_variant_lack_heads():
     found = described(model_of({}, depth=5, num_heads=4))
     assert found.lacks_heads
     assert not described(model_of({"num_heads": 4}, depth=5, num_heads=4)).lacks_heads
+
+
+def test_what_a_file_names_stays_on_one_line_without_codes():
+    told = Told({"evil\x1b[2J\nERROR: fake": 1})
+    told.note(f"not taken over: {', '.join(told.rest())}")
+    assert told.notes[0].text == r"not taken over: evil\x1b[2J\nERROR: fake"
 
 
 def test_original_sit():
