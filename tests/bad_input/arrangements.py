@@ -159,9 +159,9 @@ def exported_beside_labels(place: Place) -> None:
 
 def weights_of_repa(place: Place) -> None:
     """A file such as REPA's training writes, of a narrower model."""
-    model = {
-        name: value[..., :16] for name, value in objective_of(place.config).sit.state_dict().items()
-    }
+    state = objective_of(place.config).sit.state_dict()
+    # Its position embedding is computed, and would be found to be another one first.
+    model = {name: value[..., :16] for name, value in state.items() if name != "pos_embed"}
     torch.save({"model": model, "ema": model, "steps": 5}, place.folder / "repa.pt")
 
 
