@@ -112,17 +112,25 @@ def _status(run: RunFolder, config: Tree, now: float) -> RunStatus:
     lines = _lines(run)
     timed = [line for line in lines if line.get("step_seconds")][-_RECENT_LINES:]
     seconds = _mean(line["step_seconds"] for line in timed)
-    step = int(lines[-1]["step"]) if lines else 0
+    checkpoint = _checkpoint(run, now)
+    # An imported run has a checkpoint and no record.
+    step = max(int(lines[-1]["step"]) if lines else 0, checkpoint.step if checkpoint else 0)
     age = now - run.metrics.stat().st_mtime if lines else None
     process = holder_of(run.path)
     due = max(_LEAST_SILENCE, _LINES_MISSED * every * seconds) if seconds else _LEAST_SILENCE
-    is_overdue = age is not None and age > due
+    # A run that starts again writes its configuration long before its first line.
+    quiet = now - max(path.stat().st_mtime for path in (run.config, run.metrics) if path.exists())
+    is_overdue = quiet > due
     state = _state(lines, step, total, process=process, is_overdue=is_overdue)
-    checkpoint = _checkpoint(run, now)
     results = read_document(run.results) if run.results.is_file() else {}
-    troubles = [*_troubles_of_steps(run), *_troubles_of_files(run, checkpoint)]
+    troubles = [
+        *_troubles_of_steps(run),
+        *_troubles_of_files(run, checkpoint, is_held=process is not None),
+    ]
     if state == "silent":
-        troubles.insert(0, f"no line of the record for {age:.0f} s, where one was due in {due:.0f}")
+        troubles.insert(
+            0, f"no line of the record for {quiet:.0f} s, where one was due in {due:.0f}"
+        )
     return RunStatus(
         folder=str(run.path),
         state=state,
@@ -149,7 +157,7 @@ def _state(
     if process is not None:
         return "silent" if is_overdue else "training"
     if not lines:
-        return "not begun"
+        return "stopped" if step else "not begun"
     # Its processes may be on other machines.
     return "stopped" if is_overdue else "training"
 
@@ -211,15 +219,18 @@ def _troubles_of_steps(run: RunFolder) -> Iterator[str]:
         yield f"{_count(rolled, 'rollback')}, the last {steps}"
 
 
-def _troubles_of_files(run: RunFolder, checkpoint: LastCheckpoint | None) -> Iterator[str]:
+def _troubles_of_files(
+    run: RunFolder, checkpoint: LastCheckpoint | None, *, is_held: bool
+) -> Iterator[str]:
     failed = named(run.checkpoints, FAILED)
     if failed:
         yield f"{_count(failed, 'checkpoint')} of steps that failed: {failed[-1].name}"
     torn = [p.name for p in steps_in(run.checkpoints) if not (p / MANIFEST).is_file()]
     if torn:
         yield f"checkpoints without a manifest, which nothing resumes from: {', '.join(torn)}"
-    for unfinished in sorted(run.checkpoints.glob(f"{ASIDE}*")):
-        yield f"a save that is under way or was interrupted: {unfinished.name}"
+    # While a process trains, a save may be under way.
+    for unfinished in () if is_held else sorted(run.checkpoints.glob(f"{ASIDE}*")):
+        yield f"a save that was interrupted: {unfinished.name}"
     if bad := [p.name for p in run.path.glob("*.bad") if re.fullmatch(r"\w+\.jsonl\.bad", p.name)]:
         yield f"damaged lines were set aside: {', '.join(sorted(bad))}"
     free = shutil.disk_usage(run.path).free

@@ -50,7 +50,8 @@ def save(folder: RunFolder, step: int) -> Path:
 
 def age(folder: RunFolder, seconds: float) -> None:
     then = time.time() - seconds
-    os.utime(folder.metrics, (then, then))
+    for path in (folder.metrics, folder.config):
+        os.utime(path, (then, then))
 
 
 def found(folder: RunFolder):
@@ -79,6 +80,18 @@ def test_a_run_without_a_process_and_without_lines_has_stopped(begun):
     assert found(begun).state == "training"
     age(begun, 3600)
     assert found(begun).state == "stopped"
+
+
+def test_a_run_that_has_just_started_again_is_not_silent(begun):
+    train_to(begun, 60)
+    age(begun, 3600)
+    begun.config.touch()
+    assert found(begun).state == "training"
+
+
+def test_an_imported_run_stands_at_its_checkpoint(begun):
+    save(begun, 50)
+    assert (found(begun).state, found(begun).step) == ("stopped", 50)
 
 
 def test_slow_steps_are_no_silence(begun):
@@ -152,7 +165,7 @@ def test_troubles_are_named(begun, monkeypatch):
         "2 skipped steps, the last 42 (flow, gradient not finite)",
         "1 rollback, the last from 42 to 30",
         "1 checkpoint of steps that failed: failed-step-0000050",
-        "a save that is under way or was interrupted: .writing-step-0000060",
+        "a save that was interrupted: .writing-step-0000060",
         "damaged lines were set aside: metrics.jsonl.bad",
         found(begun).troubles[-1],
     )
