@@ -86,7 +86,10 @@ def _parts_of(found: Any, path: Path) -> tuple[Mapping[Any, Any], Mapping[str, A
 
 
 def _check_group(group: Mapping[str, Any], num_weights: int, path: Path) -> None:
-    if group.get("params") != list(range(num_weights)):
+    params = group.get("params")
+    # Not compared before their types are known: one may be a tensor of many.
+    is_plain = isinstance(params, list) and all(isinstance(index, int) for index in params)
+    if not is_plain or params != list(range(num_weights)):
         raise _fault(path, f"its group does not name the model's {num_weights} weights in order")
     for name in ("amsgrad", "maximize"):
         # Not by its truth: it may be a tensor of many.

@@ -154,6 +154,10 @@ FAULTS = {
     "amsgrad": (_group(amsgrad=True), "it uses amsgrad, which is not here"),
     "maximize": (_group(maximize=True), "it uses maximize, which is not here"),
     "weights that are no list": (_group(params=5), "its group does not name the model's 48"),
+    "a weight that is a tensor": (
+        _group(params=[torch.ones(3)] * 48),
+        "its group does not name the model's 48",
+    ),
     "amsgrad of many": (_group(amsgrad=torch.ones(3)), "it uses amsgrad, which is not here"),
     "a decay of many": (_group(weight_decay=torch.ones(3)), "its weight_decay is a Tensor"),
     "a huge step": (_state(2, step=10**400), "the step of 'x_embedder.proj.bias' is no number"),
