@@ -211,7 +211,7 @@ def export(
         ),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="With --push: nobody else may see the repository.")
+        bool, typer.Option("--private", help="With --push: make the repository private.")
     ] = False,
 ) -> None:
     """Write a checkpoint's weights for other programs: safetensors, REPA's .pt, diffusers."""

@@ -45,7 +45,7 @@ def check_safetensors(path: Path) -> None:
 
 def _tensors_in(header: Any) -> list[Any]:
     if not isinstance(header, Mapping):
-        raise TypeError("it is no object")
+        raise TypeError("it is not an object")
     return [entry for name, entry in header.items() if name != "__metadata__"]
 
 

@@ -62,7 +62,7 @@ class HubFiles:
 
     @property
     def lacking(self) -> str:
-        """What to say of a repository without the files."""
+        """The message about a repository that lacks the files."""
         return f"no {', '.join(' or '.join(group) for group in self.wanted)}"
 
 
@@ -74,7 +74,7 @@ class HubModel(HubFiles):
     """
 
     wanted: tuple[tuple[str, ...], ...] = _OWN_MODEL
-    """What makes a model in the cache of the Hub's client, which does not say if it is complete."""
+    """Files that a whole model has: the cache of the Hub's client may hold a part of one."""
 
     def chosen(self, present: Collection[str]) -> tuple[str, ...] | None:
         """Returns the files of the model among those `present`; None if there is none."""
@@ -87,7 +87,7 @@ class HubModel(HubFiles):
 
     @property
     def lacking(self) -> str:
-        """What to say of a repository without the files."""
+        """The message about a repository that lacks the files."""
         return (
             "neither an exported model (config.json and model.safetensors), nor a model as "
             "diffusers lays it out (transformer/), nor one file of safetensors"

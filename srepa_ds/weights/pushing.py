@@ -46,7 +46,7 @@ class Push:
     """The repository, `owner/name`."""
 
     is_private: bool = False
-    """Whether nobody else may see it."""
+    """Whether a new repository is private."""
 
     def check(self, format: str) -> None:
         """Raises an error for what makes the upload impossible, before the work of an export.
